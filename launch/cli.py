@@ -1,0 +1,123 @@
+"""The `sparse-gpt` command: thin, each command calls the room that does the work.
+
+Exit codes: 0 done, 2 bad input (one clear line), 1 failure. What takes seconds to import is
+imported inside the command that needs it.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+app = typer.Typer(
+    name="sparse-gpt",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Pretrain GPT-2-family models with sparse feed-forward networks.",
+    epilog="Start with: ./scripts/quickstart",
+)
+shards_app = typer.Typer(no_args_is_help=True, help="Look at tokenized data and check it.")
+app.add_typer(shards_app, name="shards")
+
+Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override the file, e.g. optimizer.lr=1e-3."),
+]
+Config = Annotated[Path, typer.Argument(help="A run file, as in configs/.")]
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one line and exit code 2."""
+    from data import DataError
+    from launch.config import ConfigError
+
+    try:
+        app()
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        sys.exit(130)
+
+
+@app.command(epilog="Example: sparse-gpt train configs/tiny-sparse.yaml optimizer.lr=1e-3")
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on this machine: all GPUs, or 1 on the CPU.")
+    ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Run on the hosts of this DeepSpeed hostfile instead.")
+    ] = None,
+) -> None:
+    """Train under the deepspeed launcher; run again to resume from the newest checkpoint."""
+    from launch import cluster
+    from launch.config import ConfigError, load_config
+    from launch.train import check
+
+    if devices and hostfile:
+        raise ConfigError("--devices is for this machine and --hostfile for several: give one")
+    arguments = ["--config", str(config.resolve()), *(overrides or [])]
+    if hostfile:
+        launch = cluster.on_hosts(hostfile, arguments)
+    else:
+        launch = cluster.on_this_machine(devices, arguments)
+    check(load_config(config, overrides or []), launch.world_size)
+    sys.exit(launch.run())
+
+
+@app.command(epilog="Example: sparse-gpt compare runs/tiny-dense runs/tiny-sparse")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; ratios are to the first.")],
+    as_json: Json = False,
+) -> None:
+    """Parameters, costs, loss and speed of runs side by side."""
+    from launch.compare import comparison, summaries
+
+    found = summaries(runs)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        Console().print(comparison(found))
+
+
+@app.command(epilog="Example: sparse-gpt flops configs/tiny-paper.yaml model.d_model=256")
+def flops(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """FLOPs a token by block and component, dense beside sparse."""
+    from launch.config import load_config
+    from launch.costs import costs_json, costs_table
+
+    model = load_config(config, overrides or []).model
+    if as_json:
+        print(json.dumps(costs_json(model), indent=1))
+    else:
+        Console().print(costs_table(model))
+
+
+@app.command(epilog="Example: sparse-gpt doctor")
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, and what will not work, with the fix."""
+    from dataclasses import asdict
+
+    from launch.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        table = Table("", "what", "found", "fix", box=None)
+        marks = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "problem": "[red]✗[/]"}
+        for finding in findings:
+            fix = "" if finding.status == "ok" else finding.fix
+            table.add_row(marks[finding.status], finding.what, finding.found, fix)
+        Console().print(table)
+    if any(finding.status == "problem" for finding in findings):
+        sys.exit(1)

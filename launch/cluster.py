@@ -1,0 +1,112 @@
+"""Where to run: this machine or the hosts of a hostfile. Builds the launcher's command line."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+
+from launch.config import ConfigError
+
+_TRAIN = Path(__file__).with_name("train.py")
+
+
+@dataclass(frozen=True)
+class Launch:
+    """A command that starts the ranks, and what its environment has beyond this one."""
+
+    world_size: int
+    command: list[str]
+    environment: dict[str, str] = field(default_factory=dict)
+
+    def run(self) -> int:
+        """Start the ranks, wait for them, and leave none behind. Returns the exit code.
+
+        The deepspeed runner passes no signal on, so the ranks get a process group of their own,
+        which is ended as a whole.
+        """
+        process = subprocess.Popen(
+            self.command, env=os.environ | self.environment, start_new_session=True
+        )
+        previous = signal.signal(signal.SIGTERM, _interrupt)
+        try:
+            return process.wait()
+        finally:
+            signal.signal(signal.SIGTERM, previous)
+            _end_group(process)
+
+
+def on_this_machine(devices: int | None, arguments: Sequence[str]) -> Launch:
+    """`devices` ranks here: by default one a GPU, or one on the CPU."""
+    gpus = torch.cuda.device_count()
+    devices = devices or gpus or 1
+    if gpus and devices > gpus:
+        raise ConfigError(f"--devices {devices}: this machine has {gpus} GPUs")
+    environment = {"PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning")}
+    if not gpus:
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        environment["DS_ACCELERATOR"] = "cpu"
+        environment["OMP_NUM_THREADS"] = os.environ.get(
+            "OMP_NUM_THREADS", str(max(1, (cores or 1) // devices))
+        )
+    options = ["--num_gpus", str(devices), "--master_port", str(_free_port())]
+    return Launch(devices, _deepspeed(options, arguments), environment)
+
+
+def on_hosts(hostfile: Path, arguments: Sequence[str]) -> Launch:
+    """Every slot of a DeepSpeed hostfile (`name slots=8` a line), reached through pdsh and ssh."""
+    return Launch(sum(_slots(hostfile)), _deepspeed(["--hostfile", str(hostfile)], arguments))
+
+
+def _deepspeed(options: list[str], arguments: Sequence[str]) -> list[str]:
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    return [*runner, *options, str(_TRAIN), *arguments]
+
+
+def _slots(hostfile: Path) -> list[int]:
+    try:
+        lines = hostfile.read_text().splitlines()
+    except OSError as error:
+        raise ConfigError(f"{hostfile}: {error.strerror}; give the path of a hostfile") from None
+    slots = []
+    for number, line in enumerate(lines, 1):
+        line = line.split("#")[0].strip()
+        if not line:
+            continue
+        name, _, count = line.partition(" slots=")
+        if not name.strip() or not count.strip().isdigit():
+            raise ConfigError(f"{hostfile}:{number}: is not `name slots=N`: {line!r}")
+        slots.append(int(count))
+    if not slots:
+        raise ConfigError(f"{hostfile}: names no host; write `name slots=N`, one a line")
+    return slots
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _interrupt(*_: object) -> None:
+    raise KeyboardInterrupt
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """End what is left of the group, gently first."""
+    for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
+        try:
+            os.killpg(process.pid, number)
+            deadline = time.monotonic() + seconds
+            while time.monotonic() < deadline:
+                process.poll()
+                os.killpg(process.pid, 0)  # raises when the group is empty
+                time.sleep(0.05)
+        except ProcessLookupError:
+            return

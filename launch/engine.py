@@ -1,0 +1,190 @@
+"""RunConfig -> DeepSpeed's configuration -> engine, and one optimizer step on it.
+
+What DeepSpeed would leave to chance is set here (fp32 gradient accumulation, the optimizer itself);
+what it would silently ignore or override is refused.
+"""
+
+import difflib
+import os
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from data import Batch
+from launch.config import ConfigError, RunConfig
+from launch.schedule import learning_rate
+from launch.world import World
+
+# DeepSpeed ignores an unknown key at the top level, so a typing error would train another run.
+_NATIVE_KEYS = {
+    "activation_checkpointing",
+    "aio",
+    "checkpoint",
+    "comms_logger",
+    "communication_data_type",
+    "compile",
+    "data_types",
+    "disable_allgather",
+    "disable_python_gc",
+    "dump_state",
+    "flops_profiler",
+    "gradient_allreduce_op",
+    "gradient_predivide_factor",
+    "log_level",
+    "memory_breakdown",
+    "prescale_gradients",
+    "steps_per_print",
+    "timers",
+    "wall_clock_breakdown",
+    "zero_allow_untested_optimizer",
+    "zero_force_ds_cpu_optimizer",
+    "zero_optimization",
+}
+
+
+def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
+    """The JSON that `deepspeed.initialize` gets: the run's own values with native keys over them.
+
+    Raises ConfigError for a native key that DeepSpeed would ignore or that contradicts the run.
+    """
+    run: dict[str, Any] = {
+        "train_batch_size": config.global_batch,
+        "train_micro_batch_size_per_gpu": config.batch.micro_batch,
+        "gradient_accumulation_steps": config.grad_accum(world_size),
+        "gradient_clipping": config.optimizer.grad_clip,
+        "bf16": {"enabled": config.precision == "bf16"},
+        "fp16": {"enabled": config.precision == "fp16"},
+    }
+    for key, value in config.deepspeed.items():
+        _check_native(key, value, run)
+    defaults = {
+        "zero_optimization": {"stage": 1},
+        "data_types": {"grad_accum_dtype": "fp32"},
+        "steps_per_print": 2**31,  # the run's own log says it better
+        "zero_allow_untested_optimizer": True,
+    }
+    merged = _merge(_merge(defaults, config.deepspeed), run)
+    if merged["zero_optimization"]["stage"] == 0 and config.precision != "fp32":
+        # DeepSpeed 0.19.8 takes a phantom AdamW step at initialisation in this combination.
+        raise ConfigError(
+            f"deepspeed.zero_optimization.stage: 0 trains wrongly in {config.precision}; use 1"
+        )
+    return merged
+
+
+def _check_native(key: str, value: Any, run: Mapping[str, Any]) -> None:
+    if key in ("optimizer", "scheduler"):
+        ours = "schedule" if key == "scheduler" else key
+        raise ConfigError(f"deepspeed.{key}: is the run's own; set `{ours}` of the run instead")
+    if key in run:
+        pairs = value.items() if isinstance(value, Mapping) else [(None, value)]
+        for name, given in pairs:
+            expected = run[key] if name is None else run[key].get(name, given)
+            if given != expected:
+                where = f"deepspeed.{key}" + (f".{name}" if name else "")
+                raise ConfigError(f"{where}: {given!r} contradicts the run, which has {expected!r}")
+    elif key not in _NATIVE_KEYS:
+        near = difflib.get_close_matches(key, [*_NATIVE_KEYS, *run], n=1, cutoff=0.5)
+        hint = f"; did you mean '{near[0]}'?" if near else ""
+        raise ConfigError(f"deepspeed.{key}: is no key that DeepSpeed reads{hint}")
+
+
+def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
+    merged = dict(below)
+    for key, value in above.items():
+        old = merged.get(key)
+        both = isinstance(value, Mapping) and isinstance(old, Mapping)
+        merged[key] = _merge(old, value) if both else value
+    return merged
+
+
+class Engine:
+    """A model under DeepSpeed with its optimizer: takes steps, knows their learning rate."""
+
+    def __init__(self, config: RunConfig, model: nn.Module, world: World, total_steps: int) -> None:
+        if world.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others
+        import deepspeed
+        from deepspeed.utils import logger
+
+        logger.setLevel("ERROR")
+        self.config, self.world, self.total_steps = config, world, total_steps
+        running = model.state_dict().keys()  # buffers that are saved are running statistics
+        self.statistics = [b for name, b in model.named_buffers() if name in running]
+        optimizer = torch.optim.AdamW(
+            parameter_groups(model, config.optimizer.weight_decay),
+            lr=config.optimizer.lr,
+            betas=config.optimizer.betas,
+            eps=config.optimizer.eps,
+            fused=True,
+        )
+        self.deepspeed, *_ = deepspeed.initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, world.size)
+        )
+        self.module: nn.Module = self.deepspeed.module
+
+    def step(
+        self, tokens: torch.Tensor, targets: torch.Tensor, step: int
+    ) -> tuple[torch.Tensor, float, torch.Tensor | float]:
+        """The update that follows `step` completed ones, on this rank's share of a global batch.
+
+        tokens, targets: `(global_batch / world_size, seq)` int64, on the device. Returns this
+        rank's mean loss (float32 scalar, on the device), the learning rate, and the gradient norm
+        over all ranks before clipping.
+        """
+        lr = learning_rate(step, self.total_steps, self.config.optimizer.lr, self.config.schedule)
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr
+        size = self.config.batch.micro_batch
+        micro_batches = list(zip(tokens.split(size), targets.split(size), strict=True))
+        loss = torch.zeros((), device=self.world.device)
+        for micro_tokens, micro_targets in micro_batches:
+            micro_loss = self.deepspeed(micro_tokens, micro_targets)
+            self.deepspeed.backward(micro_loss)
+            loss += micro_loss.detach()
+            if self.deepspeed.is_gradient_accumulation_boundary():
+                norm = self._unsharded_norm()
+            self.deepspeed.step()
+        for statistic in self.statistics:  # each rank saw other tokens; checkpoints hold one copy
+            statistic.copy_(self.world.mean(statistic))
+        return loss / len(micro_batches), lr, norm if norm is not None else self._sharded_norm()
+
+    def _unsharded_norm(self) -> torch.Tensor | None:
+        """DeepSpeed keeps no gradient norm for ZeRO-0 in fp32, where the gradients are all here."""
+        if not isinstance(self.deepspeed.optimizer, torch.optim.AdamW):
+            return None
+        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
+        return torch.nn.utils.get_total_norm(grads)
+
+    def _sharded_norm(self) -> torch.Tensor | float:
+        return self.deepspeed.get_global_grad_norm()
+
+    @torch.no_grad()
+    def evaluate(self, batches: Iterable[Batch]) -> float:
+        """Mean loss a target over all ranks' batches, in evaluation mode.
+
+        Every rank must bring the same number of batches (ZeRO-3 gathers in step).
+        """
+        self.deepspeed.eval()
+        loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
+        count = 0
+        for batch in batches:
+            batch = batch.to(self.world.device)
+            targets = batch.targets
+            loss += self.deepspeed(batch.tokens, targets).double() * targets.numel()
+            count += targets.numel()
+        self.deepspeed.train()
+        total, targets_seen = self.world.sum(loss.item(), count)
+        return total / targets_seen
+
+
+def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    """Matrices with decay; norms, gains and biases without (as GPT-2's and GPT-3's recipes do)."""
+    matrices = [p for p in model.parameters() if p.dim() >= 2]
+    others = [p for p in model.parameters() if p.dim() < 2]
+    return [
+        {"params": matrices, "weight_decay": weight_decay},
+        {"params": others, "weight_decay": 0.0},
+    ]

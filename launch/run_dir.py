@@ -1,0 +1,93 @@
+"""The folder of a run: its resolved config and where it came from.
+
+config.yaml  provenance.json  metrics.jsonl  tensorboard/  checkpoints/
+"""
+
+import json
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+
+from launch.config import ConfigError, RunConfig, load_config, to_yaml
+from launch.world import World
+
+# Sections that say how long or how loudly a run goes on, not what it computes.
+_MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "run_dir"}
+
+
+def check_run_dir(config: RunConfig) -> None:
+    """Raises ConfigError if `run_dir` holds a run of another configuration."""
+    saved = Path(config.run_dir) / "config.yaml"
+    if not saved.exists():
+        return
+    before, now = load_config(saved).model_dump(), config.model_dump()
+    changed = [key for key in now if before[key] != now[key] and key not in _MAY_CHANGE]
+    if changed:
+        raise ConfigError(
+            f"{saved}: holds a run with another {', '.join(changed)}; "
+            "choose another run_dir, or remove that folder"
+        )
+
+
+def open_run_dir(config: RunConfig, world: World, data_manifest_hash: str) -> Path:
+    """Make the folder, or enter it again. Raises ConfigError if the data have changed."""
+    folder = Path(config.run_dir)
+    provenance = folder / "provenance.json"
+    if provenance.exists():
+        before = json.loads(provenance.read_text())["data_manifest_hash"]
+        if before != data_manifest_hash:
+            raise ConfigError(
+                f"{config.data.path}: is not the data that {folder} was trained on; "
+                "choose another run_dir, or give the data of before"
+            )
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / "config.yaml").write_text(to_yaml(config))
+        provenance.write_text(json.dumps(_provenance(world, data_manifest_hash), indent=1) + "\n")
+    return folder
+
+
+def _provenance(world: World, data_manifest_hash: str) -> dict[str, Any]:
+    cuda = world.device.type == "cuda"
+    return {
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "git_commit": _git("rev-parse", "HEAD"),
+        "git_dirty": bool(_git("status", "--porcelain")),
+        "versions": {
+            "python": sys.version.split()[0],
+            **{name: version(name) for name in ("sparse-gpt", "torch", "deepspeed", "numpy")},
+        },
+        "hardware": {
+            "device": torch.cuda.get_device_name(world.device) if cuda else _processor(),
+            "world_size": world.size,
+            "cpu_cores": os.cpu_count(),
+            "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
+        },
+        "data_manifest_hash": data_manifest_hash,
+    }
+
+
+def _git(*arguments: str) -> str | None:
+    """What git says of the source, or None where this is no checkout."""
+    here = Path(__file__).parent
+    try:
+        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
+    except OSError:
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _processor() -> str:
+    names = Path("/proc/cpuinfo")
+    for line in names.read_text().splitlines() if names.exists() else []:
+        if line.startswith("model name"):
+            return line.split(":", 1)[1].strip()
+    return platform.processor() or platform.machine()

@@ -1,0 +1,202 @@
+"""What a run says: `metrics.jsonl` (the record), TensorBoard (drawn from it) and one line a step.
+
+`metrics.jsonl` holds one object a logged step, its keys being TensorBoard's tags. TensorBoard's
+files are a function of it: on resume the rows after the checkpoint are dropped and the rest is
+drawn again, so that neither shows a step twice. Only rank 0 writes.
+"""
+
+import json
+import shutil
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from types import TracebackType
+from typing import Any
+
+import psutil
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from launch.config import RunConfig
+from launch.costs import flops_scalars
+from launch.world import World
+from sparse_gpt.flops import FlopReport
+
+# A loss curve against steps says little between models of other costs: against compute it does.
+_AGAINST_COMPUTE = {"train/loss": "compute/train_loss", "val/loss": "compute/val_loss"}
+
+_LAYOUT = {
+    "Loss": {
+        "loss by step": ["Multiline", ["train/loss", "val/loss"]],
+        "loss by training GFLOPs": ["Multiline", ["compute/train_loss", "compute/val_loss"]],
+    },
+    "Cost": {
+        "forward FLOPs a token, first block": ["Multiline", [r"flops/block_00/(?!vs_dense).*"]],
+        "forward ms, first block": ["Multiline", [r"time/block_00/.*"]],
+        "share computed, first block": ["Multiline", [r"sparsity/block_00/.*"]],
+        "tokens a second": ["Multiline", ["perf/tokens_per_second"]],
+    },
+}
+
+
+class Telemetry:
+    """The log of a run; use as a context manager. On ranks other than 0 it does nothing."""
+
+    def __init__(
+        self,
+        config: RunConfig,
+        run_dir: Path,
+        world: World,
+        report: FlopReport,
+        total_steps: int,
+        resume_step: int,
+    ) -> None:
+        self.world, self.total_steps = world, total_steps
+        self.tokens_per_step = config.batch.global_tokens
+        self.flops_per_step = report.training / report.seq * self.tokens_per_step
+        self._flops = flops_scalars(report, config.model)
+        self._mark = time.perf_counter()
+        self._marked_step = resume_step
+        self._data_wait = 0.0
+        if world.rank == 0:
+            rows = _read_rows(run_dir / "metrics.jsonl", resume_step)
+            kept = run_dir / "metrics.tmp"
+            kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
+            kept.rename(run_dir / "metrics.jsonl")
+            self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
+            shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
+            self._writer = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=5)
+            self._writer.add_custom_scalars(_LAYOUT)
+            settings = _flat(config.model_dump(mode="json"))
+            for summary in hparams(settings, {"val/loss": 0, "train/loss": 0})[:2]:
+                self._writer.file_writer.add_summary(summary)
+            for row in rows:
+                self._draw(row)
+
+    def __enter__(self) -> "Telemetry":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if self.world.rank == 0:
+            self._file.close()
+            self._writer.close()
+
+    @contextmanager
+    def data_wait(self) -> Iterator[None]:
+        """Time spent waiting for the next batch."""
+        start = time.perf_counter()
+        yield
+        self._data_wait += time.perf_counter() - start
+
+    @contextmanager
+    def untimed(self) -> Iterator[None]:
+        """Validation and checkpoints: not part of the time of a step."""
+        start = time.perf_counter()
+        yield
+        self._mark += time.perf_counter() - start
+
+    def speed(self, step: int) -> dict[str, float]:
+        """`perf/...` since the last call. The device must have finished: read a value from it."""
+        now = time.perf_counter()
+        steps, seconds = step - self._marked_step, now - self._mark
+        flops = steps * self.flops_per_step / seconds
+        speed = {
+            "perf/step_ms": seconds / steps * 1e3,
+            "perf/data_wait_ms": self._data_wait / steps * 1e3,
+            "perf/tokens_per_second": steps * self.tokens_per_step / seconds,
+            "perf/tflops": flops / 1e12,
+        }
+        if self.world.peak_flops:
+            speed["perf/mfu"] = flops / (self.world.peak_flops * self.world.size)
+        self._mark, self._marked_step, self._data_wait = now, step, 0.0
+        return speed
+
+    def log(self, step: int, metrics: Mapping[str, float]) -> None:
+        """Record `metrics`, which are of the state after `step` completed steps."""
+        if self.world.rank == 0:
+            row: dict[str, Any] = {
+                "step": step,
+                "tokens": step * self.tokens_per_step,
+                "gflops": step * self.flops_per_step / 1e9,
+                "time": time.time(),
+                **metrics,
+                **_memory(self.world.device),
+            }
+            self._file.write(json.dumps(row) + "\n")
+            self._draw(row)
+            print(self._line(row), flush=True)
+
+    def _draw(self, row: Mapping[str, Any]) -> None:
+        step, when = row["step"], row["time"]
+        for tag, value in row.items():
+            if "/" in tag:
+                self._writer.add_scalar(tag, value, step, when)
+        for tag, against_compute in _AGAINST_COMPUTE.items():
+            if tag in row:
+                gflops = round(row["gflops"])
+                self._writer.add_scalar(against_compute, row[tag], gflops, when)
+        if any(tag.startswith("time/") for tag in row):
+            for tag, flops in self._flops.items():
+                self._writer.add_scalar(tag, flops, step, when)
+
+    def _line(self, row: Mapping[str, Any]) -> str:
+        width = len(str(self.total_steps))
+        parts = [f"step {row['step']:>{width}}/{self.total_steps}"]
+        for tag, form in _CONSOLE.items():
+            if tag in row:
+                parts.append(form.format(row[tag]))
+        if "perf/step_ms" in row:
+            seconds = int((self.total_steps - row["step"]) * row["perf/step_ms"] / 1e3)
+            parts.append(f"ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}")
+        return "  ".join(parts)
+
+
+_CONSOLE = {
+    "train/loss": "loss {:.4f}",
+    "train/learning_rate": "lr {:.2e}",
+    "train/grad_norm": "grad {:.2f}",
+    "perf/tokens_per_second": "{:,.0f} tok/s",
+    "perf/tflops": "{:.3f} TFLOP/s",
+    "perf/mfu": "MFU {:.1%}",
+    "val/loss": "| validation {:.4f}",
+}
+
+
+def _read_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
+    """The rows up to `last_step`; a line that a kill cut short is one after it."""
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            break
+        if row["step"] <= last_step:
+            rows.append(row)
+    return rows
+
+
+def _memory(device: torch.device) -> dict[str, float]:
+    memory = {"memory/rss_gb": psutil.Process().memory_info().rss / 1e9}
+    if device.type == "cuda":
+        memory["memory/device_allocated_gb"] = torch.cuda.memory_allocated(device) / 1e9
+        memory["memory/device_peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        memory["memory/device_reserved_gb"] = torch.cuda.memory_reserved(device) / 1e9
+    return memory
+
+
+def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested settings as TensorBoard's HParams take them: dotted names, plain values."""
+    flat: dict[str, Any] = {}
+    for key, value in tree.items():
+        if isinstance(value, Mapping):
+            flat |= _flat(value, f"{prefix}{key}.")
+        elif value is not None:
+            flat[prefix + key] = value if isinstance(value, bool | int | float) else str(value)
+    return flat

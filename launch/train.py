@@ -1,0 +1,130 @@
+"""The training loop: the file that `deepspeed`, `torchrun` or `srun` runs, one process a rank.
+
+    deepspeed --num_gpus 2 launch/train.py --config configs/tiny-sparse.yaml optimizer.lr=1e-3
+
+Started again on the same run directory it goes on from the newest whole checkpoint.
+"""
+
+import argparse
+import os
+import sys
+
+import torch
+import torch.distributed as dist
+
+from data import Batches, DataError, Dataset, open_shards
+from launch.checkpoint import Checkpoints, TrainState
+from launch.config import ConfigError, RunConfig, load_config
+from launch.engine import Engine, deepspeed_config
+from launch.probe import Probe
+from launch.run_dir import check_run_dir, open_run_dir
+from launch.telemetry import Telemetry
+from launch.world import join_world, read_environment
+from sparse_gpt import GPT, count_flops
+
+
+def train(config: RunConfig) -> None:
+    """Train as `config` says, from the newest checkpoint of its run directory if there is one.
+
+    Raises ConfigError or DataError, before anything is written, if it cannot be done.
+    """
+    dataset = check(config, read_environment()[2])
+    world = join_world()
+    run_dir = open_run_dir(config, world, dataset.hash)
+
+    torch.manual_seed(config.seed)
+    model = GPT(config.model)
+    report = count_flops(model, batch=1, seq=config.model.max_seq_len)
+    total_steps = config.total_steps(report.training / report.seq)
+    probe = Probe(model, report, world.device)
+    engine = Engine(config, model, world, total_steps)
+    torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
+
+    checkpoints = Checkpoints(run_dir / "checkpoints", engine, config.checkpoint.keep_last)
+    state = checkpoints.load_newest()
+    batches = iter(train_batches(config, dataset, world.size, world.rank, state.samples))
+    with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
+        if state.step == 0:
+            with telemetry.untimed():
+                telemetry.log(state.step, validate(config, engine, dataset))
+        while state.step < total_steps:
+            with telemetry.data_wait():
+                batch = next(batches).to(world.device)
+            sampled = state.step % config.log.profile_every == 0
+            with probe.attached(sampled):
+                loss, learning_rate, grad_norm = engine.step(
+                    batch.tokens, batch.targets, state.step
+                )
+            state = TrainState(state.step + 1, state.samples + config.global_batch)
+
+            last = state.step == total_steps
+            metrics = {}
+            if last or sampled or state.step % config.log.every == 0:
+                metrics["train/loss"] = world.mean(loss).item()  # waits for the device
+                metrics["train/learning_rate"] = learning_rate
+                metrics["train/grad_norm"] = float(grad_norm)
+                metrics |= telemetry.speed(state.step) | probe.metrics()
+            with telemetry.untimed():
+                if last or state.step % config.eval.every == 0:
+                    metrics |= validate(config, engine, dataset)
+                if metrics:
+                    telemetry.log(state.step, metrics)
+                if last or state.step % config.checkpoint.every == 0:
+                    checkpoints.save(state)
+
+
+def check(config: RunConfig, world_size: int) -> Dataset:
+    """Everything that can be known to be wrong before a process group or a folder exists."""
+    dataset = open_shards(config.data.path)
+    if dataset.manifest.vocab_size != config.model.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size} is not the {dataset.manifest.vocab_size} "
+            f"of the vocabulary that {config.data.path} was made with"
+        )
+    config.grad_accum(world_size)
+    deepspeed_config(config, world_size)
+    train_batches(config, dataset, world_size)
+    check_run_dir(config)
+    return dataset
+
+
+def train_batches(
+    config: RunConfig, dataset: Dataset, world_size: int, rank: int = 0, start: int = 0
+) -> Batches:
+    """This rank's share of the training data from sample `start` on."""
+    return Batches(
+        dataset.train,
+        seq_len=config.model.max_seq_len,
+        global_batch=config.global_batch,
+        seed=config.seed,
+        rank=rank,
+        world_size=world_size,
+        start=start,
+        pin=torch.cuda.is_available(),
+    )
+
+
+def validate(config: RunConfig, engine: Engine, dataset: Dataset) -> dict[str, float]:
+    """`val/loss` over the held-out split; nothing if the data have none."""
+    ...
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--config", required=True, help="a run file, as in configs/")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=1e-3")
+    args = parser.parse_intermixed_args()
+    try:
+        train(load_config(args.config, args.overrides))
+    except (ConfigError, DataError) as error:
+        if read_environment()[0] == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # DeepSpeed's threads abort about 1 in 200 ordinary exits
+
+
+if __name__ == "__main__":
+    main()

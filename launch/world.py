@@ -1,0 +1,100 @@
+"""Who this process is among the ranks, and the few things that ranks say to each other."""
+
+import datetime
+import os
+import socket
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+
+# Dense bf16/fp16 tensor-core peaks (FLOP/s) from NVIDIA's data sheets. A device that is not here
+# gets no MFU: a guess would look like a measurement.
+PEAK_FLOPS = {
+    "NVIDIA A100": 312e12,
+    "NVIDIA H100 PCIe": 756e12,
+    "NVIDIA H100 80GB HBM3": 989e12,
+    "NVIDIA H200": 989e12,
+    "NVIDIA B200": 2250e12,
+    "NVIDIA L40S": 362e12,
+}
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among the ranks of a job."""
+
+    rank: int
+    local_rank: int
+    size: int
+    device: torch.device
+
+    @property
+    def peak_flops(self) -> float | None:
+        """Peak FLOP/s of one device in half precision; None where it is not known."""
+        if self.device.type != "cuda":
+            return None
+        name = torch.cuda.get_device_name(self.device)
+        return next((peak for known, peak in PEAK_FLOPS.items() if name.startswith(known)), None)
+
+    def sum(self, *values: float) -> list[float]:
+        """Each value summed over the ranks."""
+        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
+        dist.all_reduce(totals)
+        return totals.tolist()
+
+    def mean(self, value: torch.Tensor) -> torch.Tensor:
+        """A tensor averaged over the ranks; stays on its device."""
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total / self.size
+
+    def from_rank_0(self, value: Callable[[], Any]) -> Any:
+        """What rank 0 finds by calling `value`, on every rank."""
+        box = [value() if self.rank == 0 else None]
+        dist.broadcast_object_list(box, src=0, device=self.device)
+        return box[0]
+
+
+def read_environment() -> tuple[int, int, int]:
+    """(rank, local rank, world size) from deepspeed, torchrun or srun; (0, 0, 1) by hand.
+
+    srun sets neither RANK nor MASTER_ADDR: they follow from its own variables, with the first
+    host of the allocation as the meeting point.
+    """
+    env = os.environ
+    if "RANK" not in env and "SLURM_PROCID" in env and int(env.get("SLURM_NTASKS", "1")) > 1:
+        env["RANK"], env["WORLD_SIZE"] = env["SLURM_PROCID"], env["SLURM_NTASKS"]
+        env["LOCAL_RANK"] = env["SLURM_LOCALID"]
+        env.setdefault("MASTER_ADDR", _first_host(env["SLURM_JOB_NODELIST"]))
+        # One port a job, so that jobs that share a node do not meet.
+        env.setdefault("MASTER_PORT", str(20_000 + int(env["SLURM_JOB_ID"]) % 20_000))
+    elif "RANK" not in env:
+        env.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1")
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            env["MASTER_PORT"] = str(free.getsockname()[1])
+    return int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"])
+
+
+def join_world() -> World:
+    """Meet the other ranks: NCCL on GPUs, gloo on CPUs. DeepSpeed builds on this group."""
+    rank, local_rank, size = read_environment()
+    if torch.cuda.is_available():
+        device = torch.device("cuda", local_rank)
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    return World(rank, local_rank, size, device)
+
+
+def _first_host(nodelist: str) -> str:
+    """The first host of Slurm's compressed list: `gpu[07-09,12],login` -> `gpu07`."""
+    head, bracket, rest = nodelist.partition("[")
+    if not bracket or "," in head:
+        return head.split(",")[0]
+    return head + rest.split("]")[0].split(",")[0].split("-")[0]

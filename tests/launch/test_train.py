@@ -1,0 +1,201 @@
+"""Training under real ranks: what a run leaves behind, and that kills change nothing."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import yaml
+from conftest import ENVIRONMENT, ROOT, finish, metrics, sparse_gpt, start_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+EXACT = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
+
+
+def exact(rows):
+    return {row["step"]: [row.get(tag) for tag in EXACT] for row in rows}
+
+
+def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(run_file):
+    done = sparse_gpt("train", run_file, "--devices", "2", "model.ffn.feedback={}")
+    assert done.returncode == 0, done.stderr
+    run_dir = run_file.parent / "run"
+
+    lines = [line for line in done.stdout.splitlines() if line.startswith("step")]
+    assert len(lines) == 17  # one a step, and the validation before the first
+    shape = r"step 16/16  loss \d\.\d{4}  lr \S+  grad \S+  \S+ tok/s  \S+ TFLOP/s  ETA 0:00:00"
+    assert any(re.match(r".*".join(shape.split("  ")), line) for line in lines)
+
+    rows = metrics(run_dir)
+    assert [row["step"] for row in rows] == list(range(17))
+    assert rows[-1]["train/loss"] < rows[1]["train/loss"] - 0.5
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.5
+
+    board = EventAccumulator(str(run_dir / "tensorboard"), {"scalars": 0})
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    parts = ("norm_in", "spectral", "polynomial", "feedback", "refine", "projection", "norm_out")
+    components = ["ln_1", "attention", *(f"ffn.{part}" for part in parts)]
+    assert {
+        *EXACT,
+        *(f"perf/{name}" for name in ("tokens_per_second", "tflops", "step_ms", "data_wait_ms")),
+        "memory/rss_gb",
+        *("compute/train_loss", "compute/val_loss"),
+        *(f"{kind}/block_01/{name}" for kind in ("flops", "time") for name in components),
+        "flops/block_00/vs_dense",
+        *("sparsity/block_00/ffn.spectral", "sparsity/block_01/ffn.feedback"),
+    } <= tags
+    assert "perf/mfu" not in tags  # a CPU has no peak that we know
+    assert {"custom_scalars__config__", "_hparams_/session_start_info"} <= {
+        *board.summary_metadata,
+    }
+    assert board.Scalars("sparsity/block_00/ffn.spectral")[0].value == pytest.approx(0.5, abs=0.05)
+    gflops = [event.step for event in board.Scalars("compute/train_loss")]
+    assert gflops == [round(row["gflops"]) for row in rows if "train/loss" in row]
+
+    provenance = json.loads((run_dir / "provenance.json").read_text())
+    assert provenance["hardware"]["world_size"] == 2
+    assert provenance["versions"]["deepspeed"]
+    assert (run_dir / "checkpoints/latest").read_text() == "step-00000016"
+    assert not list((run_dir / "checkpoints").glob(".*"))
+
+    again = sparse_gpt("train", run_file, "--devices", "2", "model.ffn.feedback={}")
+    assert again.returncode == 0, again.stderr
+    assert metrics(run_dir) == rows  # it was finished: nothing is trained twice
+
+
+@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
+def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage):
+    """Dropout and running statistics included."""
+    options = (
+        f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}",
+        "model.dropout=0.1",
+        "model.ffn.dropout=0.1",
+        "model.ffn.feedback={}",
+        "duration.steps=40",
+        "checkpoint.every=10",
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(start_ranks(run_file, *options, f"run_dir={whole}"))
+
+    ranks = start_ranks(run_file, *options, f"run_dir={cut}")
+    log, deadline = cut / "metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 15):
+        assert time.monotonic() < deadline, ranks[0].communicate()[0]
+        time.sleep(0.002)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    for rank in ranks:
+        rank.communicate()
+    reached = log.read_text().count("\n") - 1
+    assert 10 < reached < 40, "it should have been killed between checkpoints"
+
+    finish(start_ranks(run_file, *options, f"run_dir={cut}"))
+    assert exact(metrics(cut)) == exact(metrics(whole))
+    assert [row["step"] for row in metrics(cut)] == list(range(41))
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run_file):
+    finish(start_ranks(run_file))
+    before = metrics(run_file.parent / "run")
+    checkpoints = run_file.parent / "run/checkpoints"
+    victim = max((checkpoints / "step-00000016").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    output = finish(start_ranks(run_file))[0]
+    assert f"{victim.name} is damaged; set aside" in output
+    assert "step 13/16" in output
+    assert "step 12/16" not in output
+    assert exact(metrics(run_file.parent / "run")) == exact(before)
+    assert (checkpoints / "damaged-step-00000016").is_dir()
+    assert (checkpoints / "latest").read_text() == "step-00000016"
+
+
+def test_another_world_size_or_config_is_refused_in_one_line(run_file, tmp_path):
+    finish(start_ranks(run_file, "duration.steps=4"))
+    for overrides, world_size, message in (
+        (["duration.steps=8"], 1, "was saved by 2 ranks, this run has 1"),
+        (["optimizer.lr=1e-4"], 2, "holds a run with another optimizer"),
+        (["seed=1", "model.n_layer=1"], 2, "holds a run with another model, seed"),
+    ):
+        ranks = start_ranks(run_file, *overrides, world_size=world_size)
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+        assert {rank.returncode for rank in ranks} == {2}, outputs
+        errors = [line for line in outputs[0].splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert message in errors[0]
+
+
+def test_losses_do_not_depend_on_world_size_or_grad_accum(run_file, tmp_path):
+    losses = {}
+    for world_size, micro_batch in ((1, 16), (2, 2)):
+        run_dir = tmp_path / f"{world_size}-{micro_batch}"
+        options = (f"run_dir={run_dir}", f"batch.micro_batch={micro_batch}")
+        finish(start_ranks(run_file, *options, world_size=world_size))
+        losses[world_size] = exact(metrics(run_dir))
+    for step, row in losses[1].items():
+        for a, b in zip(row, losses[2][step], strict=True):
+            assert a == b == None or a == pytest.approx(b, rel=2e-4)  # noqa: E711
+
+
+def test_half_precision_trains(run_file):
+    finish(start_ranks(run_file, "precision=bf16", "deepspeed={zero_optimization: {stage: 2}}"))
+    rows = metrics(run_file.parent / "run")
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.5
+
+
+@pytest.mark.parametrize("launcher", ["torchrun", "srun"])
+def test_other_launchers_train_the_same(run_file, tmp_path, launcher):
+    finish(start_ranks(run_file, f"run_dir={tmp_path / 'plain'}"))
+    script = [str(ROOT / "launch/train.py"), "--config", str(run_file)]
+    script.append(f"run_dir={tmp_path / 'other'}")
+    if launcher == "torchrun":
+        command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
+        command += ["--master-port=0", *script]
+        subprocess.run(command, env=ENVIRONMENT, check=True, timeout=180, capture_output=True)
+    else:  # what srun sets, without a Slurm
+        common = {"NTASKS": "2", "JOB_ID": str(os.getpid()), "JOB_NODELIST": "127.0.0.1"}
+        ranks = []
+        for rank in "01":
+            slurm = {**common, "PROCID": rank, "LOCALID": rank}
+            env = ENVIRONMENT | {f"SLURM_{name}": value for name, value in slurm.items()}
+            ranks.append(
+                subprocess.Popen(
+                    [sys.executable, *script],
+                    env=env,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.STDOUT,
+                    text=True,
+                )
+            )
+        finish(ranks)
+    assert exact(metrics(tmp_path / "other")) == exact(metrics(tmp_path / "plain"))
+
+
+def test_interrupting_the_command_ends_every_rank(run_file):
+    command = [sys.executable, "-m", "launch", "train", str(run_file), "--devices", "2"]
+    command.append("duration.steps=100000")
+    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE)
+    log, deadline = run_file.parent / "run/metrics.jsonl", time.monotonic() + 120
+    while not (log.exists() and log.read_text().count("\n") > 2):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(timeout=60) == 130
+    left = subprocess.run(["pgrep", "-f", str(run_file)], capture_output=True, text=True).stdout
+    assert left == ""
+
+
+def test_the_last_learning_rate_and_steps_follow_the_schedule(run_file):
+    tree = yaml.safe_load(run_file.read_text())
+    tree["schedule"] = {"kind": "wsd", "warmup_steps": 4, "final_lr_ratio": 0.0}
+    run_file.write_text(yaml.safe_dump(tree))
+    finish(start_ranks(run_file, world_size=1))
+    rates = [row.get("train/learning_rate") for row in metrics(run_file.parent / "run")][1:]
+    assert rates[:5] == pytest.approx([7.5e-4, 1.5e-3, 2.25e-3, 3e-3, 3e-3])
+    assert rates[-1] == 0.0
