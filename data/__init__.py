@@ -1,0 +1,46 @@
+"""Corpora become batches; this room knows nothing of models, engines or runs.
+
+    prepare       documents (text, JSON Lines) to token shards on disk, resumable
+    open_shards   a folder of shards, memory-mapped: .train, .held_out, .manifest
+    verify        every hash of a folder of shards
+    Batches       a split as endless batches, the same at any world size and after any resume
+    evaluation    one pass over a split
+    DataError     bad input, in one line for its user
+
+The files, from text to tensor: documents, tokenizer, units, workers, prepare; shards, manifest,
+reader; order, batches. Only reading documents imports `datasets`, and only batches imports torch.
+"""
+
+from typing import TYPE_CHECKING, Any
+
+from data.errors import DataError
+from data.manifest import Manifest
+from data.prepare import prepare
+from data.reader import Dataset, Split, open_shards, verify
+from data.tokenizer import Tokenizer, load_tokenizer
+
+if TYPE_CHECKING:
+    from data.batches import Batch, Batches, evaluation
+
+__all__ = [
+    "Batch",
+    "Batches",
+    "DataError",
+    "Dataset",
+    "Manifest",
+    "Split",
+    "Tokenizer",
+    "evaluation",
+    "load_tokenizer",
+    "open_shards",
+    "prepare",
+    "verify",
+]
+
+
+def __getattr__(name: str) -> Any:
+    if name in ("Batch", "Batches", "evaluation"):  # they cost the import of torch
+        import data.batches
+
+        return getattr(data.batches, name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

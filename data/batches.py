@@ -1,0 +1,180 @@
+"""(position, rank) to tensors: the global batches of a run, and one pass over held-out text.
+
+The state of a run's data is one number, `start`: the samples consumed so far. Step s takes the
+global samples [start + s·B, start + (s+1)·B); rank r takes every world-size-th of them, from the
+r-th on. order.py says which window a sample reads. So the global batches are the same at any
+world size, and a run resumed at start = s·B goes on as if never stopped.
+"""
+
+from collections.abc import Iterator
+from functools import cached_property
+
+import numpy as np
+import torch
+
+from data import order
+from data.errors import DataError
+from data.reader import Split
+
+IGNORED = -100  # the target that a loss leaves out
+_LOOKAHEAD = 4096  # samples whose places are computed at once: the arithmetic costs per call
+
+
+class Batch:
+    """One rank's part of a global batch. It owns its memory: keeping it is safe.
+
+    windows  (rows, seq_len + 1), uint16 or uint32 as in the shards
+    tokens   (rows, seq_len) int64, the first seq_len of each window
+    targets  (rows, seq_len) int64, the last seq_len; -100 in the rows that are padding
+    samples  (rows,) int64, always on the CPU: global sample numbers, or the windows' numbers in
+             an evaluation; -1 in padding rows, which come last
+
+    tokens and targets are made when first asked for, on the device that holds the windows.
+    """
+
+    def __init__(self, windows: torch.Tensor, samples: torch.Tensor) -> None:
+        self.windows = windows
+        self.samples = samples
+
+    @cached_property
+    def tokens(self) -> torch.Tensor:
+        return self.windows[:, :-1].to(torch.int64)
+
+    @cached_property
+    def targets(self) -> torch.Tensor:
+        targets = self.windows[:, 1:].to(torch.int64)
+        targets[int((self.samples >= 0).sum()) :] = IGNORED
+        return targets
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
+        """This batch on a device; 2 (or 4) bytes a token travel, the cast happens there."""
+        return Batch(self.windows.to(device, non_blocking=non_blocking), self.samples)
+
+
+class Batches:
+    """Iterate over one rank's batches, without end; every `iter` begins at `start`.
+
+    split         what `open_shards` gave: dataset.train
+    seq_len       T, tokens of context; a window is T + 1 tokens
+    global_batch  samples a step over all ranks; each rank gets global_batch / world_size
+    seed          of the order
+    start         samples consumed so far
+    pin           page-locked windows, so that `to(device, non_blocking=True)` overlaps (needs CUDA)
+
+    Raises DataError if the split is shorter than a window, holds fewer windows than a global batch,
+    or the batch does not divide over the ranks.
+    """
+
+    def __init__(
+        self,
+        split: Split,
+        seq_len: int,
+        global_batch: int,
+        seed: int = 0,
+        rank: int = 0,
+        world_size: int = 1,
+        start: int = 0,
+        *,
+        pin: bool = False,
+    ) -> None:
+        _check_ranks(rank, world_size)
+        self.samples_per_epoch = count_windows(split, seq_len)
+        if global_batch < 1 or global_batch % world_size:
+            raise DataError(_indivisible(global_batch, world_size))
+        if global_batch > self.samples_per_epoch:
+            raise DataError(
+                f"{split.folder} ({split.name}): a global batch of {global_batch} over {world_size}"
+                f" rank(s) is more than its {self.samples_per_epoch} samples of {seq_len} tokens; "
+                "use a smaller batch, fewer ranks, a shorter context or more text"
+            )
+        if start < 0:
+            raise DataError(f"start is {start}; it counts samples consumed and cannot be negative")
+        self.split, self.seq_len, self.global_batch, self.seed = split, seq_len, global_batch, seed
+        self.rank, self.world_size, self.start, self.pin = rank, world_size, start, pin
+
+    def __iter__(self) -> Iterator[Batch]:
+        rows = self.global_batch // self.world_size
+        steps = max(1, _LOOKAHEAD // rows)
+        mine = np.arange(steps)[:, None] * self.global_batch
+        mine = mine + np.arange(self.rank, self.global_batch, self.world_size)
+        first = self.start
+        while True:
+            samples = (first + mine).astype(np.int64)
+            starts = order.window_starts(
+                samples.reshape(-1), self.split.n_tokens, self.seq_len, self.seed
+            ).reshape(steps, rows)
+            for step in range(steps):
+                windows = _read(self.split, starts[step], self.seq_len, self.pin)
+                yield Batch(windows, torch.from_numpy(samples[step]))
+            first += steps * self.global_batch
+
+
+def evaluation(
+    split: Split,
+    seq_len: int,
+    global_batch: int,
+    rank: int = 0,
+    world_size: int = 1,
+    *,
+    pin: bool = False,
+) -> Iterator[Batch]:
+    """One pass over every window of a split, in order: window w reads the seq_len + 1 tokens from
+    w · seq_len on; the fewer than seq_len transitions left at the end are not read.
+
+    Every rank gets the same number of batches of the same shape, for ranks may have to meet in
+    every forward pass. Where windows run out, rows repeat window 0 with targets -100: weight a
+    batch's loss by its targets ≥ 0, and leave out a batch that has none.
+
+    Raises DataError as `Batches` does, except that a batch may be larger than the split.
+    """
+    _check_ranks(rank, world_size)
+    n_windows = count_windows(split, seq_len)
+    if global_batch < 1 or global_batch % world_size:
+        raise DataError(_indivisible(global_batch, world_size))
+
+    def read(first: int) -> Batch:
+        samples = np.arange(first + rank, first + global_batch, world_size)
+        samples[samples >= n_windows] = -1
+        starts = np.maximum(samples, 0) * seq_len
+        return Batch(_read(split, starts, seq_len, pin), torch.from_numpy(samples))
+
+    return map(read, range(0, n_windows, global_batch))
+
+
+def count_windows(split: Split, seq_len: int) -> int:
+    """Windows of seq_len + 1 tokens at stride seq_len in a split: the samples of an epoch.
+
+    Raises DataError if there is not one.
+    """
+    where = f"{split.folder} ({split.name})"
+    if seq_len < 1:
+        raise DataError(f"seq_len is {seq_len}; it must be at least 1")
+    if split.n_tokens == 0:
+        raise DataError(f"{where}: the split is empty; prepare the text with held_out above 0")
+    if split.n_tokens < seq_len + 1:
+        raise DataError(
+            f"{where}: context longer than the corpus: seq_len {seq_len} needs {seq_len + 1} "
+            f"tokens, there are {split.n_tokens}; use a shorter context or more text"
+        )
+    return split.n_tokens // seq_len
+
+
+def _read(split: Split, starts: order.Int64s, seq_len: int, pin: bool) -> torch.Tensor:
+    dtype = torch.uint16 if split.dtype.itemsize == 2 else torch.uint32
+    windows = torch.empty((len(starts), seq_len + 1), dtype=dtype, pin_memory=pin)
+    split.read(starts, windows.numpy())
+    return windows
+
+
+def _check_ranks(rank: int, world_size: int) -> None:
+    if not 0 <= rank < world_size:
+        raise DataError(f"rank {rank} of {world_size}: ranks are 0 … world size - 1")
+
+
+def _indivisible(global_batch: int, world_size: int) -> str:
+    below = global_batch - global_batch % world_size
+    near = [n for n in (below, below + world_size) if n > 0]
+    worlds = [n for n in range(1, world_size) if global_batch % n == 0 and global_batch > 0]
+    message = f"global batch {global_batch} does not divide over {world_size} ranks; possible: "
+    message += f"a global batch of {' or '.join(map(str, near))}"
+    return message + (f", or {', '.join(map(str, worlds))} ranks" if worlds else "")

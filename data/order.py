@@ -1,0 +1,74 @@
+"""Which tokens the n-th sample reads: pure integer functions, no state and no tables.
+
+A split of N tokens is a circular stream. With context T an epoch has W = N // T windows; window w
+of epoch e reads the T + 1 tokens that start at (offset(e) + w·T) mod N, so the T transitions of
+each window are its own and none is trained twice in an epoch (the N mod T transitions left over
+are elsewhere in the next epoch, whose offset differs). Every document starts with end of text, so
+the step from the last document back to the first is an ordinary one.
+
+Sample i is in epoch e = i // W and reads window P_e(i mod W). P_e is a Feistel network on the
+smallest even number of bits that holds W, walked along its cycle until it lands below W: a
+permutation of [0, W) for any W, keyed by (seed, source, epoch), O(1) in memory and start-up.
+
+All arrays are 1-D; uint64 arithmetic wraps modulo 2^64 by intention.
+"""
+
+import numpy as np
+import numpy.typing as npt
+
+UInt64s = npt.NDArray[np.uint64]
+Int64s = npt.NDArray[np.int64]
+
+ROUNDS = 6  # 4 suffice on large domains; the small ones of tests and tiny corpora want a few more
+_GOLDEN = 0x9E3779B97F4A7C15
+_MASK64 = 0xFFFFFFFFFFFFFFFF
+
+
+def _mix(x: UInt64s) -> UInt64s:
+    """The finaliser of splitmix64: a bijection on 64 bits that spreads every bit."""
+    x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    return x ^ (x >> np.uint64(31))
+
+
+def epoch_keys(seed: int, source: int, epochs: UInt64s) -> UInt64s:
+    """A 64-bit key for each epoch of one source under one seed."""
+    keys = np.zeros_like(epochs)
+    for part in (seed, source):
+        keys = _mix(keys + np.uint64((part + _GOLDEN) & _MASK64))
+    return _mix(keys + epochs + np.uint64(_GOLDEN))
+
+
+def permute(index: UInt64s, size: int, keys: UInt64s) -> UInt64s:
+    """Where each index in [0, size) goes under the permutation of [0, size) with its own key."""
+    half = np.uint64(((size - 1).bit_length() + 1) // 2)
+    mask = np.uint64((1 << int(half)) - 1)
+    round_keys = [keys + np.uint64(r * _GOLDEN & _MASK64) for r in range(1, ROUNDS + 1)]
+    out = index.copy()
+    walking = np.arange(len(index))  # positions whose cycle is not yet back below size
+    while len(walking):
+        left, right = out[walking] >> half, out[walking] & mask
+        for round_key in round_keys:
+            left, right = right, left ^ (_mix(right + round_key[walking]) & mask)
+        out[walking] = (left << half) | right
+        walking = walking[out[walking] >= np.uint64(size)]
+    return out
+
+
+def locate(samples: Int64s, n_windows: int, seed: int, source: int = 0) -> tuple[Int64s, Int64s]:
+    """(epoch, window) of each global sample number (≥ 0)."""
+    epochs, ordinals = np.divmod(samples.astype(np.uint64), np.uint64(n_windows))
+    windows = permute(ordinals, n_windows, epoch_keys(seed, source, epochs))
+    return epochs.astype(np.int64), windows.astype(np.int64)
+
+
+def offsets(epochs: Int64s, n_tokens: int, seed: int, source: int = 0) -> Int64s:
+    """The token at which each epoch's window 0 starts."""
+    keys = epoch_keys(seed, source, epochs.astype(np.uint64))
+    return (_mix(keys) % np.uint64(n_tokens)).astype(np.int64)
+
+
+def window_starts(samples: Int64s, n_tokens: int, seq_len: int, seed: int) -> Int64s:
+    """The token in [0, n_tokens) at which each global sample's window starts."""
+    epochs, windows = locate(samples, n_tokens // seq_len, seed)
+    return (offsets(epochs, n_tokens, seed) + windows * seq_len) % n_tokens

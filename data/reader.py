@@ -1,0 +1,171 @@
+"""Opening, reading and verifying a folder of shards.
+
+Opening reads the manifest and the shards' headers and checks sizes: O(shards), no hashing, and
+memory that does not grow with the tokens. Shards are mapped when first read.
+"""
+
+import mmap
+import os
+from dataclasses import dataclass
+from hashlib import sha256
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from data.errors import DataError
+from data.manifest import SPLITS, Manifest, read_manifest
+from data.shards import BLOCK_BYTES, DTYPES, HEADER_BYTES, ShardEntry, Vocabulary, file_entry
+from data.shards import header as shard_header
+
+_MAX_MAPS = 256  # a map holds a file descriptor, of which a process often has only 1,024
+
+
+class Split:
+    """The tokens of one split, read as one circular stream.
+
+    name        "train" or "held_out"
+    dtype       numpy dtype of the tokens, uint16 or uint32
+    n_tokens    tokens, end-of-text ids included          n_documents  documents
+    hash        sha256 (hex) over the hashes of its token files, in order
+    """
+
+    def __init__(self, folder: Path, name: str, manifest: Manifest) -> None:
+        shards = manifest.splits[name]
+        self.folder, self.name = folder, name
+        self.dtype = DTYPES[manifest.dtype]
+        self.n_tokens = manifest.tokens(name)
+        self.n_documents = manifest.documents(name)
+        self.hash = sha256("".join(shard.bin.sha256 for shard in shards).encode()).hexdigest()
+        self._paths = [folder / f"{shard.name}.bin" for shard in shards]
+        self._counts = np.array([shard.tokens for shard in shards], np.int64)
+        self._ends = np.cumsum(self._counts)
+        self._maps: dict[int, npt.NDArray[np.unsignedinteger]] = {}
+
+    def read(self, starts: npt.NDArray[np.int64], out: npt.NDArray[np.unsignedinteger]) -> None:
+        """Fill out[i] (out: (k, n), of `dtype`) with the n tokens from token starts[i] on.
+
+        Starts are taken modulo n_tokens; after the last token comes the first.
+        """
+        starts = starts % self.n_tokens
+        shards = np.searchsorted(self._ends, starts, side="right")
+        counts = self._counts[shards]
+        firsts = starts - (self._ends[shards] - counts)
+        length = out.shape[1]
+        inside = firsts + length <= counts
+        maps = self._maps
+        places = zip(out, shards.tolist(), firsts.tolist(), inside.tolist(), strict=True)
+        for row, shard, first, is_inside in places:
+            if not is_inside:
+                self._read_across(shard, first, row)
+            elif (tokens := maps.get(shard)) is not None:
+                row[:] = tokens[first : first + length]
+            else:
+                row[:] = self._map(shard)[first : first + length]
+
+    def _read_across(self, shard: int, first: int, row: npt.NDArray[np.unsignedinteger]) -> None:
+        filled = 0
+        while filled < len(row):
+            piece = self._map(shard)[first : first + len(row) - filled]
+            row[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            shard, first = (shard + 1) % len(self._paths), 0
+
+    def _map(self, shard: int) -> npt.NDArray[np.unsignedinteger]:
+        if (tokens := self._maps.get(shard)) is not None:
+            return tokens
+        path, count = self._paths[shard], int(self._counts[shard])
+        try:
+            with open(path, "rb") as file:
+                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+            tokens = np.frombuffer(mapped, self.dtype, count, HEADER_BYTES)
+        except (OSError, ValueError) as error:
+            raise DataError(f"{path}: changed since it was opened: {error}") from None
+        if len(self._maps) >= _MAX_MAPS:
+            del self._maps[next(iter(self._maps))]
+        self._maps[shard] = tokens
+        return tokens
+
+
+@dataclass(frozen=True)
+class Dataset:
+    """An opened folder of shards."""
+
+    train: Split
+    held_out: Split
+    manifest: Manifest
+
+
+def open_shards(folder: str | Path, vocab_hash: str | None = None) -> Dataset:
+    """Open a folder that `prepare` wrote.
+
+    Raises DataError if it is unfinished, foreign or truncated, if a header contradicts the
+    manifest, or if `vocab_hash` is given and the shards were made with another vocabulary.
+    """
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    made_with = manifest.vocabulary
+    if vocab_hash is not None and made_with.hash != vocab_hash:
+        raise DataError(
+            f"{folder}: made with another vocabulary (sha256 {made_with.hash[:12]}…, expected "
+            f"{vocab_hash[:12]}…); prepare the text again"
+        )
+    for split in SPLITS:
+        for shard in manifest.splits[split]:
+            _check(folder, shard, made_with)
+    train, held_out = (Split(folder, split, manifest) for split in SPLITS)
+    return Dataset(train, held_out, manifest)
+
+
+def _check(folder: Path, shard: ShardEntry, vocabulary: Vocabulary) -> None:
+    base = f"{folder}/{shard.name}"
+    try:
+        with open(f"{base}.bin", "rb", buffering=0) as file:
+            size, head = os.fstat(file.fileno()).st_size, file.read(HEADER_BYTES)
+        index_size = os.stat(f"{base}.idx").st_size
+    except OSError as error:
+        raise DataError(f"{error.filename}: {error.strerror}; run the same prepare again") from None
+    for suffix, found, listed in (
+        ("bin", size, shard.bin.bytes),
+        ("idx", index_size, shard.idx.bytes),
+    ):
+        if found != listed:
+            raise DataError(
+                f"{base}.{suffix}: {found:,} bytes, but the manifest says {listed:,}: truncated or "
+                "replaced; run the same prepare again"
+            )
+    if head != shard_header(shard.tokens, shard.documents, vocabulary):
+        raise DataError(f"{base}.bin: its header is not the manifest's; run the same prepare again")
+
+
+def damages(folder: Path, shard: ShardEntry) -> list[str]:
+    """One line for each damaged place of a shard's two files, hashing all of them."""
+    found = []
+    for suffix, listed in (("bin", shard.bin), ("idx", shard.idx)):
+        path = folder / f"{shard.name}.{suffix}"
+        try:
+            entry = file_entry(path)
+        except OSError as error:
+            found.append(f"{path}: {error.strerror}")
+            continue
+        if entry.bytes != listed.bytes:
+            found.append(f"{path}: {entry.bytes:,} bytes, the manifest says {listed.bytes:,}")
+        if entry.sha256 == listed.sha256:
+            continue
+        blocks = range(0, min(len(entry.blocks), len(listed.blocks)), 16)
+        bad = [i // 16 for i in blocks if entry.blocks[i : i + 16] != listed.blocks[i : i + 16]]
+        found += [
+            f"{path}: block {b} (bytes {b * BLOCK_BYTES:,} to "
+            f"{min((b + 1) * BLOCK_BYTES, listed.bytes):,}) is damaged"
+            for b in bad
+        ] or [f"{path}: sha256 differs from the manifest's"]
+    return found
+
+
+def verify(folder: str | Path) -> list[str]:
+    """Check every hash of a folder of shards: one line, naming file and block, for each damage; an
+    empty list if all is whole. Raises DataError if the manifest itself is missing or damaged."""
+    folder = Path(folder)
+    manifest = read_manifest(folder)
+    shards = [shard for split in SPLITS for shard in manifest.splits[split]]
+    return [damage for shard in shards for damage in damages(folder, shard)]

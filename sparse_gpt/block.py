@@ -1,0 +1,50 @@
+"""Transformer blocks: the same attention with a dense or a sparse FFN."""
+
+from __future__ import annotations
+
+from torch import Tensor, nn
+
+from sparse_gpt.attention import CausalSelfAttention, KVCache
+from sparse_gpt.config import DenseFFNConfig, ModelConfig, SparseFFNConfig
+from sparse_gpt.ffn import DenseFFN, UltraEfficientSparseFFN
+
+
+class DenseBlock(nn.Module):
+    """x + attention(ln_1(x)), then x + ffn(ln_2(x)): GPT-2's block.
+
+    `(batch, seq, d_model) -> (batch, seq, d_model)`. Raises ValueError when `config.ffn` is sparse.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if not isinstance(config.ffn, DenseFFNConfig):
+            raise ValueError(f"DenseBlock needs a dense ffn, not {config.ffn.kind}")
+        self.ln_1 = nn.LayerNorm(config.d_model)
+        self.attention = CausalSelfAttention(config)
+        self.ln_2 = nn.LayerNorm(config.d_model)
+        self.ffn = DenseFFN(config.d_model, config.ffn, config.n_layer)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The residual stream after this block; `cache` as in CausalSelfAttention."""
+        x = x + self.attention(self.ln_1(x), cache)
+        return x + self.ffn(self.ln_2(x))
+
+
+class SparseBlock(nn.Module):
+    """x + attention(ln_1(x)), then x + ffn(x): the sparse FFN begins with its own norm.
+
+    `(batch, seq, d_model) -> (batch, seq, d_model)`. Raises ValueError when `config.ffn` is dense.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        if not isinstance(config.ffn, SparseFFNConfig):
+            raise ValueError(f"SparseBlock needs a sparse ffn, not {config.ffn.kind}")
+        self.ln_1 = nn.LayerNorm(config.d_model)
+        self.attention = CausalSelfAttention(config)
+        self.ffn = UltraEfficientSparseFFN(config.d_model, config=config.ffn)
+
+    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
+        """The residual stream after this block; `cache` as in CausalSelfAttention."""
+        x = x + self.attention(self.ln_1(x), cache)
+        return x + self.ffn(x)

@@ -1,0 +1,113 @@
+"""GPT: embeddings, blocks, output head, loss and generation."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from sparse_gpt.attention import KVCache
+from sparse_gpt.block import DenseBlock, SparseBlock
+from sparse_gpt.config import ModelConfig
+
+VOCAB_MULTIPLE = 64  # matrix units want the head's width a multiple of it
+
+
+class GPT(nn.Module):
+    """GPT-2 (Radford et al. 2019): learned positions, pre-LayerNorm, tied head.
+
+    The embedding's rows are padded to a multiple of 64; padded tokens can neither be predicted nor
+    share in the loss. Matrices have 2 dimensions or more, everything per channel has 1, so
+    `p.dim() >= 2` tells what to decay.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        padded = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        self.wte = nn.Embedding(padded, config.d_model)
+        self.wpe = nn.Embedding(config.max_seq_len, config.d_model)
+        self.dropout = nn.Dropout(config.dropout)
+        block = DenseBlock if config.ffn.kind == "dense" else SparseBlock
+        self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layer))
+        self.ln_f = nn.LayerNorm(config.d_model)
+        # On meta: its own weight would only be thrown away.
+        self.lm_head = nn.Linear(config.d_model, padded, bias=False, device="meta")
+        self.lm_head.weight = self.wte.weight
+        nn.init.normal_(self.wte.weight, std=0.02)
+        nn.init.normal_(self.wpe.weight, std=0.02)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Logits, or with targets the loss.
+
+        tokens, targets: `(batch, seq)` int64. Logits: `(batch, seq, vocab_size)` in the module's
+        dtype (a view of the padded ones). Loss: float32 `()`, the mean cross-entropy in nats over
+        the real vocabulary and the targets that are not -100.
+        Raises ValueError when seq exceeds max_seq_len.
+        """
+        logits = self.lm_head(self._hidden(tokens))
+        if targets is None:
+            return logits[..., : self.config.vocab_size]
+        # In place: slicing the padding off would copy all logits again.
+        pass
+        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+
+    def _hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+        """What the head reads, `(batch, seq, d_model)`; tokens continue the cached ones."""
+        start = caches[0].length if caches else 0
+        end = start + tokens.shape[1]
+        if end > self.config.max_seq_len:
+            raise ValueError(f"{end} tokens exceed max_seq_len {self.config.max_seq_len}")
+        x = self.wte(tokens) + self.wpe(torch.arange(start, end, device=tokens.device))
+        x = self.dropout(x)
+        for i, block in enumerate(self.blocks):
+            x = block(x, caches[i] if caches else None)
+        return self.ln_f(x)
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue `(batch, seq)` int64 tokens; returns `(batch, seq + max_new_tokens)`.
+
+        Temperature 0 takes the likeliest token, otherwise one is drawn (by `generator`), of the
+        `top_k` likeliest if given. Runs in eval mode with a KV cache.
+        Raises ValueError when the result would exceed max_seq_len.
+        """
+        total = tokens.shape[1] + max_new_tokens
+        if total > self.config.max_seq_len:
+            raise ValueError(
+                f"{tokens.shape[1]} tokens and {max_new_tokens} new ones exceed "
+                f"max_seq_len {self.config.max_seq_len}"
+            )
+        training = self.training
+        self.eval()
+        try:
+            caches = [KVCache(total) for _ in self.blocks]
+            new = tokens
+            for _ in range(max_new_tokens):
+                hidden = self._hidden(new, caches)[:, -1]
+                logits = self.lm_head(hidden)[:, : self.config.vocab_size]
+                new = _choose(logits, temperature, top_k, generator)
+                tokens = torch.cat((tokens, new), 1)
+        finally:
+            self.train(training)
+        return tokens
+
+
+def _choose(
+    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
+) -> Tensor:
+    """Next tokens `(batch, 1)` from logits `(batch, vocab_size)`."""
+    if temperature == 0:
+        return logits.argmax(-1, keepdim=True)
+    logits = logits.float() / temperature
+    if top_k is not None:
+        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+        logits = logits.masked_fill(logits < least, float("-inf"))
+    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
