@@ -49,7 +49,7 @@ class GPT(nn.Module):
         if targets is None:
             return logits[..., : self.config.vocab_size]
         # In place: slicing the padding off would copy all logits again.
-        pass
+        logits[..., self.config.vocab_size :] = float("-inf")
         return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
 
     def _hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:

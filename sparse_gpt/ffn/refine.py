@@ -52,7 +52,7 @@ class TokenFeedback(nn.Module):
 
     θ, the running (1 − ρ)-quantile of m, is a float32 buffer without gradient. Training reads it
     before moving it: a token's output depends on past batches only, never on its neighbours.
-    θ is not synchronised: under data parallelism each rank follows its own batches.
+    Under data parallelism each rank follows its own batches: average the buffers over the ranks.
     Raises ValueError when groups does not divide d_model.
     """
 

@@ -79,7 +79,8 @@ class SparseSpectral(nn.Module):
             grid = torch.einsum("npj,pkj->npk", grid, self.right)
             grid = torch.einsum("niq,qki->nkq", grid, self.left)
         else:
-            grid = self.left @ (grid @ self.right.T)
+            left, right = self._fixed(x.dtype)
+            grid = left @ (grid @ right.T)
         return grid.reshape(x.shape)
 
     def inverse(self, c: Tensor) -> Tensor:
@@ -89,8 +90,13 @@ class SparseSpectral(nn.Module):
             grid = torch.einsum("nkq,qki->niq", grid, self.left)
             grid = torch.einsum("npk,pkj->npj", grid, self.right)
         else:
-            grid = self.left.T @ (grid @ self.right)
+            left, right = self._fixed(c.dtype)
+            grid = left.T @ (grid @ right)
         return grid.reshape(c.shape)
+
+    def _fixed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The fixed factors in a dtype: an engine may cast parameters and leave buffers alone."""
+        return self.left.to(dtype), self.right.to(dtype)
 
     def _threshold(self, c: Tensor) -> Tensor:
         """Smallest magnitude that each token keeps, `(..., 1)`."""

@@ -1,0 +1,125 @@
+"""Properties of a whole FFN, dense or sparse, for every option."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch.func import functional_call
+
+from sparse_gpt import DenseFFN, DenseFFNConfig, SparseFFNConfig, UltraEfficientSparseFFN
+
+
+@pytest.fixture
+def ffn(model_config, wake):
+    if model_config.ffn.kind == "dense":
+        return wake(DenseFFN(32, model_config.ffn))
+    return wake(UltraEfficientSparseFFN(32, config=model_config.ffn))
+
+
+@settings(
+    max_examples=15,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+@pytest.mark.parametrize("training", [True, False])
+def test_a_token_does_not_see_another(ffn, training, data):
+    seq = data.draw(st.integers(1, 9))
+    last = data.draw(st.integers(0, seq - 1))
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    x, other = torch.randn(2, 3, seq, 32)
+    scale = data.draw(st.sampled_from([1.0, 100.0]))  # others may well be far larger
+    other = scale * other
+    other[1, : last + 1] = x[1, : last + 1]
+
+    outputs = []
+    for tokens in (x, other):
+        torch.manual_seed(1)  # the same dropout
+        outputs.append(copy.deepcopy(ffn).train(training)(tokens)[1, : last + 1])
+    assert torch.equal(*outputs)
+
+
+def test_gradients_are_right(ffn):
+    ffn.double().eval()
+    names, parameters = zip(*ffn.named_parameters(), strict=True)
+    x = torch.randn(1, 2, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(
+        lambda x, *values: functional_call(ffn, dict(zip(names, values, strict=True)), (x,)),
+        (x, *parameters),
+        fast_mode=True,
+    )
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_runs_in_other_dtypes(ffn, dtype):
+    ffn.eval()
+    x = torch.randn(40, 32)
+    expected = ffn(x)
+    other = copy.deepcopy(ffn).to(dtype)
+    y = other(x.to(dtype))
+    y.sum().backward()
+    assert y.dtype == dtype
+    assert all(p.grad.isfinite().all() for p in other.parameters())
+    # Rounding moves a few coefficients and tokens across their thresholds: compare the bulk.
+    error = (y.float() - expected).abs().median().item()
+    assert error < (0.1 if dtype == torch.bfloat16 else 1e-5)
+
+
+def test_any_leading_shape(ffn):
+    ffn.eval()
+    x = torch.randn(2, 3, 32)
+    flat = ffn(x.view(6, 32))
+    torch.testing.assert_close(ffn(x), flat.view(2, 3, 32))
+    torch.testing.assert_close(ffn(x[0, 0]), flat[0])
+
+
+def test_compiles_without_graph_breaks(ffn):
+    torch._dynamo.reset()
+    for module in ffn.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    eager = copy.deepcopy(ffn)
+    compiled = torch.compile(ffn, backend="aot_eager", fullgraph=True)
+    for _ in range(2):
+        x = torch.randn(4, 5, 32, requires_grad=True)
+        x2 = x.detach().clone().requires_grad_()
+        y, y2 = compiled(x), eager(x2)
+        torch.testing.assert_close(y, y2, rtol=1e-4, atol=1e-5)
+        y.square().sum().backward()
+        y2.square().sum().backward()
+        torch.testing.assert_close(x.grad, x2.grad, rtol=1e-3, atol=1e-4)
+    for (name, mine), theirs in zip(ffn.named_buffers(), eager.buffers(), strict=True):
+        torch.testing.assert_close(mine, theirs, msg=name)
+
+
+def test_the_norm_sets_the_size_of_the_branch():
+    config = SparseFFNConfig(out_gain=0.25)
+    ffn = UltraEfficientSparseFFN(128, config=config)
+    y = ffn(7 * torch.randn(1000, 128))
+    assert y.std().item() == pytest.approx(0.25, rel=0.01)
+
+
+def test_dropout_acts_on_the_branch():
+    ffn = UltraEfficientSparseFFN(128, config=SparseFFNConfig(dropout=0.5))
+    x = torch.randn(1000, 128)
+    assert (ffn(x) == 0).float().mean().item() == pytest.approx(0.5, abs=0.01)
+    assert (ffn.eval()(x) != 0).all()
+
+
+def test_dense_equals_gpt2s_definition(wake):
+    ffn = wake(DenseFFN(8, DenseFFNConfig()))
+    x = torch.randn(5, 8)
+    z = x @ ffn.up.weight.T + ffn.up.bias
+    gelu = 0.5 * z * (1 + torch.tanh((2 / torch.pi) ** 0.5 * (z + 0.044715 * z**3)))
+    torch.testing.assert_close(ffn(x), gelu @ ffn.down.weight.T + ffn.down.bias)
+
+
+def test_bad_width_and_preset_are_named():
+    with pytest.raises(ValueError, match="group_size 16 does not divide d_model 24"):
+        UltraEfficientSparseFFN(24)
+    with pytest.raises(ValueError, match="'dense'"):
+        UltraEfficientSparseFFN(128, "dense")
+    with pytest.raises(ValueError, match=r"'papr'; possible: dense, paper, default"):
+        UltraEfficientSparseFFN(128, "papr")

@@ -1,0 +1,208 @@
+import math
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from sparse_gpt import GPT, DenseBlock, ModelConfig, SparseBlock
+
+FEEDBACK = {"preset": "default", "feedback": {}}
+
+
+def sample(vocab=97, batch=2, seq=12):
+    return torch.randint(vocab, (batch, seq))
+
+
+def tiny(ffn="dense", **overrides):
+    sizes = {"vocab_size": 97, "max_seq_len": 16, "d_model": 32, "n_layer": 2, "n_head": 4}
+    return GPT(ModelConfig.preset("tiny", ffn=ffn, **{**sizes, **overrides}))
+
+
+@settings(
+    max_examples=10,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+@pytest.mark.parametrize("training", [True, False])
+def test_logits_do_not_see_the_future_or_other_samples(model_config, wake, training, data):
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    last = data.draw(st.integers(0, 10))
+    model = wake(GPT(model_config)).train(training)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    tokens = sample()
+    other = sample()
+    other[0, : last + 1] = tokens[0, : last + 1]
+
+    torch.manual_seed(1)  # the same dropout
+    before = model(tokens)[0, : last + 1]
+    model.load_state_dict(state)
+    torch.manual_seed(1)
+    after = model(other)
+    assert torch.equal(before, after[0, : last + 1])
+
+
+@pytest.mark.parametrize(
+    ("size", "published"),
+    [
+        ("124m", 124_439_808),
+        ("355m", 354_823_168),
+        ("774m", 774_030_080),
+        ("1558m", 1_557_611_200),
+    ],
+)
+def test_dense_sizes_are_gpt2s(size, published):
+    with torch.device("meta"):
+        model = GPT(ModelConfig.preset(size))
+    padding = (50304 - 50257) * model.config.d_model
+    assert sum(p.numel() for p in model.parameters()) - padding == published
+
+
+@pytest.mark.parametrize("ffn", ["dense", FEEDBACK])
+@pytest.mark.parametrize("vocab_size", [97, 128])
+def test_loss_and_gradients_equal_the_naive_cross_entropy(ffn, vocab_size):
+    model = tiny(ffn, vocab_size=vocab_size).eval()
+    tokens, targets = sample(vocab_size), sample(vocab_size)
+    targets[0, 3:] = -100
+    loss = model(tokens, targets)
+    loss.backward()
+    gradients = [p.grad.clone() for p in model.parameters()]
+
+    model.zero_grad()
+    logits = model(tokens)
+    assert logits.shape == (2, 12, vocab_size)
+    log_p = logits.double() - logits.double().logsumexp(-1, keepdim=True)
+    kept = [(b, t) for b in range(2) for t in range(12) if targets[b, t] != -100]
+    naive = -sum(log_p[b, t, targets[b, t]] for b, t in kept) / len(kept)
+    naive.backward()
+    assert loss.dtype == torch.float32
+    assert loss.shape == ()
+    torch.testing.assert_close(loss.double(), naive)
+    for mine, p in zip(gradients, model.parameters(), strict=True):
+        torch.testing.assert_close(mine, p.grad, rtol=1e-4, atol=1e-6)
+
+
+def test_initial_values_are_gpt2s():
+    model = GPT(ModelConfig.preset("tiny", vocab_size=5000, n_layer=8))
+    assert model.lm_head.weight is model.wte.weight
+    block = model.blocks[0]
+    assert isinstance(block, DenseBlock)
+    for p in (model.wte.weight, model.wpe.weight, block.attention.qkv.weight, block.ffn.up.weight):
+        assert p.std().item() == pytest.approx(0.02, rel=0.02)
+    for p in (block.attention.out.weight, block.ffn.down.weight):
+        assert p.std().item() == pytest.approx(0.02 / 4, rel=0.02)
+    tokens = sample(5000, seq=100)
+    assert model(tokens, sample(5000, seq=100)).item() == pytest.approx(math.log(5000), abs=0.1)
+
+
+def test_only_matrices_have_two_dimensions():
+    ffn = {**FEEDBACK, "spectral": {"transform": "learned"}}
+    model = tiny(ffn, n_layer=1)
+    matrices = {
+        name.removeprefix("blocks.0.") for name, p in model.named_parameters() if p.dim() >= 2
+    }
+    assert matrices == {
+        "wte.weight",
+        "wpe.weight",
+        "attention.qkv.weight",
+        "attention.out.weight",
+        "ffn.spectral.left",
+        "ffn.spectral.right",
+        "ffn.polynomial.weight",
+        "ffn.feedback.a",
+        "ffn.feedback.b",
+        "ffn.projection.weight",
+    }
+
+
+@pytest.mark.parametrize("ffn", ["dense", FEEDBACK])
+def test_greedy_generation_equals_the_uncached(ffn):
+    model = tiny(ffn).double()
+    tokens = sample(seq=4)
+    expected = tokens
+    model.eval()
+    for _ in range(12):
+        expected = torch.cat((expected, model(expected)[:, -1:].argmax(-1)), 1)
+    model.train()
+    assert torch.equal(model.generate(tokens, 12, temperature=0), expected)
+    assert torch.equal(model.generate(tokens, 12, top_k=1), expected)
+    assert model.training
+
+
+def test_sampling_follows_its_generator_and_top_k():
+    model = tiny().eval()
+    tokens = sample(batch=64, seq=2)
+
+    def draw(seed):
+        return model.generate(tokens, 1, top_k=3, generator=torch.Generator().manual_seed(seed))
+
+    assert torch.equal(draw(1), draw(1))
+    assert not torch.equal(draw(1), draw(2))
+    likeliest = model(tokens)[:, -1].topk(3).indices
+    assert (draw(1)[:, -1:] == likeliest).any(-1).all()
+
+
+def test_temperature_sharpens():
+    model = tiny().eval()
+    tokens = sample(batch=1, seq=2).expand(500, -1)
+    likeliest = model(tokens[:1])[0, -1].argmax()
+    hits = [
+        (model.generate(tokens, 1, temperature=t)[:, -1] == likeliest).float().mean().item()
+        for t in (100.0, 1e-3)
+    ]
+    assert hits[0] < 0.1
+    assert hits[1] == 1
+
+
+def test_too_long_a_sequence_is_named():
+    model = tiny()
+    with pytest.raises(ValueError, match=r"17 tokens exceed max_seq_len 16"):
+        model(sample(seq=17))
+    with pytest.raises(ValueError, match=r"12 tokens and 5 new ones exceed max_seq_len 16"):
+        model.generate(sample(), 5)
+
+
+def test_blocks_refuse_the_other_kind_of_ffn():
+    with pytest.raises(ValueError, match="dense"):
+        SparseBlock(ModelConfig.preset("tiny", ffn="dense"))
+    with pytest.raises(ValueError, match="sparse"):
+        DenseBlock(ModelConfig.preset("tiny", ffn="paper"))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+@pytest.mark.parametrize("ffn", ["dense", FEEDBACK])
+def test_runs_in_every_dtype(ffn, dtype):
+    model = tiny(ffn).to(dtype)
+    tokens = sample()
+    assert model(tokens).dtype == dtype
+    loss = model(tokens, tokens)
+    assert loss.dtype == torch.float32
+    loss.backward()
+    for name, p in model.named_parameters():
+        assert p.grad.dtype == dtype, name
+        assert p.grad.isfinite().all(), name
+    assert loss.isfinite()
+
+
+@pytest.mark.parametrize("ffn", ["dense", FEEDBACK])
+def test_learns(ffn):
+    model = tiny(ffn)
+    tokens = sample()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5  # from ln 97 = 4.6
+
+
+@pytest.mark.parametrize("ffn", ["dense", FEEDBACK])
+def test_compiles_without_graph_breaks(ffn):
+    torch._dynamo.reset()
+    model = tiny(ffn, n_layer=1)
+    tokens = sample()
+    expected = model.eval()(tokens, tokens)
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
+    torch.testing.assert_close(compiled(tokens, tokens), expected)
