@@ -43,7 +43,8 @@ class Batch:
     @cached_property
     def targets(self) -> torch.Tensor:
         targets = self.windows[:, 1:].to(torch.int64)
-        targets[int((self.samples >= 0).sum()) :] = IGNORED
+        if self.samples[-1] < 0:
+            targets[int((self.samples >= 0).sum()) :] = IGNORED
         return targets
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":

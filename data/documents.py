@@ -96,8 +96,10 @@ def _source_file(path: Path, name: str) -> SourceFile:
     return SourceFile(path, name, SUFFIXES.get(path.suffix, "text"))
 
 
-def cut(file: SourceFile, separator: str | None) -> tuple[list[Slice], dict[str, Any]]:
-    """Slices of at least SLICE_BYTES (the last: fewer), and the file's line in the manifest."""
+def cut(
+    file: SourceFile, separator: str | None, slice_bytes: int = SLICE_BYTES
+) -> tuple[list[Slice], dict[str, Any]]:
+    """Slices of at least `slice_bytes` (the last: fewer), and the file's row in the manifest."""
     slices: list[Slice] = []
     whole = xxhash.xxh3_128()
     try:
@@ -106,7 +108,7 @@ def cut(file: SourceFile, separator: str | None) -> tuple[list[Slice], dict[str,
             view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
             start, line = 0, 1
             while start < size:
-                end = _boundary(view, file.kind, separator, start + SLICE_BYTES, size)
+                end = _boundary(view, file.kind, separator, start + slice_bytes, size)
                 content = view[start:end]
                 whole.update(content)
                 digest = xxhash.xxh3_128_hexdigest(content)

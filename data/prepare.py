@@ -81,6 +81,10 @@ def prepare(
     if workers < 1:
         raise DataError(f"workers is {workers}; it must be at least 1")
     tokenizer = load_tokenizer()
+    out = Path(out)
+    for source in map(Path, sources):
+        if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
+            raise DataError(f"{out}: lies in the source {source}; write the shards elsewhere")
     slices, rows = [], []
     for file in find_files(sources):
         of_file, row = cut(file, separator)
@@ -89,7 +93,6 @@ def prepare(
     if not slices:
         raise DataError(f"the corpus is empty: {len(rows)} file(s), 0 bytes; name some text")
     units = plan(slices, options, tokenizer)
-    out = Path(out)
     with _claim(out, units):
         done = {unit.number: finished(out, unit) for unit in units}
         todo = [unit for unit in units if done[unit.number] is None]

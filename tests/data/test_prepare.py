@@ -1,0 +1,268 @@
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from data import DataError, open_shards, prepare, verify
+from data.manifest import SPLITS, read_manifest
+from data.shards import INDEX, content_hash
+
+SAMPLES = Path(__file__).parents[2] / "data" / "samples"
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def hashes(folder: Path, split: str) -> list[int]:
+    shards = read_manifest(folder).splits[split]
+    return [
+        h for s in shards for h in np.fromfile(folder / f"{s.name}.idx", INDEX)["hash"].tolist()
+    ]
+
+
+def json_lines(path: Path, texts: list[str]) -> Path:
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return path
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Sixteen files of 470 KB: with small shards, sixteen units."""
+    folder = tmp_path_factory.mktemp("corpus")
+    novel = (SAMPLES / "persuasion.txt").read_text()
+    for i in range(16):
+        (folder / f"{i:02d}.txt").write_text(novel.replace("Anne", f"Anne {i}"))
+    return folder
+
+
+PREPARE = """
+import sys
+from data import prepare
+if __name__ == "__main__":
+    prepare([sys.argv[1]], sys.argv[2], workers=int(sys.argv[3]), held_out=0.1,
+            shard_tokens=60_000, separator="\\nChapter ", progress=True)
+"""
+
+
+def start_prepare(script: Path, corpus: Path, out: Path, workers: int) -> subprocess.Popen[str]:
+    script.write_text(PREPARE)
+    command = [sys.executable, str(script), str(corpus), str(out), str(workers)]
+    return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def running(session: int) -> list[int]:
+    """Living processes of a session."""
+    found = []
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, _, _, sid = stat.read_text().rpartition(")")[2].split()[:4]
+        except OSError:
+            continue
+        if int(sid) == session and state != "Z":
+            found.append(int(stat.parent.name))
+    return found
+
+
+def test_same_bytes_for_any_workers_and_after_a_kill(corpus: Path, tmp_path: Path) -> None:
+    undisturbed = tmp_path / "undisturbed"
+    prepare([corpus], undisturbed, held_out=0.1, shard_tokens=60_000, separator="\nChapter ")
+    expected = content(undisturbed)
+    assert len([name for name in expected if name.startswith("unit-")]) == 16
+
+    out = tmp_path / "killed"
+    process = start_prepare(tmp_path / "run.py", corpus, out, workers=2)
+    deadline = time.monotonic() + 60
+    while len(list(out.glob("unit-*"))) < 3:
+        assert process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    deadline = time.monotonic() + 10
+    while running(process.pid):
+        assert time.monotonic() < deadline, "workers outlive their killed parent"
+        time.sleep(0.05)
+    with pytest.raises(DataError, match="killed: unfinished"):
+        open_shards(out)
+    finished = {path: path.stat().st_mtime_ns for path in out.glob("*-*") if path.name[0] != "."}
+    assert len(finished) < len(expected) - 1
+    records = list(out.glob("unit-*"))
+
+    process = start_prepare(tmp_path / "run.py", corpus, out, workers=2)
+    _, errors = process.communicate(timeout=60)
+    assert (process.returncode, errors) == (0, "")  # and no progress drawn: not a terminal
+    assert content(out) == expected
+    assert verify(out) == []
+    kept = [path for record in records for path in out.glob(f"*{record.stem.split('-')[2]}*")]
+    assert {path: path.stat().st_mtime_ns for path in kept} == {p: finished[p] for p in kept}
+
+
+def test_one_worker_leaves_what_two_leave(tmp_path: Path) -> None:
+    """A novel in 5 MB of lines: two chunks of one unit, so that both workers are at work."""
+    texts = [
+        f"{i} {t}" for i in range(6) for t in (SAMPLES / "persuasion.txt").read_text().split("\n\n")
+    ]
+    source = json_lines(tmp_path / "a.jsonl", texts * 2)
+    assert source.stat().st_size > 5e6
+    for workers in (1, 2):
+        prepare([source], tmp_path / str(workers), workers=workers)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    assert read_manifest(tmp_path / "1").documents("train") > 10_000
+
+
+def test_running_again_changes_nothing_and_mends_damage(novels: Path, tmp_path: Path) -> None:
+    out = Path(shutil.copytree(novels, tmp_path / "out"))
+    expected = content(out)
+    damaged = sorted(out.glob("train-*.bin"))[2]
+    damaged.write_bytes(damaged.read_bytes()[:-2] + b"xx")
+    assert len(verify(out)) == 1
+    prepare([SAMPLES], out, held_out=0.05, separator="\nChapter ", shard_tokens=20_000)
+    assert content(out) == expected
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*-*")}
+    prepare([SAMPLES], out, held_out=0.05, separator="\nChapter ", shard_tokens=20_000)
+    assert {path: path.stat().st_mtime_ns for path in out.glob("*-*")} == before
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.integers(0, 30), min_size=20, max_size=60),
+    st.floats(0.2, 0.8),
+    st.sampled_from([20, 200, 10**8]),
+)
+def test_duplicates_never_cross_and_every_document_is_somewhere(
+    tmp_path_factory: pytest.TempPathFactory,
+    numbers: list[int],
+    held_out: float,
+    shard_tokens: int,
+) -> None:
+    folder = tmp_path_factory.mktemp("cross")
+    spaces = (" ", "\r\n", "  \t")  # the same text but for white space is the same text
+    texts = [f"document{spaces[i % 3]}number {n}" for i, n in enumerate(numbers)]
+    json_lines(folder / "a.jsonl", texts)
+    try:
+        prepare([folder / "a.jsonl"], folder / "out", held_out=held_out, shard_tokens=shard_tokens)
+    except DataError as error:
+        assert "held out" in str(error)  # noqa: PT017 - by chance one side may be empty
+        return
+    train, held = hashes(folder / "out", "train"), hashes(folder / "out", "held_out")
+    assert not set(train) & set(held)
+    assert sorted(train + held) == sorted(map(content_hash, texts))
+    assert all(h < held_out * 2**64 for h in held)
+    assert all(h >= held_out * 2**64 for h in train)
+
+
+def test_held_out_is_stable_as_data_grows(tmp_path: Path) -> None:
+    texts = [f"document {n}" for n in range(2000)]
+    for name, part in (("half", texts[:1000]), ("whole", texts[::-1])):
+        prepare([json_lines(tmp_path / f"{name}.jsonl", part)], tmp_path / name, held_out=0.1)
+    half, whole = (set(hashes(tmp_path / name, "held_out")) for name in ("half", "whole"))
+    assert half == whole & {content_hash(text) for text in texts[:1000]}
+    assert 150 < len(whole) < 250
+
+
+def test_nothing_held_out_on_request(tmp_path: Path) -> None:
+    manifest = prepare([SAMPLES / "persuasion.txt"], tmp_path / "out", held_out=0)
+    assert (manifest.documents("train"), manifest.documents("held_out")) == (1, 0)
+    assert open_shards(tmp_path / "out").held_out.n_tokens == 0
+
+
+def test_grown_input_extends_a_folder(corpus: Path, tmp_path: Path) -> None:
+    """Units are the input's own: more files after the first ones leave theirs as they are."""
+    files = sorted(corpus.iterdir())
+    options = {"held_out": 0.1, "shard_tokens": 60_000, "separator": "\nChapter "}
+    prepare(files[:2], tmp_path / "out", **options)
+    prepare(files[:3], tmp_path / "out", **options)
+    prepare(files[:3], tmp_path / "fresh", **options)
+    assert content(tmp_path / "out") == content(tmp_path / "fresh")
+
+
+GOOD = '{"text": "good"}\n'
+
+
+@pytest.mark.parametrize(
+    ("files", "options", "says"),
+    [
+        ({}, {}, "in: the folder holds no"),
+        ({"a.txt": "", "b.jsonl": ""}, {}, r"the corpus is empty: 2 file\(s\)"),
+        ({"a.txt": " \n", "b.jsonl": '\n{"text": ""}\n'}, {}, "the corpus holds no text"),
+        ({"a.txt": "one document"}, {}, "the corpus is one document"),
+        ({"a.txt": "xayaz"}, {"separator": "a", "held_out": 1e-9}, "none of the 3 documents is he"),
+        ({"a.txt": "xayaz"}, {"separator": "a", "held_out": 0.9999}, "all 3 documents are held"),
+        ({"a.jsonl": GOOD * 3 + "{"}, {}, r"a\.jsonl:4: not JSON"),
+        ({"a.jsonl": GOOD}, {"text_field": "body"}, r"a\.jsonl:1: no key 'body'; keys there: text"),
+        ({"a.txt": "\xff"}, {}, r"a\.txt:1: not UTF-8"),
+        ({"a.txt": " " * 2_000_000 + "x"}, {"held_out": 0}, r"a\.txt: text that tiktoken cannot"),
+        ({"a.txt": "x"}, {"separator": ""}, "separator is empty"),
+        ({"a.txt": "x"}, {"held_out": 1}, "held_out is 1"),
+        ({"a.txt": "x"}, {"shard_tokens": 0}, "shard_tokens is 0"),
+        ({"a.txt": "x"}, {"workers": 0}, "workers is 0"),
+    ],
+)
+def test_bad_input_is_one_line_and_leaves_nothing(
+    tmp_path: Path, files: dict[str, str], options: dict, says: str
+) -> None:
+    (tmp_path / "in").mkdir()
+    for name, text in files.items():
+        (tmp_path / "in" / name).write_text(text, encoding="latin-1")
+    with pytest.raises(DataError, match=says) as error:
+        prepare([tmp_path / "in"], tmp_path / "new" / "out", **options)
+    assert "\n" not in str(error.value)
+    assert [path.name for path in tmp_path.iterdir()] == ["in"]
+
+
+def test_bad_input_late_in_the_work_leaves_nothing_of_this_run(
+    corpus: Path, tmp_path: Path
+) -> None:
+    """Found by a worker process, after units were finished; those of an earlier run stay."""
+    files = sorted(corpus.iterdir())[:4]
+    options = {"held_out": 0.1, "shard_tokens": 60_000, "separator": "\nChapter "}
+    prepare(files[:2], tmp_path / "out", **options)
+    before = content(tmp_path / "out")
+    (tmp_path / "bad.txt").write_bytes(b"\xff")
+    for out, workers in ((tmp_path / "out", 1), (tmp_path / "new", 2)):
+        with pytest.raises(DataError, match=r"bad\.txt:1"):
+            prepare([*files, tmp_path / "bad.txt"], out, workers=workers, **options)
+    assert content(tmp_path / "out") == before
+    assert not (tmp_path / "new").exists()
+
+
+def test_folders_that_are_not_for_us(novels: Path, tmp_path: Path) -> None:
+    source = json_lines(tmp_path / "a.jsonl", [f"document {n}" for n in range(50)])
+    out = Path(shutil.copytree(novels, tmp_path / "other"))
+    before = content(out)
+    with pytest.raises(DataError, match="other: holds shards made from other input or options"):
+        prepare([source], out, held_out=0.2)
+    with pytest.raises(DataError, match="holds shards made from other input or options"):
+        prepare([SAMPLES], out, held_out=0.05, separator="\nChapter ", shard_tokens=20_001)
+    assert content(out) == before
+    with pytest.raises(DataError, match=r"not empty: it holds 'a\.jsonl'"):
+        prepare([source], tmp_path, held_out=0.2)
+    with pytest.raises(DataError, match="lies in the source"):
+        prepare([tmp_path], tmp_path / "out", held_out=0.2)
+    with pytest.raises(DataError, match=r"a\.jsonl/out: cannot write there: Not a directory"):
+        prepare([source], source / "out", held_out=0.2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["a.jsonl", "other"]
+
+
+def test_two_at_once_in_one_folder(corpus: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    process = start_prepare(tmp_path / "run.py", corpus, out, workers=1)
+    while not list(out.glob("unit-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    with pytest.raises(DataError, match="another prepare is writing there"):
+        prepare([corpus], out, held_out=0.1, shard_tokens=60_000, separator="\nChapter ")
+    assert process.wait(60) == 0
+    process.communicate()
+    assert verify(out) == []
+    assert all(read_manifest(out).documents(split) for split in SPLITS)

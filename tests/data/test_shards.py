@@ -1,0 +1,212 @@
+import json
+import random
+import resource
+import shutil
+import struct
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from data import DataError, load_tokenizer, open_shards, verify
+from data.documents import Reading, cut, find_files, read
+from data.manifest import MANIFEST, SPLITS, read_manifest
+from data.shards import BLOCK_BYTES, INDEX, ShardWriter, Vocabulary, content_hash, dtype_for
+
+SAMPLES = Path(__file__).parents[2] / "data" / "samples"
+MakeShards = Callable[..., Path]
+
+
+@pytest.fixture
+def copy(novels: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(novels, tmp_path / "copy"))
+
+
+def test_tokens_are_tiktokens_and_the_index_finds_every_document(novels: Path) -> None:
+    tokenizer = load_tokenizer()
+    expected: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
+    for file in find_files([SAMPLES]):
+        for _, text in read(cut(file, "\nChapter ")[0], Reading("\nChapter ", "text")):
+            split = SPLITS[content_hash(text) < int(0.05 * 2**64)]
+            expected[split].append([50256, *tokenizer.encode(text).tolist()])
+    manifest = read_manifest(novels)
+    for split in SPLITS:
+        found = []
+        for shard in manifest.splits[split]:
+            tokens = np.fromfile(novels / f"{shard.name}.bin", "<u2", offset=1024)
+            index = np.fromfile(novels / f"{shard.name}.idx", INDEX)
+            assert len(tokens) == shard.tokens
+            assert len(index) == shard.documents
+            for document, row in zip(np.split(tokens, index["start"][1:]), index, strict=True):
+                found.append(document.tolist())
+                assert content_hash(tokenizer.decode(document[1:])) == row["hash"]
+            assert shard.tokens <= 20_000 or shard.documents == 1
+        assert found == expected[split]
+    assert len(manifest.splits["train"]) > 10
+    assert expected["held_out"]
+
+
+def test_header_is_llm_c_s(novels: Path) -> None:
+    for shard in read_manifest(novels).splits["train"]:
+        head = (novels / f"{shard.name}.bin").read_bytes()[:1024]
+        assert struct.unpack("<iii", head[:12]) == (20240520, 1, shard.tokens)
+        assert head[56:88].hex() == load_tokenizer().vocab_hash
+        assert struct.unpack("<QQIII", head[24:52]) == (shard.tokens, shard.documents, 2, 50256, 1)
+        assert head[88:] == bytes(1024 - 88)
+
+
+def test_ids_that_do_not_fit_are_refused(tmp_path: Path) -> None:
+    assert [dtype_for(n) for n in (50257, 2**16, 2**16 + 1)] == ["uint16", "uint16", "uint32"]
+    for dtype, largest in (("uint16", 2**16 - 1), ("uint32", 2**32 - 1)):
+        writer = ShardWriter(tmp_path, dtype, Vocabulary("ab" * 32, dtype, 0))
+        writer.add(np.array([largest], np.uint64), 0)
+        with pytest.raises(DataError, match=f"id {largest + 1} does not fit {dtype}"):
+            writer.add(np.array([0, largest + 1], np.uint64), 0)
+        assert writer.finish().tokens == 1
+    assert np.fromfile(tmp_path / "uint16.bin", "<u2", offset=1024).tolist() == [2**16 - 1]
+
+
+def test_shards_beyond_llm_c_s_count_are_refused(tmp_path: Path) -> None:
+    writer = ShardWriter(tmp_path, "s", Vocabulary("ab" * 32, "uint16", 0))
+    zeros = np.broadcast_to(np.uint16(0), (2**31,))  # takes no memory; refused before any copy
+    with pytest.raises(DataError, match="more than 2147483647 tokens"):
+        writer.add(zeros, 0)
+    writer.close()
+
+
+def test_split_reads_across_shards_and_around_the_end(
+    tmp_path: Path, make_shards: MakeShards
+) -> None:
+    stream = np.arange(100, dtype=np.uint16)
+    pieces = np.split(stream, [1, 2, 50, 97])
+    split = open_shards(make_shards(tmp_path / "s", [[piece] for piece in pieces])).train
+    starts = np.arange(-3, 203)
+    out = np.zeros((len(starts), 30), np.uint16)
+    split.read(starts, out)
+    assert np.array_equal(out, (starts[:, None] + np.arange(30)) % 100)
+
+
+def test_more_shards_than_file_descriptors(tmp_path: Path, make_shards: MakeShards) -> None:
+    shards = [[np.array([number])] for number in range(320)]
+    split = open_shards(make_shards(tmp_path / "s", shards)).train
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, limits[1]))
+    try:
+        out = np.zeros((640, 3), np.uint16)
+        split.read(np.arange(640), out)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert np.array_equal(out, (np.arange(640)[:, None] + np.arange(3)) % 320)
+
+
+def test_whole_shards_have_no_damage(novels: Path) -> None:
+    assert verify(novels) == []
+
+
+def test_every_flipped_bit_is_found(copy: Path) -> None:
+    chance = random.Random(0)
+    listed = [path for path in sorted(copy.iterdir()) if path.suffix in (".bin", ".idx")]
+    for path in chance.sample(listed, 12):
+        content = path.read_bytes()
+        for bit in chance.sample(range(8 * len(content)), 3):
+            damaged = bytearray(content)
+            damaged[bit // 8] ^= 1 << bit % 8
+            path.write_bytes(damaged)
+            (line,) = verify(copy)
+            assert line.startswith(f"{path}: block 0 (bytes 0 to {len(content):,}) is damaged")
+        path.write_bytes(content)
+    assert verify(copy) == []
+
+
+def test_the_damaged_block_is_named(tmp_path: Path, make_shards: MakeShards) -> None:
+    folder = make_shards(tmp_path / "s", [[np.zeros(BLOCK_BYTES * 5 // 4, np.uint16)]])
+    (path,) = folder.glob("*.bin")
+    with open(path, "r+b") as file:
+        for place in (2 * BLOCK_BYTES, BLOCK_BYTES - 1):
+            file.seek(place)
+            file.write(b"\x01")
+    assert [line.split(" (")[0] for line in verify(folder)] == [
+        f"{path}: block 0",
+        f"{path}: block 2",
+    ]
+
+
+def test_every_damage_to_the_manifest_is_found(copy: Path) -> None:
+    path = copy / MANIFEST
+    content = path.read_bytes()
+    chance = random.Random(0)
+    for bit in chance.sample(range(8 * len(content)), 60):
+        damaged = bytearray(content)
+        damaged[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(damaged)
+        for check in (verify, open_shards):
+            with pytest.raises(DataError, match=r"manifest\.json"):
+                check(copy)
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_truncated_or_missing_files_are_refused_at_open(copy: Path, suffix: str) -> None:
+    path = sorted(copy.glob(f"train-*.{suffix}"))[3]
+    with open(path, "r+b") as file:
+        file.truncate(path.stat().st_size - 1)
+    with pytest.raises(DataError, match=rf"{path.name}: .* bytes, .* truncated"):
+        open_shards(copy)
+    assert [line for line in verify(copy) if path.name in line]
+    path.unlink()
+    with pytest.raises(DataError, match=rf"{path.name}: No such file"):
+        open_shards(copy)
+    assert verify(copy) == [f"{path}: No such file or directory"]
+
+
+def test_a_header_that_contradicts_the_manifest_is_refused_at_open(copy: Path) -> None:
+    path = sorted(copy.glob("train-*.bin"))[0]
+    with open(path, "r+b") as file:
+        file.seek(60)
+        file.write(b"\xff")
+    with pytest.raises(DataError, match=rf"{path.name}: its header is not the manifest's"):
+        open_shards(copy)
+
+
+def test_half_published_and_foreign_folders_are_refused(copy: Path, tmp_path: Path) -> None:
+    (copy / MANIFEST).unlink()
+    with pytest.raises(DataError, match="copy: unfinished"):
+        open_shards(copy)
+    foreign = tmp_path / "foreign"
+    foreign.mkdir()
+    with pytest.raises(DataError, match="foreign: not a folder of shards"):
+        open_shards(foreign)
+    for content in ("{}", "[]", "null", '{"hash": 3}', '{"hash": ""}', "\xff", ""):
+        (foreign / MANIFEST).write_text(content, encoding="latin-1")
+        with pytest.raises(DataError, match=r"manifest\.json"):
+            open_shards(foreign)
+    with pytest.raises(DataError, match="nowhere: no such folder"):
+        open_shards(tmp_path / "nowhere")
+
+
+def test_another_vocabulary_is_refused(
+    novels: Path, tmp_path: Path, make_shards: MakeShards
+) -> None:
+    gpt2 = load_tokenizer().vocab_hash
+    assert open_shards(novels, vocab_hash=gpt2).manifest.vocabulary.hash == gpt2
+    other = make_shards(tmp_path / "other", [[np.arange(9)]])
+    with pytest.raises(DataError, match="other: made with another vocabulary"):
+        open_shards(other, vocab_hash=gpt2)
+
+
+def test_split_hash_depends_on_the_tokens_alone(tmp_path: Path, make_shards: MakeShards) -> None:
+    one, same, other = (
+        open_shards(make_shards(tmp_path / name, [[np.array(tokens)]])).train.hash
+        for name, tokens in (("a", [1, 2]), ("b", [1, 2]), ("c", [2, 1]))
+    )
+    assert one == same != other
+
+
+def test_manifest_is_plain_json(novels: Path) -> None:
+    manifest = json.loads((novels / MANIFEST).read_text())
+    assert manifest["tokenizer"]["vocab_hash"] == load_tokenizer().vocab_hash
+    assert [source["name"] for source in manifest["sources"]] == [
+        "persuasion.txt",
+        "pride-and-prejudice.txt",
+    ]
+    assert manifest["hash"] == open_shards(novels).manifest.hash
