@@ -117,10 +117,12 @@ def evaluation(
     rank: int = 0,
     world_size: int = 1,
     *,
+    max_tokens: int | None = None,
     pin: bool = False,
 ) -> Iterator[Batch]:
-    """One pass over every window of a split, in order: window w reads the seq_len + 1 tokens from
-    w · seq_len on; the fewer than seq_len transitions left at the end are not read.
+    """One pass over the windows of a split, in order: window w reads the seq_len + 1 tokens from
+    w · seq_len on; the fewer than seq_len transitions left at the end are not read. With
+    `max_tokens` only the windows (one at least) that predict no more than so many.
 
     Every rank gets the same number of batches of the same shape, for ranks may have to meet in
     every forward pass. Where windows run out, rows repeat window 0 with targets -100: weight a
@@ -130,6 +132,8 @@ def evaluation(
     """
     _check_ranks(rank, world_size)
     n_windows = count_windows(split, seq_len)
+    if max_tokens is not None:
+        n_windows = min(n_windows, max(1, max_tokens // seq_len))
     if global_batch < 1 or global_batch % world_size:
         raise DataError(_indivisible(global_batch, world_size))
 

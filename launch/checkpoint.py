@@ -52,7 +52,7 @@ class Checkpoints:
         dist.barrier()
         if self.world.rank == 0:
             self._publish(aside / tag, state)
-            aside.rmdir()
+            shutil.rmtree(aside)  # DeepSpeed left a script of its own there
         dist.barrier()
 
     def load_newest(self) -> TrainState:

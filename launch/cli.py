@@ -47,6 +47,80 @@ def main() -> None:
         sys.exit(130)
 
 
+def _show(table: Table) -> None:
+    """Print a table; into a file or a pipe, too wide for 80 columns, it keeps its lines whole."""
+    Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+@app.command(epilog="Example: sparse-gpt prepare books/*.txt corpus.jsonl --out shards/books")
+def prepare(
+    sources: Annotated[list[str], typer.Argument(help="Text or JSON Lines files, folders, globs.")],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    held_out: Annotated[float, typer.Option(help="Fraction of documents for validation.")] = 0.01,
+    separator: Annotated[
+        str | None,
+        typer.Option(help=r"Split text files into documents before this text; \n is a line end."),
+    ] = None,
+    text_field: Annotated[str, typer.Option(help="Key of the text in JSON Lines.")] = "text",
+    shard_tokens: Annotated[int, typer.Option(help="Tokens a shard at most.")] = 100_000_000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Tokenize documents into shards; run again to resume."""
+    import data
+
+    data.prepare(
+        sources,
+        out,
+        workers=workers,
+        held_out=held_out,
+        shard_tokens=shard_tokens,
+        separator=separator and separator.replace("\\n", "\n"),
+        text_field=text_field,
+        progress=not as_json,
+    )
+    info(out, as_json)
+
+
+@shards_app.command(epilog="Example: sparse-gpt shards info shards/novels")
+def info(folder: Path, as_json: Json = False) -> None:
+    """Documents, tokens and vocabulary of a folder of shards."""
+    from data import open_shards
+
+    dataset = open_shards(folder)
+    manifest = dataset.manifest
+    found = {
+        split.name: {
+            "documents": split.n_documents,
+            "tokens": split.n_tokens,
+            "shards": len(manifest.splits[split.name]),
+        }
+        for split in (dataset.train, dataset.held_out)
+    }
+    if as_json:
+        print(json.dumps({**found, "tokenizer": manifest.tokenizer, "hash": manifest.hash}))
+        return
+    table = Table("split", title=f"{folder}: {manifest.tokenizer['name']} tokens, {manifest.dtype}")
+    for column in ("documents", "tokens", "shards"):
+        table.add_column(column, justify="right")
+    for split, counts in found.items():
+        table.add_row(split, *(f"{count:,}" for count in counts.values()))
+    _show(table)
+
+
+@shards_app.command(epilog="Example: sparse-gpt shards verify shards/novels")
+def verify(folder: Path) -> None:
+    """Check every hash; names the file and block of each damage, and exits 1."""
+    import data
+
+    damages = data.verify(folder)
+    for damage in damages:
+        print(damage)
+    if damages:
+        sys.exit(1)
+    print(f"{folder}: whole")
+
+
 @app.command(epilog="Example: sparse-gpt train configs/tiny-sparse.yaml optimizer.lr=1e-3")
 def train(
     config: Config,
@@ -86,7 +160,7 @@ def compare(
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        Console().print(comparison(found))
+        _show(comparison(found))
 
 
 @app.command(epilog="Example: sparse-gpt flops configs/tiny-paper.yaml model.d_model=256")
@@ -99,7 +173,7 @@ def flops(config: Config, overrides: Overrides = None, as_json: Json = False) ->
     if as_json:
         print(json.dumps(costs_json(model), indent=1))
     else:
-        Console().print(costs_table(model))
+        _show(costs_table(model))
 
 
 @app.command(epilog="Example: sparse-gpt doctor")
@@ -118,6 +192,6 @@ def doctor(as_json: Json = False) -> None:
         for finding in findings:
             fix = "" if finding.status == "ok" else finding.fix
             table.add_row(marks[finding.status], finding.what, finding.found, fix)
-        Console().print(table)
+        _show(table)
     if any(finding.status == "problem" for finding in findings):
         sys.exit(1)

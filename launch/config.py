@@ -223,8 +223,9 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         if key in ("model", "ffn") and isinstance(old, str):
             old = {"preset": old}
         # Of the duration's keys only one may stand: an inherited one must go.
-        both = isinstance(value, dict) and isinstance(old, dict) and key != "duration"
-        merged[key] = _merge(old, value) if both else value
+        if isinstance(value, dict) and isinstance(old, dict) and key != "duration":
+            value = _merge(old, value)
+        merged[key] = value
     return merged
 
 

@@ -16,6 +16,7 @@ from data import Batch
 from launch.config import ConfigError, RunConfig
 from launch.schedule import learning_rate
 from launch.world import World
+from sparse_gpt.config import merge
 
 # DeepSpeed ignores an unknown key at the top level, so a typing error would train another run.
 _NATIVE_KEYS = {
@@ -65,7 +66,7 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "steps_per_print": 2**31,  # the run's own log says it better
         "zero_allow_untested_optimizer": True,
     }
-    merged = _merge(_merge(defaults, config.deepspeed), run)
+    merged = merge(merge(defaults, config.deepspeed), run)
     if merged["zero_optimization"]["stage"] == 0 and config.precision != "fp32":
         # DeepSpeed 0.19.8 takes a phantom AdamW step at initialisation in this combination.
         raise ConfigError(
@@ -89,15 +90,6 @@ def _check_native(key: str, value: Any, run: Mapping[str, Any]) -> None:
         near = difflib.get_close_matches(key, [*_NATIVE_KEYS, *run], n=1, cutoff=0.5)
         hint = f"; did you mean '{near[0]}'?" if near else ""
         raise ConfigError(f"deepspeed.{key}: is no key that DeepSpeed reads{hint}")
-
-
-def _merge(below: Mapping[str, Any], above: Mapping[str, Any]) -> dict[str, Any]:
-    merged = dict(below)
-    for key, value in above.items():
-        old = merged.get(key)
-        both = isinstance(value, Mapping) and isinstance(old, Mapping)
-        merged[key] = _merge(old, value) if both else value
-    return merged
 
 
 class Engine:
@@ -163,21 +155,21 @@ class Engine:
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
-        """Mean loss a target over all ranks' batches, in evaluation mode.
+        """Mean loss a target over all ranks' batches, padding left out.
 
-        Every rank must bring the same number of batches (ZeRO-3 gathers in step).
+        Every rank must bring the same number of batches (ZeRO-3 gathers weights in each).
         """
         self.deepspeed.eval()
-        loss = torch.zeros((), dtype=torch.float64, device=self.world.device)
-        count = 0
+        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
         for batch in batches:
             batch = batch.to(self.world.device)
-            targets = batch.targets
-            loss += self.deepspeed(batch.tokens, targets).double() * targets.numel()
-            count += targets.numel()
+            count = (batch.targets != -100).sum()
+            loss = self.deepspeed(batch.tokens, batch.targets)
+            # A batch that is all padding has no mean.
+            total += torch.stack((torch.where(count > 0, loss * count, 0), count))
         self.deepspeed.train()
-        total, targets_seen = self.world.sum(loss.item(), count)
-        return total / targets_seen
+        loss_sum, count = self.world.sum(total).tolist()
+        return loss_sum / count
 
 
 def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:

@@ -71,7 +71,7 @@ class Telemetry:
             self._writer.add_custom_scalars(_LAYOUT)
             settings = _flat(config.model_dump(mode="json"))
             for summary in hparams(settings, {"val/loss": 0, "train/loss": 0})[:2]:
-                self._writer.file_writer.add_summary(summary)
+                self._writer._get_file_writer().add_summary(summary)  # add_hparams adds points
             for row in rows:
                 self._draw(row)
 
@@ -155,6 +155,8 @@ class Telemetry:
         if "perf/step_ms" in row:
             seconds = int((self.total_steps - row["step"]) * row["perf/step_ms"] / 1e3)
             parts.append(f"ETA {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02}")
+        if "val/loss" in row:
+            parts.append(f"| validation loss {row['val/loss']:.4f}")
         return "  ".join(parts)
 
 
@@ -165,7 +167,6 @@ _CONSOLE = {
     "perf/tokens_per_second": "{:,.0f} tok/s",
     "perf/tflops": "{:.3f} TFLOP/s",
     "perf/mfu": "MFU {:.1%}",
-    "val/loss": "| validation {:.4f}",
 }
 
 

@@ -8,11 +8,13 @@ Started again on the same run directory it goes on from the newest whole checkpo
 import argparse
 import os
 import sys
+import warnings
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
 
-from data import Batches, DataError, Dataset, open_shards
+from data import Batch, Batches, DataError, Dataset, evaluation, load_tokenizer, open_shards
 from launch.checkpoint import Checkpoints, TrainState
 from launch.config import ConfigError, RunConfig, load_config
 from launch.engine import Engine, deepspeed_config
@@ -30,7 +32,7 @@ def train(config: RunConfig) -> None:
     """
     dataset = check(config, read_environment()[2])
     world = join_world()
-    run_dir = open_run_dir(config, world, dataset.hash)
+    run_dir = open_run_dir(config, world, dataset.manifest.hash)
 
     torch.manual_seed(config.seed)
     model = GPT(config.model)
@@ -75,15 +77,18 @@ def train(config: RunConfig) -> None:
 
 def check(config: RunConfig, world_size: int) -> Dataset:
     """Everything that can be known to be wrong before a process group or a folder exists."""
-    dataset = open_shards(config.data.path)
-    if dataset.manifest.vocab_size != config.model.vocab_size:
+    tokenizer = load_tokenizer()
+    dataset = open_shards(config.data.path, tokenizer.vocab_hash)
+    if config.model.vocab_size != tokenizer.vocab_size:
         raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size} is not the {dataset.manifest.vocab_size} "
-            f"of the vocabulary that {config.data.path} was made with"
+            f"model.vocab_size: {config.model.vocab_size} is not the {tokenizer.vocab_size} of the "
+            f"vocabulary that {config.data.path} was made with; leave it out"
         )
     config.grad_accum(world_size)
     deepspeed_config(config, world_size)
     train_batches(config, dataset, world_size)
+    if dataset.held_out.n_tokens:
+        held_out(config, dataset, world_size)
     check_run_dir(config)
     return dataset
 
@@ -105,8 +110,25 @@ def train_batches(
 
 
 def validate(config: RunConfig, engine: Engine, dataset: Dataset) -> dict[str, float]:
-    """`val/loss` over the held-out split; nothing if the data have none."""
-    ...
+    """`val/loss` over the held-out split; nothing where the data have none."""
+    world = engine.world
+    if not dataset.held_out.n_tokens:
+        return {}
+    return {"val/loss": engine.evaluate(held_out(config, dataset, world.size, world.rank))}
+
+
+def held_out(
+    config: RunConfig, dataset: Dataset, world_size: int, rank: int = 0
+) -> Iterator[Batch]:
+    """This rank's share of one pass over the held-out split: the same windows at any world size."""
+    return evaluation(
+        dataset.held_out,
+        config.model.max_seq_len,
+        config.batch.micro_batch * world_size,
+        rank,
+        world_size,
+        max_tokens=config.eval.max_tokens,
+    )
 
 
 def main() -> None:
@@ -115,6 +137,7 @@ def main() -> None:
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=1e-3")
     args = parser.parse_intermixed_args()
+    warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
     try:
         train(load_config(args.config, args.overrides))
     except (ConfigError, DataError) as error:

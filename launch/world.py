@@ -39,17 +39,15 @@ class World:
         name = torch.cuda.get_device_name(self.device)
         return next((peak for known, peak in PEAK_FLOPS.items() if name.startswith(known)), None)
 
-    def sum(self, *values: float) -> list[float]:
-        """Each value summed over the ranks."""
-        totals = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(totals)
-        return totals.tolist()
+    def sum(self, value: torch.Tensor) -> torch.Tensor:
+        """A tensor summed over the ranks; stays on its device."""
+        total = value.detach().clone()
+        dist.all_reduce(total)
+        return total
 
     def mean(self, value: torch.Tensor) -> torch.Tensor:
         """A tensor averaged over the ranks; stays on its device."""
-        total = value.detach().clone()
-        dist.all_reduce(total)
-        return total / self.size
+        return self.sum(value) / self.size
 
     def from_rank_0(self, value: Callable[[], Any]) -> Any:
         """What rank 0 finds by calling `value`, on every rank."""

@@ -178,13 +178,13 @@ def ffn_preset(name: str) -> DenseFFNConfig | SparseFFNConfig:
     return _named(_FFN_PRESETS, name)
 
 
-def _merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
+def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     """`base` with `over` laid on top, mapping by mapping."""
     merged = dict(base)
     for key, value in over.items():
         below = merged.get(key)
         both = isinstance(below, Mapping) and isinstance(value, Mapping)
-        merged[key] = _merge(below, value) if both else value  # type: ignore[arg-type]
+        merged[key] = merge(below, value) if both else value  # type: ignore[arg-type]
     return merged
 
 
@@ -233,7 +233,7 @@ class ModelConfig(_Config):
             return ffn_preset(value)
         if isinstance(value, Mapping) and "preset" in value:
             rest = {key: field for key, field in value.items() if key != "preset"}
-            return _merge(ffn_preset(value["preset"]).model_dump(), rest)
+            return merge(ffn_preset(value["preset"]).model_dump(), rest)
         return value
 
     @model_validator(mode="after")

@@ -114,6 +114,18 @@ def test_batch_size_may_change_at_a_resume(counted: Path) -> None:
     assert torch.equal(small[12:], large)
 
 
+@pytest.mark.parametrize("world_size", [1, 2, 4])
+@pytest.mark.parametrize(("max_tokens", "windows"), [(1, 1), (21, 3), (27, 3), (10_000, 14)])
+def test_evaluation_can_be_cut_short_by_tokens(counted, world_size, max_tokens, windows):
+    held_out = open_shards(counted).held_out  # 100 tokens: 14 windows of 7
+    ranks = [
+        list(evaluation(held_out, 7, 4, r, world_size, max_tokens=max_tokens))
+        for r in range(world_size)
+    ]
+    samples = torch.cat([batch.samples for rank in ranks for batch in rank])
+    assert sorted(samples[samples >= 0].tolist()) == list(range(windows))
+
+
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])
 def test_evaluation_reads_every_window_once(counted: Path, world_size: int) -> None:
     held_out = open_shards(counted).held_out  # 100 tokens: 14 windows of 7

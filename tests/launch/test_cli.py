@@ -1,23 +1,40 @@
 """The command line as a user meets it: tables, help, and bad input in one line with exit code 2."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
 import yaml
-from conftest import ROOT, sparse_gpt
+from ranks import ROOT, sparse_gpt
+
+from launch.cli import main
 
 NOVEL = ROOT / "data/samples/persuasion.txt"
 
 
-def refused(*arguments, before=None):
-    """What a refused command says: exit code 2, one line, no traceback."""
-    done = sparse_gpt(*arguments)
-    assert done.returncode == 2, done.stdout + done.stderr
-    lines = [line for line in done.stderr.splitlines() if line.strip()]
-    assert len(lines) == 1, done.stderr
-    assert lines[0].startswith("error: ")
-    return lines[0]
+@pytest.fixture
+def refused(monkeypatch, capsys):
+    """Runs a command in this process; returns the one line with which it is refused."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["sparse-gpt", *map(str, arguments)])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 2
+        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
+        assert len(lines) == 1, lines
+        assert lines[0].startswith("error: ")
+        return lines[0]
+
+    return run
+
+
+def test_bad_input_ends_a_real_command_with_one_line():
+    done = sparse_gpt("train", "configs/tiny-dense.yaml", "model.n_layr=3")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: configs/tiny-dense.yaml: model.n_layr: unknown key")
+    assert done.stderr.count("\n") == 1
 
 
 def test_flops_of_the_papers_ffn_are_the_published_ones():
@@ -41,12 +58,14 @@ def test_flops_table_shows_blocks_components_and_what_is_saved():
         assert text in done.stdout
 
 
-def test_every_command_has_help_with_an_example():
+def test_every_command_has_help_with_an_example(monkeypatch, capsys):
     commands = ("prepare", "train", "flops", "compare", "doctor", "shards info", "shards verify")
     for command in commands:
-        done = sparse_gpt(*command.split(), "--help")
-        assert done.returncode == 0
-        assert f"Example: sparse-gpt {command}" in " ".join(done.stdout.split())
+        monkeypatch.setattr(sys, "argv", ["sparse-gpt", *command.split(), "--help"])
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        assert stopped.value.code == 0
+        assert f"Example: sparse-gpt {command}" in " ".join(capsys.readouterr().out.split())
 
 
 def test_doctor_finds_what_training_needs():
@@ -61,7 +80,9 @@ def test_prepare_then_info_then_verify_then_damage(tmp_path):
     done = sparse_gpt(*arguments)
     assert done.returncode == 0, done.stderr
     info = json.loads(sparse_gpt("shards", "info", out, "--json").stdout)
-    assert info["train"]["documents"] + info["held_out"]["documents"] == 25  # title page, 24 chapters
+    assert (
+        info["train"]["documents"] + info["held_out"]["documents"] == 25
+    )  # title page, 24 chapters
     assert sparse_gpt("shards", "verify", out).returncode == 0
 
     shard = max(out.rglob("*.bin"), key=lambda path: path.stat().st_size)
@@ -84,7 +105,9 @@ def test_prepare_then_info_then_verify_then_damage(tmp_path):
         ("type.jsonl", '{"text": 5}\n', [], "type.jsonl:1"),
     ],
 )
-def test_prepare_refuses_bad_input_and_leaves_nothing(tmp_path, name, text, options, message):
+def test_prepare_refuses_bad_input_and_leaves_nothing(
+    refused, tmp_path, name, text, options, message
+):
     if text is not None:
         (tmp_path / name).write_text(text)
     out = tmp_path / "out"
@@ -92,7 +115,7 @@ def test_prepare_refuses_bad_input_and_leaves_nothing(tmp_path, name, text, opti
     assert not out.exists()
 
 
-def test_train_refuses_bad_input_and_leaves_nothing(run_file, tmp_path):
+def test_train_refuses_bad_input_and_leaves_nothing(refused, run_file, tmp_path):
     def train(*overrides):
         return refused("train", run_file, *overrides)
 
@@ -107,24 +130,26 @@ def test_train_refuses_bad_input_and_leaves_nothing(run_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_train_refuses_more_ranks_than_samples(run_file, tmp_path):
+def test_train_refuses_more_ranks_than_samples(refused, run_file, tmp_path):
     (tmp_path / "short.txt").write_text("Some words of a very short story. " * 40)
     out = tmp_path / "short"
     done = sparse_gpt("prepare", tmp_path / "short.txt", "--held-out", "0", "--out", out)
     assert done.returncode == 0, done.stderr
-    message = refused("train", run_file, "--devices", "16", f"data.path={out}", "batch.micro_batch=1")
+    message = refused(
+        "train", run_file, "--devices", "16", f"data.path={out}", "batch.micro_batch=1"
+    )
     assert "16" in message
     assert not (tmp_path / "run").exists()
 
 
-def test_hostfile_mistakes_name_the_line(run_file, tmp_path):
+def test_hostfile_mistakes_name_the_line(refused, run_file, tmp_path):
     hosts = tmp_path / "hosts"
     assert "No such file" in refused("train", run_file, "--hostfile", hosts)
     hosts.write_text("node1 slots=8\nnode2 slot=8\n")
     assert f"{hosts}:2" in refused("train", run_file, "--hostfile", hosts)
 
 
-def test_compare_puts_runs_side_by_side(tmp_path):
+def test_compare_puts_runs_side_by_side(refused, tmp_path):
     for name, ffn, speed in (("dense", "dense", 100.0), ("sparse", "default", 150.0)):
         run = tmp_path / name
         run.mkdir()

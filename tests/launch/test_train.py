@@ -10,7 +10,7 @@ import time
 
 import pytest
 import yaml
-from conftest import ENVIRONMENT, ROOT, finish, metrics, sparse_gpt, start_ranks
+from ranks import ENVIRONMENT, ROOT, finish, metrics, sparse_gpt, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 EXACT = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
@@ -27,8 +27,8 @@ def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(ru
 
     lines = [line for line in done.stdout.splitlines() if line.startswith("step")]
     assert len(lines) == 17  # one a step, and the validation before the first
-    shape = r"step 16/16  loss \d\.\d{4}  lr \S+  grad \S+  \S+ tok/s  \S+ TFLOP/s  ETA 0:00:00"
-    assert any(re.match(r".*".join(shape.split("  ")), line) for line in lines)
+    shape = r"step 16/16  loss \S+  lr \S+  grad \S+  \S+ tok/s  \S+ TFLOP/s  ETA 0:00:00  .*\d$"
+    assert re.match(shape, lines[-1])
 
     rows = metrics(run_dir)
     assert [row["step"] for row in rows] == list(range(17))
@@ -76,15 +76,16 @@ def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage):
         "model.dropout=0.1",
         "model.ffn.dropout=0.1",
         "model.ffn.feedback={}",
-        "duration.steps=40",
-        "checkpoint.every=10",
+        "batch={global_tokens: 256, micro_batch: 2}",
+        "duration.steps=24",
+        "checkpoint.every=8",
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     finish(start_ranks(run_file, *options, f"run_dir={whole}"))
 
     ranks = start_ranks(run_file, *options, f"run_dir={cut}")
     log, deadline = cut / "metrics.jsonl", time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 15):
+    while not (log.exists() and log.read_text().count("\n") > 11):
         assert time.monotonic() < deadline, ranks[0].communicate()[0]
         time.sleep(0.002)
     for rank in ranks:
@@ -92,11 +93,11 @@ def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage):
     for rank in ranks:
         rank.communicate()
     reached = log.read_text().count("\n") - 1
-    assert 10 < reached < 40, "it should have been killed between checkpoints"
+    assert 8 < reached < 24, "it should have been killed between checkpoints"
 
     finish(start_ranks(run_file, *options, f"run_dir={cut}"))
     assert exact(metrics(cut)) == exact(metrics(whole))
-    assert [row["step"] for row in metrics(cut)] == list(range(41))
+    assert [row["step"] for row in metrics(cut)] == list(range(25))
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run_file):
@@ -156,7 +157,7 @@ def test_other_launchers_train_the_same(run_file, tmp_path, launcher):
     script.append(f"run_dir={tmp_path / 'other'}")
     if launcher == "torchrun":
         command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2"]
-        command += ["--master-port=0", *script]
+        command += ["--standalone", *script]
         subprocess.run(command, env=ENVIRONMENT, check=True, timeout=180, capture_output=True)
     else:  # what srun sets, without a Slurm
         common = {"NTASKS": "2", "JOB_ID": str(os.getpid()), "JOB_NODELIST": "127.0.0.1"}

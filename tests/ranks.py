@@ -1,0 +1,64 @@
+"""Starts the command line and ranks as users and launchers do."""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).parents[1]
+ENVIRONMENT = {
+    **os.environ,
+    "OMP_NUM_THREADS": "1",
+    "TORCHDYNAMO_DISABLE": "1",  # nothing here compiles, and inductor takes seconds to import
+    "DS_ACCELERATOR": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+}
+
+
+def sparse_gpt(*arguments: str | Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+    """Run the command line as a user would."""
+    command = [sys.executable, "-m", "launch", *map(str, arguments)]
+    return subprocess.run(
+        command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, cwd=ROOT
+    )
+
+
+def start_ranks(
+    run_file: Path, *overrides: str, world_size: int = 2
+) -> list[subprocess.Popen[str]]:
+    """Start train.py once a rank, as any launcher does, without the launcher's start-up time."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    return [
+        subprocess.Popen(
+            [sys.executable, str(ROOT / "launch/train.py"), "--config", str(run_file), *overrides],
+            env={
+                **ENVIRONMENT,
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world_size),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            },
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        for rank in range(world_size)
+    ]
+
+
+def finish(ranks: list[subprocess.Popen[str]], timeout: float = 180) -> list[str]:
+    """Wait for ranks that must succeed; returns what each printed."""
+    outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n".join(outputs)
+    return outputs
+
+
+def metrics(run_dir: Path) -> list[dict[str, Any]]:
+    """The rows of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
