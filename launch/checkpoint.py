@@ -31,6 +31,16 @@ class TrainState:
     samples: int = 0  # sequences consumed; the next batch starts here
 
 
+def tag_of(step: int) -> str:
+    """The name of the checkpoint after `step` completed steps."""
+    return f"step-{step:08d}"
+
+
+def step_of(tag: str) -> int:
+    """The inverse of `tag_of`."""
+    return int(tag.removeprefix("step-"))
+
+
 class Checkpoints:
     """The `checkpoints/` folder of a run."""
 
@@ -40,7 +50,7 @@ class Checkpoints:
 
     def save(self, state: TrainState) -> None:
         """Save all ranks' states under `step-N`. Collective: every rank calls it."""
-        tag = f"step-{state.step:08d}"
+        tag = tag_of(state.step)
         aside = self.root / f".writing-{tag}"
         if self.world.rank == 0:
             for leftover in self.root.glob(".writing-*"):

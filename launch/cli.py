@@ -135,6 +135,7 @@ def train(
     """Train under the deepspeed launcher; run again to resume from the newest checkpoint."""
     from launch import cluster
     from launch.config import ConfigError, load_config
+    from launch.run_dir import finished
     from launch.train import check
 
     if devices and hostfile:
@@ -144,7 +145,11 @@ def train(
         launch = cluster.on_hosts(hostfile, arguments)
     else:
         launch = cluster.on_this_machine(devices, arguments)
-    check(load_config(config, overrides or []), launch.world_size)
+    run = load_config(config, overrides or [])
+    check(run, launch.world_size)
+    if finished(run):
+        print(f"{run.run_dir}: this run is finished; see it with sparse-gpt compare")
+        return
     sys.exit(launch.run())
 
 

@@ -4,6 +4,7 @@ What DeepSpeed would leave to chance is set here (fp32 gradient accumulation, th
 what it would silently ignore or override is refused.
 """
 
+import contextlib
 import difflib
 import os
 from collections.abc import Iterable, Mapping
@@ -112,9 +113,10 @@ class Engine:
             eps=config.optimizer.eps,
             fused=True,
         )
-        self.deepspeed, *_ = deepspeed.initialize(
-            model=model, optimizer=optimizer, config=deepspeed_config(config, world.size)
-        )
+        with contextlib.redirect_stdout(None):  # it prints, on every rank, what it has compiled
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=deepspeed_config(config, world.size)
+            )
         self.module: nn.Module = self.deepspeed.module
 
     def step(

@@ -16,7 +16,9 @@ from typing import Any
 import psutil
 import torch
 
+from launch.checkpoint import step_of
 from launch.config import ConfigError, RunConfig, load_config, to_yaml
+from launch.costs import model_report
 from launch.world import World
 
 # Sections that say how long or how loudly a run goes on, not what it computes.
@@ -35,6 +37,15 @@ def check_run_dir(config: RunConfig) -> None:
             f"{saved}: holds a run with another {', '.join(changed)}; "
             "choose another run_dir, or remove that folder"
         )
+
+
+def finished(config: RunConfig) -> bool:
+    """Whether the newest checkpoint in `run_dir` is the last that this configuration asks for."""
+    latest = Path(config.run_dir) / "checkpoints/latest"
+    if not latest.exists():
+        return False
+    report = model_report(config.model)
+    return step_of(latest.read_text()) >= config.total_steps(report.training / report.seq)
 
 
 def open_run_dir(config: RunConfig, world: World, data_manifest_hash: str) -> Path:

@@ -27,6 +27,8 @@ from sparse_gpt.flops import FlopReport
 # A loss curve against steps says little between models of other costs: against compute it does.
 _AGAINST_COMPUTE = {"train/loss": "compute/train_loss", "val/loss": "compute/val_loss"}
 
+_HYPERPARAMETERS = {"model", "optimizer", "schedule", "batch", "precision", "seed"}
+
 _LAYOUT = {
     "Loss": {
         "loss by step": ["Multiline", ["train/loss", "val/loss"]],
@@ -69,7 +71,7 @@ class Telemetry:
             shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
             self._writer = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=5)
             self._writer.add_custom_scalars(_LAYOUT)
-            settings = _flat(config.model_dump(mode="json"))
+            settings = _flat(config.model_dump(mode="json", include=_HYPERPARAMETERS))
             for summary in hparams(settings, {"val/loss": 0, "train/loss": 0})[:2]:
                 self._writer._get_file_writer().add_summary(summary)  # add_hparams adds points
             for row in rows:
