@@ -6,6 +6,7 @@ what it would silently ignore or override is refused.
 
 import contextlib
 import difflib
+import io
 import os
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -113,7 +114,7 @@ class Engine:
             eps=config.optimizer.eps,
             fused=True,
         )
-        with contextlib.redirect_stdout(None):  # it prints, on every rank, what it has compiled
+        with contextlib.redirect_stdout(io.StringIO()):  # every rank would print what it compiled
             self.deepspeed, *_ = deepspeed.initialize(
                 model=model, optimizer=optimizer, config=deepspeed_config(config, world.size)
             )
