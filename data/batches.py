@@ -29,27 +29,35 @@ class Batch:
     samples  (rows,) int64, always on the CPU: global sample numbers, or the windows' numbers in
              an evaluation; -1 in padding rows, which come last
 
-    tokens and targets are made when first asked for, on the device that holds the windows.
+    tokens and targets are views of one cast, made when first asked for on the device that holds
+    the windows.
     """
 
-    def __init__(self, windows: torch.Tensor, samples: torch.Tensor) -> None:
+    def __init__(self, windows: torch.Tensor, samples: torch.Tensor, padding: int = 0) -> None:
         self.windows = windows
         self.samples = samples
+        self._padding = padding  # rows
+
+    @cached_property
+    def _ids(self) -> torch.Tensor:
+        return self.windows.to(torch.int64)
 
     @cached_property
     def tokens(self) -> torch.Tensor:
-        return self.windows[:, :-1].to(torch.int64)
+        return self._ids[:, :-1]
 
     @cached_property
     def targets(self) -> torch.Tensor:
-        targets = self.windows[:, 1:].to(torch.int64)
-        if self.samples[-1] < 0:
-            targets[int((self.samples >= 0).sum()) :] = IGNORED
+        if not self._padding:
+            return self._ids[:, 1:]
+        targets = self._ids[:, 1:].clone()
+        targets[-self._padding :] = IGNORED
         return targets
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """This batch on a device; 2 (or 4) bytes a token travel, the cast happens there."""
-        return Batch(self.windows.to(device, non_blocking=non_blocking), self.samples)
+        windows = self.windows.to(device, non_blocking=non_blocking)
+        return Batch(windows, self.samples, self._padding)
 
 
 class Batches:
@@ -141,7 +149,8 @@ def evaluation(
         samples = np.arange(first + rank, first + global_batch, world_size)
         samples[samples >= n_windows] = -1
         starts = np.maximum(samples, 0) * seq_len
-        return Batch(_read(split, starts, seq_len, pin), torch.from_numpy(samples))
+        windows = _read(split, starts, seq_len, pin)
+        return Batch(windows, torch.from_numpy(samples), int((samples < 0).sum()))
 
     return map(read, range(0, n_windows, global_batch))
 

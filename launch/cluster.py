@@ -52,9 +52,6 @@ def on_this_machine(devices: int | None, arguments: Sequence[str]) -> Launch:
     if not gpus:
         cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         environment["DS_ACCELERATOR"] = "cpu"
-        # glibc gives buffers as large as logits back to the kernel at every free, and page-faults
-        # them in again: kept, a step takes about two thirds of the time.
-        environment |= {"MALLOC_MMAP_MAX_": "0", "MALLOC_TRIM_THRESHOLD_": str(2**33)}
         environment["OMP_NUM_THREADS"] = os.environ.get(
             "OMP_NUM_THREADS", str(max(1, (cores or 1) // devices))
         )
