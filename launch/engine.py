@@ -105,8 +105,7 @@ class Engine:
 
         logger.setLevel("ERROR")
         self.config, self.world, self.total_steps = config, world, total_steps
-        running = model.state_dict().keys()  # buffers that are saved are running statistics
-        self.statistics = [b for name, b in model.named_buffers() if name in running]
+        saved = model.state_dict().keys()
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optimizer.weight_decay),
             lr=config.optimizer.lr,
@@ -119,6 +118,8 @@ class Engine:
                 model=model, optimizer=optimizer, config=deepspeed_config(config, world.size)
             )
         self.module: nn.Module = self.deepspeed.module
+        # Buffers that are saved: running scalars. (DeepSpeed has moved them only now.)
+        self.statistics = [b for name, b in self.module.named_buffers() if name in saved]
 
     def step(
         self, tokens: torch.Tensor, targets: torch.Tensor, step: int
@@ -142,8 +143,9 @@ class Engine:
             if self.deepspeed.is_gradient_accumulation_boundary():
                 norm = self._unsharded_norm()
             self.deepspeed.step()
-        for statistic in self.statistics:  # each rank saw other tokens; checkpoints hold one copy
-            statistic.copy_(self.world.mean(statistic))
+        if self.statistics:  # each rank saw other tokens, and a checkpoint holds one copy
+            means = self.world.mean(torch.stack(self.statistics))
+            torch._foreach_copy_(self.statistics, list(means.unbind()))
         return loss / len(micro_batches), lr, norm if norm is not None else self._sharded_norm()
 
     def _unsharded_norm(self) -> torch.Tensor | None:

@@ -25,9 +25,10 @@ from launch.world import World
 _MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "run_dir"}
 
 
-def check_run_dir(config: RunConfig) -> None:
-    """Raises ConfigError if `run_dir` holds a run of another configuration."""
-    saved = Path(config.run_dir) / "config.yaml"
+def check_run_dir(config: RunConfig, data_manifest_hash: str) -> None:
+    """Raises ConfigError if `run_dir` holds a run of another configuration or other data."""
+    folder = Path(config.run_dir)
+    saved = folder / "config.yaml"
     if not saved.exists():
         return
     before, now = load_config(saved).model_dump(), config.model_dump()
@@ -36,6 +37,11 @@ def check_run_dir(config: RunConfig) -> None:
         raise ConfigError(
             f"{saved}: holds a run with another {', '.join(changed)}; "
             "choose another run_dir, or remove that folder"
+        )
+    if _read_provenance(folder)["data_manifest_hash"] != data_manifest_hash:
+        raise ConfigError(
+            f"{config.data.path}: is not the data that {folder} was trained on; "
+            "choose another run_dir, or give the data of before"
         )
 
 
@@ -48,25 +54,33 @@ def finished(config: RunConfig) -> bool:
     return step_of(latest.read_text()) >= config.total_steps(report.training / report.seq)
 
 
-def open_run_dir(config: RunConfig, world: World, data_manifest_hash: str) -> Path:
-    """Make the folder, or enter it again. Raises ConfigError if the data have changed."""
+def open_run_dir(config: RunConfig, world: World, data_manifest_hash: str, step: int) -> Path:
+    """Make the folder, or enter it again, and record this start after `step` completed steps."""
     folder = Path(config.run_dir)
-    provenance = folder / "provenance.json"
-    if provenance.exists():
-        before = json.loads(provenance.read_text())["data_manifest_hash"]
-        if before != data_manifest_hash:
-            raise ConfigError(
-                f"{config.data.path}: is not the data that {folder} was trained on; "
-                "choose another run_dir, or give the data of before"
-            )
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        (folder / "config.yaml").write_text(to_yaml(config))
-        provenance.write_text(json.dumps(_provenance(world, data_manifest_hash), indent=1) + "\n")
+        starts = _read_provenance(folder)["starts"] if (folder / "config.yaml").exists() else []
+        provenance = {
+            "data_manifest_hash": data_manifest_hash,
+            "starts": [*starts, {"step": step, **_this_start(world)}],
+        }
+        _write(folder / "provenance.json", json.dumps(provenance, indent=1) + "\n")
+        _write(folder / "config.yaml", to_yaml(config))
     return folder
 
 
-def _provenance(world: World, data_manifest_hash: str) -> dict[str, Any]:
+def _read_provenance(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "provenance.json").read_text())
+    return found
+
+
+def _write(path: Path, text: str) -> None:
+    aside = path.with_name(f".{path.name}.tmp")
+    aside.write_text(text)
+    aside.rename(path)
+
+
+def _this_start(world: World) -> dict[str, Any]:
     cuda = world.device.type == "cuda"
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
@@ -82,7 +96,6 @@ def _provenance(world: World, data_manifest_hash: str) -> dict[str, Any]:
             "cpu_cores": os.cpu_count(),
             "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
         },
-        "data_manifest_hash": data_manifest_hash,
     }
 
 

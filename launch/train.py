@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -32,7 +33,6 @@ def train(config: RunConfig) -> None:
     """
     dataset = check(config, read_environment()[2])
     world = join_world()
-    run_dir = open_run_dir(config, world, dataset.manifest.hash)
 
     torch.manual_seed(config.seed)
     model = GPT(config.model)
@@ -42,8 +42,11 @@ def train(config: RunConfig) -> None:
     engine = Engine(config, model, world, total_steps)
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
 
-    checkpoints = Checkpoints(run_dir / "checkpoints", engine, config.checkpoint.keep_last)
+    checkpoints = Checkpoints(
+        Path(config.run_dir) / "checkpoints", engine, config.checkpoint.keep_last
+    )
     state = checkpoints.load_newest()
+    run_dir = open_run_dir(config, world, dataset.manifest.hash, state.step)
     batches = iter(train_batches(config, dataset, world.size, world.rank, state.samples))
     with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
         if state.step == 0:
@@ -89,7 +92,9 @@ def check(config: RunConfig, world_size: int) -> Dataset:
     train_batches(config, dataset, world_size)
     if dataset.held_out.n_tokens:
         held_out(config, dataset, world_size)
-    check_run_dir(config)
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("precision: fp16 needs a GPU; on the CPU use fp32 or bf16")
+    check_run_dir(config, dataset.manifest.hash)
     return dataset
 
 

@@ -125,6 +125,7 @@ def test_train_refuses_bad_input_and_leaves_nothing(refused, run_file, tmp_path)
     assert "possible ranks: 1, 2, 4" in train("--devices", "3")
     assert "absent" in train(f"data.path={tmp_path / 'absent'}")
     assert "model.vocab_size" in train("model.vocab_size=50000")
+    assert "fp16 needs a GPU" in train("precision=fp16")
     long = "model.max_seq_len=1000000"
     assert "1000000" in train(long, "batch={global_tokens: 1000000, micro_batch: 1}")
     assert not (tmp_path / "run").exists()

@@ -57,9 +57,9 @@ def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(ru
     gflops = [event.step for event in board.Scalars("compute/train_loss")]
     assert gflops == [round(row["gflops"]) for row in rows if "train/loss" in row]
 
-    provenance = json.loads((run_dir / "provenance.json").read_text())
-    assert provenance["hardware"]["world_size"] == 2
-    assert provenance["versions"]["deepspeed"]
+    [start] = json.loads((run_dir / "provenance.json").read_text())["starts"]
+    assert (start["step"], start["hardware"]["world_size"]) == (0, 2)
+    assert start["versions"]["deepspeed"]
     assert (run_dir / "checkpoints/latest").read_text() == "step-00000016"
     assert not list((run_dir / "checkpoints").glob(".*"))
 
@@ -99,6 +99,9 @@ def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage):
     finish(start_ranks(run_file, *options, f"run_dir={cut}"))
     assert exact(metrics(cut)) == exact(metrics(whole))
     assert [row["step"] for row in metrics(cut)] == list(range(25))
+    starts = json.loads((cut / "provenance.json").read_text())["starts"]
+    assert starts[0]["step"] == 0
+    assert starts[1]["step"] in (8, 16)  # a row is logged before its checkpoint is saved
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run_file):
