@@ -146,7 +146,9 @@ class Engine:
         if self.statistics:  # each rank saw other tokens, and a checkpoint holds one copy
             means = self.world.mean(torch.stack(self.statistics))
             torch._foreach_copy_(self.statistics, list(means.unbind()))
-        return loss / len(micro_batches), lr, norm if norm is not None else self._sharded_norm()
+        if norm is None:
+            norm = self.deepspeed.get_global_grad_norm()
+        return loss / len(micro_batches), lr, norm
 
     def _unsharded_norm(self) -> torch.Tensor | None:
         """DeepSpeed keeps no gradient norm for ZeRO-0 in fp32, where the gradients are all here."""
@@ -154,9 +156,6 @@ class Engine:
             return None
         grads = [p.grad for p in self.module.parameters() if p.grad is not None]
         return torch.nn.utils.get_total_norm(grads)
-
-    def _sharded_norm(self) -> torch.Tensor | float:
-        return self.deepspeed.get_global_grad_norm()
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
