@@ -2,6 +2,7 @@
 
     prepare       documents (text, JSON Lines) to token shards on disk, resumable
     open_shards   a folder of shards, memory-mapped: .train, .held_out, .manifest
+    train_vocab   documents to a byte-pair vocabulary for `prepare`
     verify        every hash of a folder of shards
     Batches       a split as endless batches, the same at any world size and after any resume
     evaluation    one pass over a split
@@ -18,6 +19,7 @@ from data.manifest import Manifest
 from data.prepare import prepare
 from data.reader import Dataset, Split, open_shards, verify
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.train_vocab import train_vocab
 
 if TYPE_CHECKING:
     from data.batches import Batch, Batches, evaluation
@@ -34,6 +36,7 @@ __all__ = [
     "load_tokenizer",
     "open_shards",
     "prepare",
+    "train_vocab",
     "verify",
 ]
 

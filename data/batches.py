@@ -130,7 +130,8 @@ def evaluation(
 ) -> Iterator[Batch]:
     """One pass over the windows of a split, in order: window w reads the seq_len + 1 tokens from
     w · seq_len on; the fewer than seq_len transitions left at the end are not read. With
-    `max_tokens` only the windows (one at least) that predict no more than so many.
+    `max_tokens` only as many windows (one at least) as predict no more than so many, spread evenly
+    over the split, for neighbours are alike.
 
     Every rank gets the same number of batches of the same shape, for ranks may have to meet in
     every forward pass. Where windows run out, rows repeat window 0 with targets -100: weight a
@@ -139,7 +140,7 @@ def evaluation(
     Raises DataError as `Batches` does, except that a batch may be larger than the split.
     """
     _check_ranks(rank, world_size)
-    n_windows = count_windows(split, seq_len)
+    in_split = n_windows = count_windows(split, seq_len)
     if max_tokens is not None:
         n_windows = min(n_windows, max(1, max_tokens // seq_len))
     if global_batch < 1 or global_batch % world_size:
@@ -148,7 +149,7 @@ def evaluation(
     def read(first: int) -> Batch:
         samples = np.arange(first + rank, first + global_batch, world_size)
         samples[samples >= n_windows] = -1
-        starts = np.maximum(samples, 0) * seq_len
+        starts = np.maximum(samples, 0) * in_split // n_windows * seq_len
         windows = _read(split, starts, seq_len, pin)
         return Batch(windows, torch.from_numpy(samples), int((samples < 0).sum()))
 

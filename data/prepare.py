@@ -37,7 +37,7 @@ from data.manifest import (
 )
 from data.progress import Progress
 from data.shards import INDEX, TEMPORARY, content_hash, dtype_for
-from data.tokenizer import Tokenizer, load_tokenizer
+from data.tokenizer import load_tokenizer
 from data.units import (
     Options,
     Shards,
@@ -62,6 +62,7 @@ def prepare(
     shard_tokens: int = 100_000_000,
     separator: str | None = None,
     text_field: str = "text",
+    vocab: str | Path | None = None,
     progress: bool = False,
 ) -> Manifest:
     """Tokenize files, folders or globs into the shard folder `out`; run again to resume.
@@ -72,6 +73,7 @@ def prepare(
     shard_tokens  tokens a shard at most, unless one document is longer
     separator     where text files are split into documents; None: one document a file
     text_field    the key of the text in JSON Lines
+    vocab         rank file in tiktoken's format; None: GPT-2's
     progress      draw progress on stderr, if that is a terminal
 
     Raises DataError for bad input or options, if `out` cannot be written or holds anything that
@@ -80,7 +82,7 @@ def prepare(
     options = Options(held_out, shard_tokens, separator, text_field)
     if workers < 1:
         raise DataError(f"workers is {workers}; it must be at least 1")
-    tokenizer = load_tokenizer()
+    tokenizer = load_tokenizer(vocab)
     out = Path(out)
     for source in map(Path, sources):
         if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
@@ -96,7 +98,7 @@ def prepare(
     with _claim(out, units):
         done = {unit.number: finished(out, unit) for unit in units}
         todo = [unit for unit in units if done[unit.number] is None]
-        done.update(_tokenize_units(todo, out, options, tokenizer, workers, progress))
+        done.update(_tokenize_units(todo, out, options, vocab, workers, progress))
         in_order_of_input = [shards for unit in units if (shards := done[unit.number]) is not None]
         splits = {s: [shard for shards in in_order_of_input for shard in shards[s]] for s in SPLITS}
         _refuse_empty(splits, out, options)
@@ -117,13 +119,14 @@ def _tokenize_units(
     units: list[Unit],
     out: Path,
     options: Options,
-    tokenizer: Tokenizer,
+    vocab: str | Path | None,
     workers: int,
     progress: bool,
 ) -> Iterator[tuple[int, Shards]]:
     chunks = [chunk for unit in units for chunk in unit.chunks]
     total = sum(chunk_bytes(chunk) for chunk in chunks)
-    tokenize = partial(_tokenize, options=options)
+    tokenizer = load_tokenizer(vocab)
+    tokenize = partial(_tokenize, options=options, vocab=vocab)
     with Progress(total, progress) as bar, closing(in_order(tokenize, chunks, workers)) as results:
         for unit in units:
             with UnitWriter(out, unit, tokenizer, options.shard_tokens) as writer:
@@ -135,10 +138,9 @@ def _tokenize_units(
                 yield unit.number, writer.finish()
 
 
-def _tokenize(chunk: list[Slice], options: Options) -> list[Document]:
+def _tokenize(chunk: list[Slice], options: Options, vocab: str | Path | None) -> list[Document]:
     """The chunk's documents, as a worker sends them back."""
-    tokenizer = load_tokenizer()
-    threshold = int(options.held_out * 2**64)
+    tokenizer = load_tokenizer(vocab)
     documents = []
     for origin, text in read(chunk, options.reading):
         document_hash = content_hash(text)
@@ -146,8 +148,13 @@ def _tokenize(chunk: list[Slice], options: Options) -> list[Document]:
             ids = np.concatenate(([np.uint32(tokenizer.eot)], tokenizer.encode(text)))
         except DataError as error:
             raise DataError(f"{origin}: {error}") from None
-        documents.append((SPLITS[document_hash < threshold], ids, document_hash))
+        documents.append((split_of(document_hash, options.held_out), ids, document_hash))
     return documents
+
+
+def split_of(document_hash: int, held_out: float) -> str:
+    """ "train" or "held_out", by content alone."""
+    return SPLITS[document_hash < int(held_out * 2**64)]
 
 
 @contextmanager

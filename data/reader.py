@@ -96,20 +96,15 @@ class Dataset:
     manifest: Manifest
 
 
-def open_shards(folder: str | Path, vocab_hash: str | None = None) -> Dataset:
+def open_shards(folder: str | Path) -> Dataset:
     """Open a folder that `prepare` wrote.
 
-    Raises DataError if it is unfinished, foreign or truncated, if a header contradicts the
-    manifest, or if `vocab_hash` is given and the shards were made with another vocabulary.
+    Raises DataError if it is unfinished, foreign or truncated, or if a header contradicts the
+    manifest.
     """
     folder = Path(folder)
     manifest = read_manifest(folder)
     made_with = manifest.vocabulary
-    if vocab_hash is not None and made_with.hash != vocab_hash:
-        raise DataError(
-            f"{folder}: made with another vocabulary (sha256 {made_with.hash[:12]}…, expected "
-            f"{vocab_hash[:12]}…); prepare the text again"
-        )
     for split in SPLITS:
         for shard in manifest.splits[split]:
             _check(folder, shard, made_with)

@@ -1,4 +1,4 @@
-"""GPT-2's byte-pair encoding from the vendored ranks; nothing here ever touches the network."""
+"""Byte-pair encoding from a rank file, GPT-2's by default; nothing here touches the network."""
 
 import base64
 import hashlib
@@ -13,27 +13,27 @@ from data.errors import DataError
 
 VOCABULARY = Path(__file__).parent / "vocab" / "gpt2.tiktoken"
 VOCAB_HASH = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-N_RANKS = 50256  # ids 0 … 50255; the next one is end of text
 # r50k_pat_str of tiktoken, copied so that an upgrade cannot change our tokens silently.
 PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
 
 
 class Tokenizer:
-    """Text to GPT-2 ids and back. Make one with `load_tokenizer`.
+    """Text to ids and back. Make one with `load_tokenizer`.
 
-    vocab_size  50,257: the ranks and end of text
-    eot         50,256; only writers place it, no text encodes to it
+    name        of the vocabulary: "gpt2", or its file's name without suffix
+    vocab_size  the ranks and end of text: 50,257 for GPT-2
+    eot         the last id, 50,256 for GPT-2; only writers place it, no text encodes to it
     vocab_hash  sha256 (hex) of the vocabulary file
     """
 
-    name = "gpt2"
     engine = "tiktoken"
-    eot = N_RANKS
-    vocab_size = N_RANKS + 1
 
-    def __init__(self, ranks: dict[bytes, int], vocab_hash: str) -> None:
+    def __init__(self, name: str, ranks: dict[bytes, int], vocab_hash: str) -> None:
         import tiktoken
 
+        self.name = name
+        self.eot = len(ranks)
+        self.vocab_size = len(ranks) + 1
         self.vocab_hash = vocab_hash
         self.engine_version = tiktoken.__version__
         self._encoding = tiktoken.Encoding(
@@ -76,17 +76,38 @@ class Tokenizer:
 
 
 @lru_cache(maxsize=1)
-def load_tokenizer(path: Path = VOCABULARY) -> Tokenizer:
-    """The GPT-2 tokenizer; raises DataError if the vocabulary file is missing or altered."""
+def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
+    """The tokenizer of a rank file in tiktoken's format (a base64 token and its rank a line), by
+    default GPT-2's.
+
+    Text is split before merging as GPT-2 does it. Raises DataError if the file is missing, is no
+    such file, lacks a byte, or, for GPT-2's, is altered.
+    """
+    file = VOCABULARY if path is None else Path(path)
     try:
-        content = path.read_bytes()
+        content = file.read_bytes()
     except OSError as error:
-        raise DataError(f"{path}: cannot read the vocabulary: {error.strerror}") from None
+        raise DataError(f"{file}: cannot read the vocabulary: {error.strerror}") from None
     found = hashlib.sha256(content).hexdigest()
-    if found != VOCAB_HASH:
+    if path is None and found != VOCAB_HASH:
         raise DataError(
-            f"{path}: not GPT-2's vocabulary (sha256 {found[:12]}…, expected {VOCAB_HASH[:12]}…); "
+            f"{file}: not GPT-2's vocabulary (sha256 {found[:12]}…, expected {VOCAB_HASH[:12]}…); "
             "restore the file from the repository"
         )
-    pairs = (line.split() for line in content.splitlines())
-    return Tokenizer({base64.b64decode(token): int(rank) for token, rank in pairs}, found)
+    ranks: dict[bytes, int] = {}
+    lines = content.splitlines()
+    for number, line in enumerate(lines, 1):
+        try:
+            token, rank = line.split()
+            ranks[base64.b64decode(token, validate=True)] = int(rank)
+        except ValueError:
+            raise DataError(
+                f"{file}:{number}: is not a base64 token and its rank, as in tiktoken's files"
+            ) from None
+    if sorted(ranks.values()) != list(range(len(lines))):
+        raise DataError(f"{file}: its ranks are not 0, 1, 2, …, each once")
+    if missing := sorted({bytes([b]) for b in range(256)} - ranks.keys()):
+        raise DataError(
+            f"{file}: {len(missing)} bytes have no rank, the first 0x{missing[0].hex()}"
+        )
+    return Tokenizer("gpt2" if path is None else file.stem, ranks, found)

@@ -23,6 +23,8 @@ app = typer.Typer(
 )
 shards_app = typer.Typer(no_args_is_help=True, help="Look at tokenized data and check it.")
 app.add_typer(shards_app, name="shards")
+vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a corpus.")
+app.add_typer(vocab_app, name="vocab")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overrides = Annotated[
@@ -52,6 +54,10 @@ def _show(table: Table) -> None:
     Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
+def _unescaped(separator: str | None) -> str | None:
+    return separator and separator.replace("\\n", "\n")
+
+
 @app.command(epilog="Example: sparse-gpt prepare books/*.txt corpus.jsonl --out shards/books")
 def prepare(
     sources: Annotated[list[str], typer.Argument(help="Text or JSON Lines files, folders, globs.")],
@@ -62,6 +68,9 @@ def prepare(
         typer.Option(help=r"Split text files into documents before this text; \n is a line end."),
     ] = None,
     text_field: Annotated[str, typer.Option(help="Key of the text in JSON Lines.")] = "text",
+    vocab: Annotated[
+        Path | None, typer.Option(help="Rank file of `vocab train` or tiktoken; default GPT-2's.")
+    ] = None,
     shard_tokens: Annotated[int, typer.Option(help="Tokens a shard at most.")] = 100_000_000,
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
     as_json: Json = False,
@@ -75,11 +84,38 @@ def prepare(
         workers=workers,
         held_out=held_out,
         shard_tokens=shard_tokens,
-        separator=separator and separator.replace("\\n", "\n"),
+        separator=_unescaped(separator),
         text_field=text_field,
+        vocab=vocab,
         progress=not as_json,
     )
     info(out, as_json)
+
+
+@vocab_app.command(
+    "train", epilog="Example: sparse-gpt vocab train corpus.jsonl --out bpe-4096.tiktoken"
+)
+def train_vocab(
+    sources: Annotated[list[str], typer.Argument(help="Text or JSON Lines files, folders, globs.")],
+    out: Annotated[Path, typer.Option(help="Rank file to write, for `prepare --vocab`.")],
+    size: Annotated[int, typer.Option(help="Ids, end of text included.")] = 4096,
+    held_out: Annotated[float, typer.Option(help="As given to prepare: not learned from.")] = 0.01,
+    separator: Annotated[str | None, typer.Option(help="As given to prepare.")] = None,
+    text_field: Annotated[str, typer.Option(help="Key of the text in JSON Lines.")] = "text",
+) -> None:
+    """Learn a byte-level BPE vocabulary from the training documents."""
+    import data
+
+    data.train_vocab(
+        sources,
+        out,
+        size=size,
+        held_out=held_out,
+        separator=_unescaped(separator),
+        text_field=text_field,
+        progress=sys.stderr.isatty(),
+    )
+    print(f"{out}: {size} ids, sha256 {data.load_tokenizer(out).vocab_hash}")
 
 
 @shards_app.command(epilog="Example: sparse-gpt shards info shards/novels")

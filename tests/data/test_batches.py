@@ -124,6 +124,9 @@ def test_evaluation_can_be_cut_short_by_tokens(counted, world_size, max_tokens, 
     ]
     samples = torch.cat([batch.samples for rank in ranks for batch in rank])
     assert sorted(samples[samples >= 0].tolist()) == list(range(windows))
+    tokens = torch.cat([batch.tokens for rank in ranks for batch in rank])
+    starts = tokens[samples >= 0][:, 0].sort().values  # evenly spread over the 14
+    assert ((starts - starts[0]) // 7).tolist() == [14 * w // windows for w in range(windows)]
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 4, 8])

@@ -184,16 +184,6 @@ def test_half_published_and_foreign_folders_are_refused(copy: Path, tmp_path: Pa
         open_shards(tmp_path / "nowhere")
 
 
-def test_another_vocabulary_is_refused(
-    novels: Path, tmp_path: Path, make_shards: MakeShards
-) -> None:
-    gpt2 = load_tokenizer().vocab_hash
-    assert open_shards(novels, vocab_hash=gpt2).manifest.vocabulary.hash == gpt2
-    other = make_shards(tmp_path / "other", [[np.arange(9)]])
-    with pytest.raises(DataError, match="other: made with another vocabulary"):
-        open_shards(other, vocab_hash=gpt2)
-
-
 def test_split_hash_depends_on_the_tokens_alone(tmp_path: Path, make_shards: MakeShards) -> None:
     one, same, other = (
         open_shards(make_shards(tmp_path / name, [[np.array(tokens)]])).train.hash

@@ -59,8 +59,8 @@ def test_flops_table_shows_blocks_components_and_what_is_saved():
 
 
 def test_every_command_has_help_with_an_example(monkeypatch, capsys):
-    commands = ("prepare", "train", "flops", "compare", "doctor", "shards info", "shards verify")
-    for command in commands:
+    shards = ("shards info", "shards verify")
+    for command in ("prepare", "vocab train", "train", "flops", "compare", "doctor", *shards):
         monkeypatch.setattr(sys, "argv", ["sparse-gpt", *command.split(), "--help"])
         with pytest.raises(SystemExit) as stopped:
             main()
@@ -126,6 +126,7 @@ def test_train_refuses_bad_input_and_leaves_nothing(refused, run_file, tmp_path)
     assert "absent" in train(f"data.path={tmp_path / 'absent'}")
     assert "model.vocab_size" in train("model.vocab_size=50000")
     assert "fp16 needs a GPU" in train("precision=fp16")
+    assert "model.ffn.backend: triton cannot run on this cpu" in train("model.ffn.backend=triton")
     long = "model.max_seq_len=1000000"
     assert "1000000" in train(long, "batch={global_tokens: 1000000, micro_batch: 1}")
     assert not (tmp_path / "run").exists()
@@ -162,11 +163,11 @@ def test_compare_puts_runs_side_by_side(refused, tmp_path):
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = sparse_gpt("compare", tmp_path / "dense", tmp_path / "sparse", "--json")
     found = list(json.loads(done.stdout).values())
-    assert [run["ffn_macs"] for run in found] == [131_072, 44_544]
+    assert [run["ffn_macs"] for run in found] == [131_072, 30_336]
     assert [run["validation_loss"] for run in found] == [7.0, 7.0]
     table = sparse_gpt("compare", tmp_path / "dense", tmp_path / "sparse").stdout
     assert "1.500" in table
-    assert "0.340" in table  # 44,544 over 131,072
+    assert "0.231" in table  # 30,336 over 131,072
     assert "holds no metrics.jsonl" in refused("compare", tmp_path)
 
 
