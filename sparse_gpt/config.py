@@ -44,21 +44,23 @@ class DenseFFNConfig(_Config):
 
 
 class SpectralConfig(_Config):
-    """C = C_p ⊗ C_q over the channels reshaped (p, q), then a selection of coefficients.
+    """The 2-D DCT over the channels reshaped (p, q), then a selection of coefficients.
 
-    `factors` None is the most square split of d_model. `keep` is the share of a token's
-    coefficients that hard selection keeps; `threshold` says how it is found: `exact` (top-k) or
-    `statistical` (linear time, from the token's RMS and the normal quantile).
+    `path`: `series` feeds the polynomial, `parallel` works beside it on the same input.
+    `factors` None is the most square split of d_model. Selection keeps about a share `keep` of a
+    token's coefficients, `hard` as they are, `soft` less the threshold. The threshold is `exact`
+    (top-k of the token) or `constant`: the normal quantile, right for a token of unit RMS, which
+    is what the norm before makes of each; no sorting, no statistics.
     """
 
-    transform: Literal["dct", "hadamard", "learned"] = "dct"
+    path: Literal["series", "parallel"] = "series"
     factors: tuple[PositiveInt, PositiveInt] | None = None
-    selection: Literal["none", "hard"] = "hard"
-    threshold: Literal["exact", "statistical"] = "exact"
+    selection: Literal["hard", "soft"] = "hard"
+    threshold: Literal["exact", "constant"] = "exact"
     keep: Share = 0.5
 
     def split(self, d_model: int) -> tuple[int, int]:
-        """(p, q) for a width in channels; ValueError when the transform cannot have that width."""
+        """(p, q) for a width in channels; ValueError when p·q is another."""
         if self.factors is None:
             p = next(n for n in range(math.isqrt(d_model), 0, -1) if d_model % n == 0)
             factors = (p, d_model // p)
@@ -68,11 +70,6 @@ class SpectralConfig(_Config):
         if p * q != d_model:
             raise ValueError(
                 f"spectral.factors {factors}: p·q is {p * q} and must be d_model {d_model}"
-            )
-        if self.transform == "hadamard" and any(n & (n - 1) for n in factors):
-            raise ValueError(
-                f"spectral.factors {factors} of d_model {d_model}: "
-                "the hadamard transform needs powers of two; use dct or learned"
             )
         return factors
 
@@ -127,7 +124,9 @@ class SparseFFNConfig(_Config):
     `paper` is the published claim: 44,544 MAC-equivalents at d_model 128. Its arithmetic has no
     token feedback, so feedback is None; the claim names no share of kept coefficients (the cost
     does not depend on it), so `keep` 0.5 is our choice.
-    `out_gain` is the initial gain of the norm after the projection, the size of the branch.
+    `backend`: `eager` is plain PyTorch, `triton` the fused GPU kernels, `auto` these where they
+    can run. `norm_out` says on which side of the projection the second norm stands; `out_gain` is
+    the RMS with which the branch starts.
     """
 
     kind: Literal["sparse"] = "sparse"
@@ -136,7 +135,9 @@ class SparseFFNConfig(_Config):
     feedback: FeedbackConfig | None = None
     refine: RefineConfig | None = RefineConfig()
     projection: ProjectionConfig = ProjectionConfig()
-    out_gain: float = 1.0
+    backend: Literal["auto", "eager", "triton"] = "auto"
+    norm_out: Literal["after", "before"] = "after"
+    out_gain: Annotated[float, Field(gt=0)] = 1.0
     dropout: Probability = 0.0
 
     def check(self, d_model: int) -> None:
@@ -148,15 +149,28 @@ class SparseFFNConfig(_Config):
             check_divides("feedback.groups", self.feedback.groups, d_model)
         if self.projection.kind == "factored":
             check_divides("projection.block", self.projection.block, d_model)
+        if self.backend == "triton":
+            from sparse_gpt.ffn.kernels import unsupported
+
+            if problem := unsupported(self, d_model):
+                raise ValueError(f"backend triton: {problem}")
 
 
 FFNConfig = Annotated[DenseFFNConfig | SparseFFNConfig, Field(discriminator="kind")]
 
 _PAPER = SparseFFNConfig()
+_DEFAULT = SparseFFNConfig(  # docs/sparse-ffn.md has the study that it comes from
+    spectral=SpectralConfig(path="parallel", selection="soft", threshold="constant"),
+    polynomial=PolynomialConfig(degrees=(1, 2)),
+    feedback=FeedbackConfig(),
+    refine=RefineConfig(stages=2),
+    norm_out="before",
+    out_gain=0.08,
+)
 _FFN_PRESETS: dict[str, DenseFFNConfig | SparseFFNConfig] = {
     "dense": DenseFFNConfig(),
     "paper": _PAPER,
-    "default": _PAPER,  # until a study says better
+    "default": _DEFAULT,
 }
 _SIZES: dict[str, dict[str, int]] = {  # 124m and up: GPT-2 (Radford et al. 2019), table 2
     "tiny": {"d_model": 128, "n_layer": 4, "n_head": 4, "max_seq_len": 128},

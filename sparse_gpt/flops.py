@@ -30,7 +30,7 @@ class FlopCount:
         the configured share.
     elementwise: operations that are not matmuls.
     mac_equivalents: the unit of the published claim: MACs, with LayerNorm as 4 a channel, exact
-        selection as 30, statistical selection as 3, and a refine stage as 4.
+        selection as 30, selection by a constant as 3, and a refine stage as 4.
     """
 
     matmul: int = 0

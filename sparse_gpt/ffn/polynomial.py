@@ -3,26 +3,78 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from functools import lru_cache
+from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from sparse_gpt.config import PolynomialConfig, check_divides
 from sparse_gpt.flops import FlopCount
 
 
-def chebyshev(u: Tensor, degree: int) -> list[Tensor]:
-    """[T_1(u), …, T_degree(u)], the Chebyshev polynomials of the first kind, each of u's shape.
+def chebyshev(first: Tensor, twice: Tensor, degree: int) -> Iterator[tuple[int, Tensor]]:
+    """(sign, sign · P_n) for n = 1 … degree, with P_0 = 1, P_1 = `first`, P_n+1 = 2u·P_n − P_n-1.
 
-    By recurrence: cos(n·acos u) has an infinite gradient at ±1.
+    first = u makes them Chebyshev's polynomials of the first kind T_n, first = 2u those of the
+    second kind U_n; twice = 2u. By recurrence: cos(n·acos u) has an infinite gradient at ±1.
+    With the sign pulled out a degree is one fused pass, in place from the third on, so a tensor
+    holds its degree until the second one after it is asked for.
     """
-    polynomials = [torch.ones_like(u), u]
-    twice = 2 * u
-    for _ in range(degree - 1):
-        polynomials.append(twice * polynomials[-1] - polynomials[-2])
-    return polynomials[1:]
+    sign_before, sign = 1, 1
+    before, now = torch.ones((), dtype=first.dtype, device=first.device), first
+    for n in range(1, degree + 1):
+        yield sign, now
+        if n < degree:
+            own = before.dim() and before is not first
+            step = torch.Tensor.addcmul_ if own else torch.addcmul
+            then = step(before, twice, now, value=-sign_before * sign)
+            before, now = now, then
+            sign_before, sign = sign, -sign_before
+
+
+class ChebyshevMix(torch.autograd.Function):
+    """y = Σ_n T_n(u) W_n + b, a grouped matmul a degree, accumulated in place.
+
+    u `(groups, tokens, group_size)`, weight `(len(degrees), groups, group_size, group_size)`, bias
+    `(groups · group_size,)`; y like u. Saves u and the weights alone and recomputes the features
+    backward, where T_n' = n·U_n-1: about half the passes over memory of autograd's own way, which
+    is what the time goes to (the concatenated features of a single matmul would cost as many).
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, u: Tensor, weight: Tensor, bias: Tensor, degrees: tuple[int, ...]
+    ) -> Tensor:
+        ctx.save_for_backward(u, weight)
+        ctx.degrees = degrees
+        y = bias.view(len(u), 1, -1).expand_as(u).contiguous()
+        for n, (sign, t) in enumerate(chebyshev(u, 2 * u, degrees[-1]), 1):
+            if n in degrees:
+                torch.baddbmm(y, t, weight[degrees.index(n)], alpha=sign, out=y)
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
+        u, weight = ctx.saved_tensors
+        degrees = ctx.degrees
+        du, dweight, twice = torch.zeros_like(u), torch.empty_like(weight), 2 * u
+        first_kind = chebyshev(u, twice, degrees[-1])
+        second_kind = chebyshev(twice, twice, degrees[-1] - 1)
+        u_sign, u_before = 1, torch.ones((), dtype=u.dtype, device=u.device)  # U_0
+        for n, (sign, t) in enumerate(first_kind, 1):
+            if n in degrees:
+                i = degrees.index(n)
+                torch.bmm(t.transpose(1, 2), grad, out=dweight[i]).mul_(sign)
+                slope = torch.bmm(grad, weight[i].transpose(1, 2))
+                du.addcmul_(slope, u_before, value=n * u_sign)
+            if n < degrees[-1]:
+                u_sign, u_before = next(second_kind)
+        return du, dweight, grad.sum(1).flatten(), None
 
 
 @lru_cache
@@ -48,8 +100,9 @@ class SparsePolynomial(nn.Module):
     Raises ValueError when group_size does not divide d_model.
     """
 
-    def __init__(self, d_model: int, config: PolynomialConfig) -> None:
+    def __init__(self, d_model: int, config: PolynomialConfig, renormalise: bool = True) -> None:
         super().__init__()
+        self.renormalise = renormalise
         self.d_model = d_model
         self.degrees = config.degrees
         self.group_size = size = config.group_size
@@ -64,14 +117,14 @@ class SparsePolynomial(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The mixed features, in x's dtype."""
-        u = torch.tanh(F.rms_norm(x, (self.d_model,), eps=1e-6))
-        u = u.reshape(-1, self.group_size, self.groups).permute(2, 0, 1).contiguous()
-        features = chebyshev(u, self.degrees[-1])
-        # One grouped matmul a degree, accumulated: the concatenated features of a single matmul
-        # would cost a copy of |S|·d a token, which measured slower (CPU, forward and backward).
-        y = self.bias.view(self.groups, 1, self.group_size)
-        for n, weight in zip(self.degrees, self.weight.unbind(), strict=True):
-            y = torch.baddbmm(y, features[n - 1], weight)
+        if self.renormalise:
+            x = F.rms_norm(x, (self.d_model,), eps=1e-6)
+        u = torch.tanh(x).reshape(-1, self.group_size, self.groups).permute(2, 0, 1).contiguous()
+        kind = x.device.type
+        dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
+        with torch.autocast(kind, enabled=False):  # it does not know how to cast for `out=`
+            operands = (tensor.to(dtype) for tensor in (u, self.weight, self.bias))
+            y: Tensor = ChebyshevMix.apply(*operands, self.degrees)
         return y.transpose(0, 1).reshape(x.shape)
 
     def flop_count(self, batch: int, seq: int) -> FlopCount:
@@ -85,6 +138,6 @@ class SparsePolynomial(nn.Module):
         steps = self.degrees[-1] - 1
         return FlopCount(
             matmul=2 * macs,
-            elementwise=channels * (4 + 2 * steps + (steps > 0)),
+            elementwise=channels * (1 + 3 * self.renormalise + 2 * steps + (steps > 0)),
             mac_equivalents=macs + steps * channels,
         )

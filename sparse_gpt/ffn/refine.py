@@ -77,12 +77,13 @@ class TokenFeedback(nn.Module):
         m = self._scores(v)
         selected = m.detach().float() > self.threshold
         gate = torch.sigmoid(m) * selected  # (tokens, 1)
-        grouped = v.reshape(len(m), self.config.groups, -1).transpose(0, 1)
+        grouped = v.reshape(len(m), self.config.groups, -1)
         for _ in range(self.config.iterations):
-            grouped = grouped + gate * torch.bmm(torch.bmm(grouped, self.a), self.b)
+            step = torch.bmm(torch.bmm(grouped.transpose(0, 1), self.a), self.b)
+            grouped = torch.addcmul(grouped, gate.unsqueeze(1), step.transpose(0, 1))
         if self.training:
             self._follow(m.detach().float(), selected)
-        return grouped.transpose(0, 1).reshape(v.shape)
+        return grouped.reshape(v.shape)
 
     def _scores(self, v: Tensor) -> Tensor:
         # A matrix of one row: FLOP counters see matmuls and no matrix-vector products.

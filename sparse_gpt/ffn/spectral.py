@@ -7,6 +7,7 @@ from statistics import NormalDist
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from sparse_gpt.config import SpectralConfig
 from sparse_gpt.flops import FlopCount
@@ -20,25 +21,13 @@ def dct_matrix(n: int) -> Tensor:
     return matrix
 
 
-def hadamard_matrix(n: int) -> Tensor:
-    """Sylvester's orthonormal Hadamard matrix, `(n, n)` float64; n is a power of two."""
-    matrix = torch.ones(1, 1, dtype=torch.float64)
-    while len(matrix) < n:
-        matrix = torch.cat((matrix.repeat(1, 2), torch.cat((matrix, -matrix), 1))) / math.sqrt(2)
-    return matrix
-
-
 class SparseSpectral(nn.Module):
     """Cᵀ(g ⊙ keep(C x)) for each token, with C = C_p ⊗ C_q run as two small matmuls.
 
     `(..., d_model) -> (..., d_model)`, d_model = p·q. Hard selection keeps the coefficients whose
     magnitude reaches the token's threshold, ties included, so the result depends on no sorting
-    order: with an `exact` threshold at least round(keep·d) of them, with a `statistical` one about
-    that many. The gain g starts at 1.
-
-    A `learned` transform gives each block of I_p ⊗ C_q and of C_p ⊗ I_q its own weights,
-    initialised at the DCT: d(p + q) parameters at the same cost. Its inverse stays the transpose,
-    so analysis and synthesis share their weights and the part begins as an exact round trip.
+    order: with an `exact` threshold at least round(keep·d) of them. Soft selection also draws what
+    it keeps towards 0 by the threshold, and so is continuous. The gain g starts at 1.
 
     Matmuls and not an FFT: half-precision FFTs exist for powers of two only.
     Raises ValueError when (p, q) does not suit d_model.
@@ -51,78 +40,60 @@ class SparseSpectral(nn.Module):
         super().__init__()
         self.config = config
         self.d_model = d_model
-        self.p, self.q = p, q = config.split(d_model)
+        self.p, self.q = config.split(d_model)
         self.k = max(1, round(config.keep * d_model))
         self.quantile = NormalDist().inv_cdf(1 - config.keep / 2)  # of |z|, z ~ N(0, 1)
         self.gain = nn.Parameter(torch.ones(d_model))
-        matrix = hadamard_matrix if config.transform == "hadamard" else dct_matrix
-        left, right = (matrix(n).to(torch.get_default_dtype()) for n in (p, q))
-        self.learned = config.transform == "learned"
-        if self.learned:
-            self.left = nn.Parameter(left.repeat(q, 1, 1))
-            self.right = nn.Parameter(right.repeat(p, 1, 1))
-        else:
-            self.register_buffer("left", left, persistent=False)
-            self.register_buffer("right", right, persistent=False)
+        for name, n in (("left", self.p), ("right", self.q)):
+            matrix = dct_matrix(n).to(torch.get_default_dtype())
+            self.register_buffer(name, matrix, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The filtered tokens, in x's dtype."""
-        c = self.transform(x)
-        if self.config.selection == "hard":
-            c = c.masked_fill(c.detach().abs() < self._threshold(c.detach()), 0)
-        return self.inverse(c * self.gain)
+        return self.inverse(self.select(self.transform(x)) * self.gain)
 
     def transform(self, x: Tensor) -> Tensor:
         """Coefficients C x, `(..., d_model)`."""
-        grid = x.reshape(-1, self.p, self.q)
-        if self.learned:
-            grid = torch.einsum("npj,pkj->npk", grid, self.right)
-            grid = torch.einsum("niq,qki->nkq", grid, self.left)
-        else:
-            left, right = self._fixed(x.dtype)
-            grid = left @ (grid @ right.T)
-        return grid.reshape(x.shape)
+        left, right = self._factors(x.dtype)
+        return (left @ (x.reshape(-1, self.p, self.q) @ right.T)).reshape(x.shape)
 
     def inverse(self, c: Tensor) -> Tensor:
         """Cᵀ c, `(..., d_model)`."""
-        grid = c.reshape(-1, self.p, self.q)
-        if self.learned:
-            grid = torch.einsum("nkq,qki->niq", grid, self.left)
-            grid = torch.einsum("npk,pkj->npj", grid, self.right)
-        else:
-            left, right = self._fixed(c.dtype)
-            grid = left.T @ (grid @ right)
-        return grid.reshape(c.shape)
+        left, right = self._factors(c.dtype)
+        return (left.T @ (c.reshape(-1, self.p, self.q) @ right)).reshape(c.shape)
 
-    def _fixed(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-        """The fixed factors in a dtype: an engine may cast parameters and leave buffers alone."""
+    def _factors(self, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """The factors in a dtype: an engine may cast parameters and leave buffers alone."""
         return self.left.to(dtype), self.right.to(dtype)
 
-    def _threshold(self, c: Tensor) -> Tensor:
-        """Smallest magnitude that each token keeps, `(..., 1)`."""
-        if self.config.threshold == "exact":
-            return c.abs().topk(self.k, sorted=False).values.amin(-1, keepdim=True)
-        # The norm before has removed the mean, so the RMS is the standard deviation.
-        norm = torch.linalg.vector_norm(c, dim=-1, keepdim=True)
-        return norm * (self.quantile / math.sqrt(self.d_model))
+    def select(self, c: Tensor) -> Tensor:
+        """What is left of the coefficients, `(..., d_model)`."""
+        if self.config.threshold == "constant":
+            shrink = F.softshrink if self.config.selection == "soft" else F.hardshrink
+            return shrink(c, self.quantile)
+        if self.config.selection == "soft":
+            bound = self._kth_magnitude(c)
+            return c - c.clamp(-bound, bound)
+        return c.masked_fill(c.detach().abs() < self._kth_magnitude(c.detach()), 0)
+
+    def _kth_magnitude(self, c: Tensor) -> Tensor:
+        """The k-th largest magnitude of each token, `(..., 1)`."""
+        return c.abs().topk(self.k, sorted=False).values.amin(-1, keepdim=True)
 
     @torch.no_grad()
     def sparsity(self, x: Tensor) -> Tensor:
         """Share of coefficients kept for this part's input, float32 `()`."""
-        c = self.transform(x)
-        if self.config.selection == "none":
-            return torch.ones((), device=x.device)
-        return (c.abs() >= self._threshold(c)).float().mean()
+        return (self.select(self.transform(x)) != 0).float().mean()
 
     def flop_count(self, batch: int, seq: int) -> FlopCount:
-        """2d(p + q) MACs a token; selection about 30d exact, 3d statistical; the gain d."""
+        """2d(p + q) MACs a token; selection about 30d exact, 3d constant; the gain d, and in
+        parallel the sum d."""
         channels = batch * seq * self.d_model
         macs = 2 * channels * (self.p + self.q)
-        per_channel = {"exact": 30, "statistical": 3}[self.config.threshold]
-        selection = per_channel * channels if self.config.selection == "hard" else 0
+        selection = {"exact": 30, "constant": 3}[self.config.threshold] * channels
         return FlopCount(
             matmul=2 * macs,
-            fixed=0 if self.learned else 2 * macs,
-            elementwise=selection + channels,
+            fixed=2 * macs,
+            elementwise=selection + channels * (1 + (self.config.path == "parallel")),
             mac_equivalents=macs + selection,
         )

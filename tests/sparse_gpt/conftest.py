@@ -8,17 +8,20 @@ import torch
 
 from sparse_gpt import ModelConfig
 
-_SELECTIONS: dict[str, dict[str, Any]] = {
-    "all": {"selection": "none"},
-    "exact": {"threshold": "exact", "keep": 0.4},
-    "statistical": {"threshold": "statistical", "keep": 0.4},
-}
 _FEEDBACK = {"rank": 2, "groups": 4, "share": 0.4, "iterations": 2}
 OPTIONS: dict[str, dict[str, Any]] = {
     **{
-        f"{transform}-{name}": {"spectral": {"transform": transform, **selection}}
-        for transform in ("dct", "hadamard", "learned")
-        for name, selection in _SELECTIONS.items()
+        f"{path}-{selection}-{threshold}": {
+            "spectral": {
+                "path": path,
+                "selection": selection,
+                "threshold": threshold,
+                "keep": 0.4,
+            }
+        }
+        for path in ("series", "parallel")
+        for selection in ("hard", "soft")
+        for threshold in ("exact", "constant")
     },
     "uneven-factors": {"spectral": {"factors": (16, 2)}},
     "no-spectral": {"spectral": None},
@@ -27,11 +30,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "factored": {"projection": {"kind": "factored", "block": 8}},
     "sparse-degrees": {"polynomial": {"group_size": 16, "degrees": (1, 3, 4)}},
     "first-degree": {"polynomial": {"group_size": 4, "degrees": (1,)}},
+    "norm-before": {"norm_out": "before", "out_gain": 0.5},
     "together": {
-        "spectral": {"transform": "learned", "threshold": "statistical"},
+        "spectral": {"path": "parallel", "selection": "soft", "threshold": "constant"},
         "feedback": _FEEDBACK,
         "projection": {"kind": "factored", "block": 16},
-        "out_gain": 0.5,
+        "norm_out": "before",
     },
 }
 

@@ -66,7 +66,7 @@ def paper(**parts):
         (paper(spectral={"kep": 0.5}), "kep", ["not permitted"]),
         (paper(spectral={"keep": 0}), "keep", ["greater than 0"]),
         (paper(spectral={"keep": 1.5}), "keep", ["less than or equal to 1"]),
-        (paper(spectral={"transform": "fft"}), "transform", ["dct", "hadamard", "learned"]),
+        (paper(spectral={"path": "beside"}), "path", ["series", "parallel"]),
         (paper(spectral={"factors": [7, 18]}), None, ["(7, 18)", "126", "128"]),
         (paper(polynomial={"group_size": 24}), None, ["group_size 24", "128", "16, 32"]),
         (paper(polynomial={"degrees": [1, 3, 2]}), "degrees", ["(1, 3, 2)", "rise"]),
@@ -76,6 +76,12 @@ def paper(**parts):
         (paper(feedback={"share": 1}), "share", ["less than 1"]),
         (paper(projection={"kind": "factored", "block": 48}), None, ["block 48", "128"]),
         (paper(refine={"stages": 0}), "stages", ["greater than 0"]),
+        (paper(out_gain=0), "out_gain", ["greater than 0"]),
+        (
+            paper(backend="triton", polynomial={"group_size": 8}),
+            None,
+            ["ffn.backend triton: polynomial.group_size 8", "16, 32 or 64"],
+        ),
     ],
 )
 def test_a_bad_value_gives_one_error_that_names_it(mapping, key, words):
@@ -86,12 +92,6 @@ def test_a_bad_value_gives_one_error_that_names_it(mapping, key, words):
     assert "\n" not in error["msg"]
     for word in words:
         assert word in error["msg"]
-
-
-def test_hadamard_needs_powers_of_two():
-    ffn = {"preset": "paper", "spectral": {"transform": "hadamard"}}
-    with pytest.raises(ValidationError, match=r"\(24, 32\) of d_model 768.*powers of two"):
-        ModelConfig.preset("124m", ffn=ffn)
 
 
 def test_configs_are_frozen():

@@ -85,7 +85,7 @@ def test_paper_reproduces_the_published_arithmetic():
 def test_options_cost_what_the_design_says():
     ffn = {
         "preset": "paper",
-        "spectral": {"threshold": "statistical"},
+        "spectral": {"threshold": "constant"},
         "feedback": {"rank": 4, "groups": 8, "iterations": 3, "share": 0.25},
         "projection": {"kind": "factored", "block": 32},
     }

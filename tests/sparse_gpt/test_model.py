@@ -97,7 +97,7 @@ def test_initial_values_are_gpt2s():
 
 
 def test_only_matrices_have_two_dimensions():
-    ffn = {**FEEDBACK, "spectral": {"transform": "learned"}}
+    ffn = {**FEEDBACK, "spectral": {"path": "parallel"}}
     model = tiny(ffn, n_layer=1)
     matrices = {
         name.removeprefix("blocks.0.") for name, p in model.named_parameters() if p.dim() >= 2
@@ -107,8 +107,6 @@ def test_only_matrices_have_two_dimensions():
         "wpe.weight",
         "attention.qkv.weight",
         "attention.out.weight",
-        "ffn.spectral.left",
-        "ffn.spectral.right",
         "ffn.polynomial.weight",
         "ffn.feedback.a",
         "ffn.feedback.b",

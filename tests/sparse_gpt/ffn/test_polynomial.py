@@ -7,20 +7,36 @@ from hypothesis import strategies as st
 
 from sparse_gpt import SparsePolynomial
 from sparse_gpt.config import PolynomialConfig
-from sparse_gpt.ffn.polynomial import chebyshev, chebyshev_power
+from sparse_gpt.ffn.polynomial import ChebyshevMix, chebyshev, chebyshev_power
+
+
+def first_kind(u, degree):
+    return [sign * values for sign, values in chebyshev(u, 2 * u, degree)]
 
 
 @settings(max_examples=30, deadline=None)
 @given(u=st.floats(-1, 1), degree=st.integers(1, 12))
 def test_recurrence_equals_the_cosine(u, degree):
-    values = chebyshev(torch.tensor([u], dtype=torch.float64), degree)
+    first = first_kind(torch.tensor([u], dtype=torch.float64), degree)
     expected = [math.cos(n * math.acos(u)) for n in range(1, degree + 1)]
-    assert [v.item() for v in values] == pytest.approx(expected, abs=1e-10)
+    assert [v.item() for v in first] == pytest.approx(expected, abs=1e-10)
+
+
+@settings(max_examples=30, deadline=None)
+@given(degrees=st.sets(st.integers(1, 9), min_size=1), seed=st.integers(0, 99))
+def test_gradients_are_the_differences(degrees, seed):
+    torch.manual_seed(seed)
+    degrees = tuple(sorted(degrees))
+    u = torch.tanh(torch.randn(2, 3, 4, dtype=torch.float64)).requires_grad_()
+    weight = torch.randn(len(degrees), 2, 4, 4, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(8, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(ChebyshevMix.apply, (u, weight, bias, degrees))
 
 
 def test_gradients_are_finite_at_the_ends():
     u = torch.tensor([-1.0, 1.0], requires_grad=True)
-    chebyshev(u, 7)[-1].sum().backward()
+    weight = torch.ones(1, 2, 1, 1)
+    ChebyshevMix.apply(u.view(2, 1, 1), weight, torch.zeros(2), (7,)).sum().backward()
     assert u.grad.tolist() == [49, 49]  # T_n'(±1) = (±1)^(n-1) n²
 
 
@@ -28,7 +44,7 @@ def test_feature_power_is_the_designs():
     power = [chebyshev_power(n) for n in (1, 2, 3, 4)]
     assert power == pytest.approx([0.39, 0.44, 0.47, 0.48], abs=0.006)
     u = torch.tanh(torch.randn(1_000_000, dtype=torch.float64))
-    for n, values in enumerate(chebyshev(u, 7), 1):
+    for n, values in enumerate(first_kind(u, 7), 1):
         assert chebyshev_power(n) == pytest.approx(values.square().mean().item(), abs=3e-3)
 
 
@@ -73,5 +89,5 @@ def test_scale_of_the_input_does_not_matter():
 
 def test_features_are_well_conditioned():
     # Design section 5: 5 after renormalising to unit RMS, against 62 and 334 without.
-    features = torch.stack(chebyshev(torch.tanh(torch.randn(200_000, dtype=torch.float64)), 6))
+    features = torch.stack(first_kind(torch.tanh(torch.randn(200_000, dtype=torch.float64)), 6))
     assert torch.linalg.cond(torch.corrcoef(features)).item() < 10

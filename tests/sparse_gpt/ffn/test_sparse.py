@@ -123,3 +123,17 @@ def test_bad_width_and_preset_are_named():
         UltraEfficientSparseFFN(128, "dense")
     with pytest.raises(ValueError, match=r"'papr'; possible: dense, paper, default"):
         UltraEfficientSparseFFN(128, "papr")
+
+
+def test_autocast_trains_in_its_dtype(model_config):
+    if model_config.ffn.kind == "dense":
+        pytest.skip("is torch's own")
+    ffn = UltraEfficientSparseFFN(32, config=model_config.ffn).eval()
+    x = torch.randn(4, 32)
+    with torch.autocast("cpu", torch.bfloat16):
+        y = ffn(x)
+    y.float().square().sum().backward()
+    # The selections of a few tokens may differ after rounding; most channels must not.
+    close = torch.isclose(y.float(), ffn(x), atol=0.1)
+    assert close.float().mean() > 0.9
+    assert all(p.grad is None or p.grad.dtype == torch.float32 for p in ffn.parameters())
