@@ -100,6 +100,7 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    compile: bool = False  # torch.compile each block: equal but for rounding and dropout's draws
     deepspeed: dict[str, Any] = {}
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

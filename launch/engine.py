@@ -8,6 +8,7 @@ import contextlib
 import difflib
 import io
 import os
+import shutil
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -18,6 +19,7 @@ from data import Batch
 from launch.config import ConfigError, RunConfig
 from launch.schedule import learning_rate
 from launch.world import World
+from sparse_gpt import UltraEfficientSparseFFN
 from sparse_gpt.config import merge
 
 # DeepSpeed ignores an unknown key at the top level, so a typing error would train another run.
@@ -27,7 +29,6 @@ _NATIVE_KEYS = {
     "checkpoint",
     "comms_logger",
     "communication_data_type",
-    "compile",
     "data_types",
     "disable_allgather",
     "disable_python_gc",
@@ -69,6 +70,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
     }
     merged = merge(merge(defaults, config.deepspeed), run)
+    if merged["zero_optimization"]["stage"] == 3 and config.compile:
+        raise ConfigError(
+            "compile: ZeRO-3 gathers the weights of each part in hooks that a compiled block "
+            "cannot run; use deepspeed.zero_optimization.stage: 2, or compile: false"
+        )
     if merged["zero_optimization"]["stage"] == 0 and config.precision != "fp32":
         # DeepSpeed 0.19.8 takes a phantom AdamW step at initialisation in this combination.
         raise ConfigError(
@@ -77,8 +83,23 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
     return merged
 
 
+def check_compiler(config: RunConfig) -> None:
+    """Raises ConfigError where `compile` would fail at the first step, or silently do nothing."""
+    if not config.compile:
+        return
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        raise ConfigError("compile: the environment has TORCHDYNAMO_DISABLE=1; unset it")
+    cuda = torch.cuda.is_available()
+    variable, usual = ("CC", ("gcc", "clang")) if cuda else ("CXX", ("g++",))
+    names = [os.environ[variable]] if variable in os.environ else usual
+    if not any(map(shutil.which, names)):
+        raise ConfigError(
+            f"compile: there is no compiler {' or '.join(names)}; install it, or set {variable}"
+        )
+
+
 def _check_native(key: str, value: Any, run: Mapping[str, Any]) -> None:
-    if key in ("optimizer", "scheduler"):
+    if key in ("optimizer", "scheduler", "compile"):
         ours = "schedule" if key == "scheduler" else key
         raise ConfigError(f"deepspeed.{key}: is the run's own; set `{ours}` of the run instead")
     if key in run:
@@ -105,6 +126,10 @@ class Engine:
 
         logger.setLevel("ERROR")
         self.config, self.world, self.total_steps = config, world, total_steps
+        # A fused FFN reads the weights of its parts itself: ZeRO-3 must gather them as a whole.
+        whole = [m for m in model.modules() if isinstance(m, UltraEfficientSparseFFN)]
+        if whole:
+            deepspeed.utils.set_z3_leaf_modules(model, [UltraEfficientSparseFFN])
         saved = model.state_dict().keys()
         optimizer = torch.optim.AdamW(
             parameter_groups(model, config.optimizer.weight_decay),
@@ -118,6 +143,11 @@ class Engine:
                 model=model, optimizer=optimizer, config=deepspeed_config(config, world.size)
             )
         self.module: nn.Module = self.deepspeed.module
+        if config.compile:
+            for block in self.module.get_submodule("blocks").children():
+                # In place, so parameters keep their names. Blocks are alike and share the code;
+                # every batch has the same shape.
+                block.compile(dynamic=False)
         # Buffers that are saved: running scalars. (DeepSpeed has moved them only now.)
         self.statistics = [b for name, b in self.module.named_buffers() if name in saved]
 

@@ -1,25 +1,30 @@
 """What a step does inside: time and measured sparsity of every component, on sampled steps only.
 
-Hooks are attached for one step and removed, so that other steps pay nothing.
+Hooks are attached for one step and removed, so that other steps pay nothing. Compiled blocks and
+fused FFNs have no components any more: a sampled step runs them as they are written.
 """
 
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from typing import Any
 
 import torch
 from torch import nn
 
+from sparse_gpt import UltraEfficientSparseFFN
 from sparse_gpt.flops import FlopReport
 
 
 class Probe:
     """Measures the components of a model's blocks, those that its FLOP report names."""
 
-    def __init__(self, model: nn.Module, report: FlopReport, device: torch.device) -> None:
-        self.device = device
+    def __init__(
+        self, model: nn.Module, report: FlopReport, device: torch.device, compiled: bool = False
+    ) -> None:
+        self.device, self.compiled = device, compiled
+        self.ffns = [m for m in model.modules() if isinstance(m, UltraEfficientSparseFFN)]
         self.components = {
             f"block_{number:02}/{name}": model.get_submodule(f"blocks.{number}.{name}")
             for number, block in enumerate(report.blocks())
@@ -33,15 +38,26 @@ class Probe:
         """On a sampled step, measure every forward pass inside the `with`."""
         self._marks.clear()
         self._sparsity.clear()
+        if not sampled:
+            yield
+            return
         hooks = []
-        for name, module in self.components.items() if sampled else ():
+        for name, module in self.components.items():
             hooks.append(module.register_forward_pre_hook(self._mark(name)))
             hooks.append(module.register_forward_hook(self._mark(name)))
             if hasattr(module, "sparsity"):
                 hooks.append(module.register_forward_hook(self._measure(name)))
+        # The stance sets compiled code aside and keeps it: the next step compiles nothing anew.
+        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        backends = [ffn.backend for ffn in self.ffns]
+        for ffn in self.ffns:
+            ffn.backend = "eager"
         try:
-            yield
+            with eager:
+                yield
         finally:
+            for ffn, backend in zip(self.ffns, backends, strict=True):
+                ffn.backend = backend
             for hook in hooks:
                 hook.remove()
 

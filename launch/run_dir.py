@@ -21,8 +21,8 @@ from launch.config import ConfigError, RunConfig, load_config, to_yaml
 from launch.costs import model_report
 from launch.world import World
 
-# Sections that say how long or how loudly a run goes on, not what it computes.
-_MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "run_dir"}
+# What says how long, how loudly or how fast a run goes on, not what it computes (but for rounding).
+_MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "run_dir", "compile"}
 
 
 def check_run_dir(config: RunConfig, data_manifest_hash: str) -> None:

@@ -15,15 +15,16 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from data import Batch, Batches, DataError, Dataset, evaluation, load_tokenizer, open_shards
+from data import Batch, Batches, DataError, Dataset, evaluation, open_shards
 from launch.checkpoint import Checkpoints, TrainState
 from launch.config import ConfigError, RunConfig, load_config
-from launch.engine import Engine, deepspeed_config
+from launch.engine import Engine, check_compiler, deepspeed_config
 from launch.probe import Probe
 from launch.run_dir import check_run_dir, open_run_dir
 from launch.telemetry import Telemetry
 from launch.world import join_world, read_environment
 from sparse_gpt import GPT, count_flops
+from sparse_gpt.ffn.kernels import available
 
 
 def train(config: RunConfig) -> None:
@@ -38,7 +39,7 @@ def train(config: RunConfig) -> None:
     model = GPT(config.model)
     report = count_flops(model, batch=1, seq=config.model.max_seq_len)
     total_steps = config.total_steps(report.training / report.seq)
-    probe = Probe(model, report, world.device)
+    probe = Probe(model, report, world.device, config.compile)
     engine = Engine(config, model, world, total_steps)
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
 
@@ -80,18 +81,26 @@ def train(config: RunConfig) -> None:
 
 def check(config: RunConfig, world_size: int) -> Dataset:
     """Everything that can be known to be wrong before a process group or a folder exists."""
-    tokenizer = load_tokenizer()
-    dataset = open_shards(config.data.path, tokenizer.vocab_hash)
-    if config.model.vocab_size != tokenizer.vocab_size:
+    dataset = open_shards(config.data.path)
+    vocab_size = dataset.manifest.tokenizer["vocab_size"]
+    if config.model.vocab_size != vocab_size:
         raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size} is not the {tokenizer.vocab_size} of the "
-            f"vocabulary that {config.data.path} was made with; leave it out"
+            f"model.vocab_size: {config.model.vocab_size} is not the {vocab_size} of the "
+            f"vocabulary that {config.data.path} was made with; set it to that"
         )
     config.grad_accum(world_size)
     deepspeed_config(config, world_size)
+    check_compiler(config)
     train_batches(config, dataset, world_size)
     if dataset.held_out.n_tokens:
         held_out(config, dataset, world_size)
+    ffn = config.model.ffn
+    if ffn.kind == "sparse" and ffn.backend == "triton":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if not available(device):
+            raise ConfigError(f"model.ffn.backend: triton cannot run on this {device}; use auto")
+        if config.precision == "fp16":
+            raise ConfigError("model.ffn.backend: triton has no fp16; use auto, or bf16")
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("precision: fp16 needs a GPU; on the CPU use fp32 or bf16")
     check_run_dir(config, dataset.manifest.hash)

@@ -86,13 +86,13 @@ def join_world() -> World:
         torch.cuda.set_device(device)
     else:
         device = torch.device("cpu")
-        _keep_freed_memory()
+        keep_freed_memory()
     backend = "nccl" if device.type == "cuda" else "gloo"
     dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
     return World(rank, local_rank, size, device)
 
 
-def _keep_freed_memory() -> None:
+def keep_freed_memory() -> None:
     """glibc hands buffers as large as logits back to the kernel at every free, and page-faults them
     in again: kept, a step on the CPU takes about four fifths of the time."""
     mallopt = getattr(ctypes.CDLL(None), "mallopt", None)

@@ -195,3 +195,19 @@ def test_interrupting_the_command_ends_every_rank(run_file):
     assert process.wait(timeout=60) == 130
     left = subprocess.run(["pgrep", "-f", str(run_file)], capture_output=True, text=True).stdout
     assert left == ""
+
+
+@pytest.mark.parametrize("zero_stage", [1, 3])
+def test_fused_kernels_train_as_the_eager_chain_does(run_file, tmp_path, monkeypatch, zero_stage):
+    """In Triton's interpreter; ZeRO-3 must gather what the kernels read past the modules."""
+    options = [f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}", "duration={steps: 3}"]
+    options += ["batch={global_tokens: 128, micro_batch: 2}", "eval.max_tokens=64"]
+    losses = []
+    for backend in ("eager", "triton"):
+        monkeypatch.setitem(ENVIRONMENT, "TRITON_INTERPRET", str(int(backend == "triton")))
+        run_dir = tmp_path / backend
+        own = [f"run_dir={run_dir}", f"model.ffn.backend={backend}"]
+        finish(start_ranks(run_file, *options, *own), timeout=300)
+        losses.append([row["train/loss"] for row in metrics(run_dir) if "train/loss" in row])
+        assert any("time/block_00/ffn.polynomial" in row for row in metrics(run_dir))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
