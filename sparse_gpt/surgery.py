@@ -34,7 +34,7 @@ from transformers import (
 )
 
 from sparse_gpt.config import DenseFFNConfig, ModelConfig, SparseFFNConfig
-from sparse_gpt.ffn import UltraEfficientSparseFFN
+from sparse_gpt.ffn import SparseFactorLinear, UltraEfficientSparseFFN
 
 RIDGE = 1e-2  # of the mean variance of what enters the projection
 
@@ -258,6 +258,10 @@ def _solve(ffn: UltraEfficientSparseFFN, x: Tensor, y: Tensor) -> None:
         gram = (v.T @ v).double()
         gram.diagonal().add_(RIDGE * gram.diagonal().mean())
         ffn.projection.weight.copy_(torch.linalg.solve(gram, (v.T @ target).double()).T)
+    elif isinstance(ffn.projection, SparseFactorLinear) and norm is None:
+        z = ffn(x)  # two factors have no closed form, but each output its best size
+        sizes = (z * y).sum(0) / z.square().sum(0)
+        ffn.projection.second.mul_(sizes.view(-1, 1, ffn.projection.block))
     if isinstance(norm, nn.LayerNorm):
         z = ffn(x)
         spread = z - z.mean(0)

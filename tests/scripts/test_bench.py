@@ -7,6 +7,8 @@ import sys
 import pytest
 from ranks import ENVIRONMENT, ROOT
 
+from data import prepare
+
 SMALL = ("model={d_model: 32, n_layer: 1, n_head: 2, max_seq_len: 32, vocab_size: 100}",)
 
 
@@ -98,3 +100,15 @@ os._exit(0)
     rows = [line.split()[1:] for line in done.stdout.splitlines() if line.startswith("row")]
     assert len(rows) == 2, done.stderr
     assert list(map(float, rows[0])) == pytest.approx(list(map(float, rows[1])), rel=1e-4)
+
+
+def test_drop_in(tmp_path):
+    novel = ROOT / "data/samples/persuasion.txt"
+    prepare([novel], tmp_path / "shards", separator="\nChapter ", held_out=0.2)
+    sizes = ("--d-model", "32", "--n-layer", "2", "--steps", "20", "--fit", "2", "--tune", "1")
+    bench("bench_drop_in.py", tmp_path / "shards", *sizes, "--json", tmp_path / "out.json")
+    rows = json.loads((tmp_path / "out.json").read_text())["rows"]
+    assert [row["layers"] for row in rows] == ["", "", *["all"] * 5, *["last half"] * 5]
+    losses = {(row["layers"], row["state"]): row["loss"] for row in rows}
+    assert losses["", "dense"] < 10.8  # ln of the vocabulary
+    assert losses["all", "from noise"] != losses["last half", "from noise"]

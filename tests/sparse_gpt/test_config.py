@@ -1,7 +1,7 @@
 import pytest
 from pydantic import ValidationError
 
-from sparse_gpt import ModelConfig, SparseFFNConfig
+from sparse_gpt import ModelConfig, UltraEfficientSparseFFN
 from sparse_gpt.config import SpectralConfig
 
 SIZES = ("tiny", "124m", "355m", "774m", "1558m")
@@ -21,8 +21,9 @@ def test_mapping_with_presets_is_merged_deeply():
     spectral = {"keep": 0.25}
     config = ModelConfig(preset="tiny", n_layer=2, ffn={"preset": "default", "spectral": spectral})
     assert (config.n_layer, config.d_model) == (2, 128)
-    assert config.ffn.spectral == SpectralConfig(keep=0.25)
-    assert config.ffn.polynomial == SparseFFNConfig().polynomial
+    default = UltraEfficientSparseFFN(preset="default").config
+    assert config.ffn.spectral == default.spectral.model_copy(update={"keep": 0.25})
+    assert config.ffn.polynomial == default.polynomial
 
 
 def test_parts_can_be_switched_off_and_on():
