@@ -36,12 +36,12 @@ def batches(dataset: Dataset, start: int = 0) -> Iterator[Batch]:
 
 
 def train(model: PreTrainedModel, dataset: Dataset, first: int, steps: int, lr: float) -> None:
-    """AdamW over `steps` batches from the first-th on; linear decay to 0."""
+    """AdamW over `steps` batches from the first-th on; warm-up over a fifth, linear decay to 0."""
     model.train()
     optimizer = torch.optim.AdamW(model.parameters(), lr, betas=(0.9, 0.95), weight_decay=0.1)
     stream = batches(dataset, first * BATCH)
     for step in track(range(steps), f"{steps} steps", transient=True):
-        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / 20, 1 - step / steps)
+        optimizer.param_groups[0]["lr"] = lr * min((step + 1) / steps * 5, 1 - step / steps)
         batch = next(stream)
         logits = model(batch.tokens).logits
         torch.nn.functional.cross_entropy(logits.flatten(0, 1), batch.targets.flatten()).backward()

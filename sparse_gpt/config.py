@@ -37,9 +37,14 @@ class _Config(BaseModel):
 
 
 class DenseFFNConfig(_Config):
-    """GPT-2's d → 4d → d; `dropout` acts on the branch's output."""
+    """GPT-2's d → 4d → d; `dropout` acts on the branch's output.
+
+    `fan_in_init` starts the weights at std 1/√(inputs), which trains better at small widths
+    (docs/sparse-ffn.md), not at GPT-2's 0.02 whatever the width.
+    """
 
     kind: Literal["dense"] = "dense"
+    fan_in_init: bool = False
     dropout: Probability = 0.0
 
 

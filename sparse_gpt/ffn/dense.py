@@ -14,7 +14,7 @@ from sparse_gpt.flops import FlopCount
 class DenseFFN(nn.Module):
     """d → 4d → d with tanh-approximated GELU (GPT-2, Radford et al. 2019).
 
-    `(..., d_model) -> (..., d_model)`. `n_layer` scales the output weights' initial std, 0.02, by
+    `(..., d_model) -> (..., d_model)`. `n_layer` scales the output weights' initial std by
     1/√(2·n_layer) as every residual branch of GPT-2.
     """
 
@@ -23,10 +23,10 @@ class DenseFFN(nn.Module):
         self.up = nn.Linear(d_model, 4 * d_model)
         self.down = nn.Linear(4 * d_model, d_model)
         self.dropout = nn.Dropout(config.dropout)
-        nn.init.normal_(self.up.weight, std=0.02)
-        nn.init.normal_(self.down.weight, std=0.02 / math.sqrt(2 * n_layer))
-        nn.init.zeros_(self.up.bias)
-        nn.init.zeros_(self.down.bias)
+        for linear, shrink in ((self.up, 1), (self.down, 2 * n_layer)):
+            std = 1 / math.sqrt(linear.in_features) if config.fan_in_init else 0.02
+            nn.init.normal_(linear.weight, std=std / math.sqrt(shrink))
+            nn.init.zeros_(linear.bias)
 
     def forward(self, x: Tensor) -> Tensor:
         """The branch, without the residual add."""

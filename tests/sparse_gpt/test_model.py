@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparse_gpt import GPT, DenseBlock, ModelConfig, SparseBlock
+from sparse_gpt import GPT, DenseBlock, DenseFFN, DenseFFNConfig, ModelConfig, SparseBlock
 
 FEEDBACK = {"preset": "default", "feedback": {}}
 
@@ -92,6 +92,9 @@ def test_initial_values_are_gpt2s():
         assert p.std().item() == pytest.approx(0.02, rel=0.02)
     for p in (block.attention.out.weight, block.ffn.down.weight):
         assert p.std().item() == pytest.approx(0.02 / 4, rel=0.02)
+    by_width = DenseFFN(128, DenseFFNConfig(fan_in_init=True), n_layer=8)
+    assert by_width.up.weight.std().item() == pytest.approx(128**-0.5, rel=0.02)
+    assert by_width.down.weight.std().item() == pytest.approx(512**-0.5 / 4, rel=0.02)
     tokens = sample(5000, seq=100)
     assert model(tokens, sample(5000, seq=100)).item() == pytest.approx(math.log(5000), abs=0.1)
 
