@@ -90,6 +90,8 @@ def main() -> None:
             embd_pdrop=0.0,
             attn_pdrop=0.0,
             use_cache=False,
+            bos_token_id=None,
+            eos_token_id=None,
         )
     )
     train(dense, dataset, 0, args.steps, args.lr)
