@@ -40,9 +40,10 @@ class CausalSelfAttention(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.d_model = config.d_model
+        self.width = config.attention_width or config.d_model
         self.n_head = config.n_head
-        self.qkv = nn.Linear(config.d_model, 3 * config.d_model)
-        self.out = nn.Linear(config.d_model, config.d_model)
+        self.qkv = nn.Linear(config.d_model, 3 * self.width)
+        self.out = nn.Linear(self.width, config.d_model)
         self.dropout = nn.Dropout(config.dropout)
         nn.init.normal_(self.qkv.weight, std=0.02)
         nn.init.normal_(self.out.weight, std=0.02 / math.sqrt(2 * config.n_layer))
@@ -60,16 +61,16 @@ class CausalSelfAttention(nn.Module):
             raise ValueError(f"{seq} tokens after {k.shape[2] - seq} cached: only 1 can follow")
         # A single query sees every key, and is_causal would align it with the first.
         y = F.scaled_dot_product_attention(q, k, v, is_causal=seq > 1)
-        return self.dropout(self.out(y.transpose(1, 2).reshape(batch, seq, self.d_model)))
+        return self.dropout(self.out(y.transpose(1, 2).reshape(batch, seq, self.width)))
 
     def flop_count(self, batch: int, seq: int) -> FlopCount:
-        """4d² MACs a token, and 2·seq·d for the scores and their use, un-halved.
+        """4d·width MACs a token, and 2·seq·width for the scores and their use, un-halved.
 
         Softmax is 6 operations a score: scale, compare, subtract, exp, add, divide.
         """
         tokens, d = batch * seq, self.d_model
-        scores = tokens * 2 * seq * d
-        macs = tokens * 4 * d * d + scores
+        scores = tokens * 2 * seq * self.width
+        macs = tokens * 4 * d * self.width + scores
         return FlopCount(
             matmul=2 * macs,
             scores=2 * scores,

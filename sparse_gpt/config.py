@@ -46,17 +46,21 @@ class DenseFFNConfig(_Config):
 class SpectralConfig(_Config):
     """The 2-D DCT over the channels reshaped (p, q), then a selection of coefficients.
 
-    `path`: `series` feeds the polynomial, `parallel` works beside it on the same input.
+    `path`: `series` feeds the polynomial, `parallel` works beside it on the same input, `residual`
+    is added to its input, `gate` multiplies its output. A `learned` transform has weights of its
+    own in each block of I ⊗ C_q and C_p ⊗ I, initialised at the DCT. `gain` is the initial one.
     `factors` None is the most square split of d_model. Selection keeps about a share `keep` of a
     token's coefficients, `hard` as they are, `soft` less the threshold. The threshold is `exact`
     (top-k of the token) or `constant`: the normal quantile, right for a token of unit RMS, which
     is what the norm before makes of each; no sorting, no statistics.
     """
 
-    path: Literal["series", "parallel"] = "series"
+    path: Literal["series", "residual", "parallel", "gate"] = "series"
+    transform: Literal["dct", "hadamard", "learned"] = "dct"
+    gain: float = 1.0
     factors: tuple[PositiveInt, PositiveInt] | None = None
-    selection: Literal["hard", "soft"] = "hard"
-    threshold: Literal["exact", "constant"] = "exact"
+    selection: Literal["none", "hard", "soft"] = "hard"
+    threshold: Literal["exact", "statistical", "constant"] = "exact"
     keep: Share = 0.5
 
     def split(self, d_model: int) -> tuple[int, int]:
@@ -71,6 +75,8 @@ class SpectralConfig(_Config):
             raise ValueError(
                 f"spectral.factors {factors}: p·q is {p * q} and must be d_model {d_model}"
             )
+        if self.transform == "hadamard" and any(n & (n - 1) for n in factors):
+            raise ValueError(f"spectral.factors {factors}: hadamard needs powers of two; use dct")
         return factors
 
 
@@ -78,6 +84,9 @@ class PolynomialConfig(_Config):
     """Chebyshev features of the kept `degrees`, mixed within groups of `group_size` channels."""
 
     group_size: PositiveInt = 16
+    permute: bool = True  # else a group is adjacent channels
+    banks: PositiveInt = 1  # coefficient banks, of which a token chooses one
+    scale: Annotated[float, Field(gt=0)] = 1.0  # of the input of tanh
     degrees: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3, 4, 5, 6, 7)
 
     @field_validator("degrees")
@@ -135,8 +144,10 @@ class SparseFFNConfig(_Config):
     feedback: FeedbackConfig | None = None
     refine: RefineConfig | None = RefineConfig()
     projection: ProjectionConfig = ProjectionConfig()
+    mix_in: ProjectionConfig | None = None  # channels mixed before the nonlinearity
+    renormalise: bool | None = None  # to unit RMS before tanh; None: where spectral is in front
     backend: Literal["auto", "eager", "triton"] = "auto"
-    norm_out: Literal["after", "before"] = "after"
+    norm_out: Literal["after", "before", "none"] = "after"
     out_gain: Annotated[float, Field(gt=0)] = 1.0
     dropout: Probability = 0.0
 
@@ -147,8 +158,9 @@ class SparseFFNConfig(_Config):
         check_divides("polynomial.group_size", self.polynomial.group_size, d_model)
         if self.feedback:
             check_divides("feedback.groups", self.feedback.groups, d_model)
-        if self.projection.kind == "factored":
-            check_divides("projection.block", self.projection.block, d_model)
+        for part in (self.projection, self.mix_in):
+            if part and part.kind == "factored":
+                check_divides("projection.block", part.block, d_model)
         if self.backend == "triton":
             from sparse_gpt.ffn.kernels import unsupported
 
@@ -217,6 +229,7 @@ class ModelConfig(_Config):
     n_layer: PositiveInt
     n_head: PositiveInt
     dropout: Probability = 0.0
+    attention_width: PositiveInt | None = None  # of all heads together; None: d_model
     ffn: FFNConfig = DenseFFNConfig()
 
     @classmethod
@@ -253,7 +266,7 @@ class ModelConfig(_Config):
 
     @model_validator(mode="after")
     def _shapes_agree(self) -> ModelConfig:
-        check_divides("n_head", self.n_head, self.d_model)
+        check_divides("n_head", self.n_head, self.attention_width or self.d_model)
         if isinstance(self.ffn, SparseFFNConfig):
             try:
                 self.ffn.check(self.d_model)

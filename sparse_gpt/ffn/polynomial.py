@@ -108,22 +108,42 @@ class SparsePolynomial(nn.Module):
         self.group_size = size = config.group_size
         check_divides("polynomial.group_size", size, d_model)
         self.groups = d_model // size
-        self.weight = nn.Parameter(torch.empty(len(self.degrees), self.groups, size, size))
+        self.permute, self.banks, self.scale = config.permute, config.banks, config.scale
+        shape = (len(self.degrees), self.groups, size, size)
+        self.weight = nn.Parameter(torch.empty((self.banks, *shape) if self.banks > 1 else shape))
         self.bias = nn.Parameter(torch.zeros(d_model))
+        if self.banks > 1:
+            self.router = nn.Parameter(torch.randn(self.banks, d_model) / math.sqrt(d_model))
         total = math.sqrt(sum(1 / n**2 for n in self.degrees))
-        for weight, n in zip(self.weight, self.degrees, strict=True):
-            std = 1 / (n * total * math.sqrt(size * chebyshev_power(n)))
-            nn.init.normal_(weight, std=std)
+        for bank in self.weight.detach().view(self.banks, *shape):
+            for weight, n in zip(bank, self.degrees, strict=True):
+                std = 1 / (n * total * math.sqrt(size * chebyshev_power(n)))
+                nn.init.normal_(weight, std=std)
 
     def forward(self, x: Tensor) -> Tensor:
         """The mixed features, in x's dtype."""
         if self.renormalise:
             x = F.rms_norm(x, (self.d_model,), eps=1e-6)
-        u = torch.tanh(x).reshape(-1, self.group_size, self.groups).permute(2, 0, 1).contiguous()
+        if self.banks == 1:
+            return self._mix(x, self.weight)
+        tokens = x.reshape(-1, self.d_model)
+        share, choice = F.linear(tokens, self.router).softmax(-1).max(-1, keepdim=True)
+        y = torch.zeros_like(tokens)
+        for bank, weight in enumerate(self.weight):
+            chosen = (choice[:, 0] == bank).nonzero()[:, 0]
+            y = y.index_copy(0, chosen, self._mix(tokens[chosen], weight))
+        return (self.banks * share * y).reshape(x.shape)  # the share teaches the router
+
+    def _mix(self, x: Tensor, weight: Tensor) -> Tensor:
+        u = torch.tanh(x * self.scale) if self.scale != 1 else torch.tanh(x)
+        if self.permute:
+            u = u.reshape(-1, self.group_size, self.groups).permute(2, 0, 1).contiguous()
+        else:
+            u = u.reshape(-1, self.groups, self.group_size).transpose(0, 1).contiguous()
         kind = x.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):  # it does not know how to cast for `out=`
-            operands = (tensor.to(dtype) for tensor in (u, self.weight, self.bias))
+            operands = (tensor.to(dtype) for tensor in (u, weight, self.bias))
             y: Tensor = ChebyshevMix.apply(*operands, self.degrees)
         return y.transpose(0, 1).reshape(x.shape)
 
@@ -136,6 +156,8 @@ class SparsePolynomial(nn.Module):
         channels = batch * seq * self.d_model
         macs = channels * self.group_size * len(self.degrees)
         steps = self.degrees[-1] - 1
+        router = channels * self.banks if self.banks > 1 else 0
+        macs += router
         return FlopCount(
             matmul=2 * macs,
             elementwise=channels * (1 + 3 * self.renormalise + 2 * steps + (steps > 0)),

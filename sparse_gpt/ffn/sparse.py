@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sparse_gpt.config import SparseFFNConfig, ffn_preset
+from sparse_gpt.config import ProjectionConfig, SparseFFNConfig, ffn_preset
 from sparse_gpt.ffn.factored import SparseFactorLinear
 from sparse_gpt.ffn.kernels import available, fused_ffn, suits, unsupported
 from sparse_gpt.ffn.polynomial import SparsePolynomial
@@ -46,23 +46,28 @@ class UltraEfficientSparseFFN(nn.Module):
         self.norm_in = nn.LayerNorm(d_model)
         self.spectral = SparseSpectral(d_model, chosen.spectral) if chosen.spectral else None
         # What the norm leaves has unit RMS already; what selection leaves has not.
-        series = chosen.spectral is not None and chosen.spectral.path == "series"
+        self.mix_in = self._linear(d_model, chosen.mix_in) if chosen.mix_in else None
+        series = chosen.spectral is not None and chosen.spectral.path in ("series", "residual")
+        if chosen.renormalise is not None:
+            series = chosen.renormalise
         self.polynomial = SparsePolynomial(d_model, chosen.polynomial, renormalise=series)
         self.feedback = TokenFeedback(d_model, chosen.feedback) if chosen.feedback else None
         self.refine = SparseMicroRefine(d_model, chosen.refine) if chosen.refine else None
-        norm_out, projection = nn.LayerNorm(d_model), self._projection(d_model)
+        projection = self._linear(d_model, chosen.projection)
+        norm_out = nn.LayerNorm(d_model) if chosen.norm_out != "none" else nn.Identity()
         if chosen.norm_out == "before":
             self.norm_out, self.projection = norm_out, projection
         else:
             self.projection, self.norm_out = projection, norm_out
-        sizes = norm_out.weight if chosen.norm_out == "after" else list(projection.parameters())[-1]
+        last = norm_out if chosen.norm_out == "after" else projection
+        sizes = list(last.parameters())[0 if chosen.norm_out == "after" else -1]
         with torch.no_grad():
             sizes.mul_(chosen.out_gain)
         self.dropout = nn.Dropout(chosen.dropout)
 
-    def _projection(self, d_model: int) -> nn.Module:
-        if self.config.projection.kind == "factored":
-            return SparseFactorLinear(d_model, self.config.projection.block)
+    def _linear(self, d_model: int, config: ProjectionConfig) -> nn.Module:
+        if config.kind == "factored":
+            return SparseFactorLinear(d_model, config.block)
         linear = nn.Linear(d_model, d_model, bias=False)  # LN_out has one
         nn.init.normal_(linear.weight, std=1 / math.sqrt(d_model))
         return linear
@@ -73,8 +78,14 @@ class UltraEfficientSparseFFN(nn.Module):
         if auto or self.backend == "triton":
             return self.dropout(fused_ffn(self, x))
         h = self.norm_in(x)
+        if self.mix_in is not None:
+            h = self.mix_in(h)
         if self.spectral is None:
             v = self.polynomial(h)
+        elif self.spectral.config.path == "residual":
+            v = self.polynomial(h + self.spectral(h))
+        elif self.spectral.config.path == "gate":
+            v = self.polynomial(h) * self.spectral(h)
         elif self.spectral.config.path == "series":
             v = self.polynomial(self.spectral(h))
         else:

@@ -21,6 +21,14 @@ def dct_matrix(n: int) -> Tensor:
     return matrix
 
 
+def hadamard_matrix(n: int) -> Tensor:
+    """Sylvester's orthonormal Hadamard matrix, `(n, n)` float64; n is a power of two."""
+    matrix = torch.ones(1, 1, dtype=torch.float64)
+    while len(matrix) < n:
+        matrix = torch.cat((matrix.repeat(1, 2), torch.cat((matrix, -matrix), 1))) / math.sqrt(2)
+    return matrix
+
+
 class SparseSpectral(nn.Module):
     """Cᵀ(g ⊙ keep(C x)) for each token, with C = C_p ⊗ C_q run as two small matmuls.
 
@@ -43,10 +51,15 @@ class SparseSpectral(nn.Module):
         self.p, self.q = config.split(d_model)
         self.k = max(1, round(config.keep * d_model))
         self.quantile = NormalDist().inv_cdf(1 - config.keep / 2)  # of |z|, z ~ N(0, 1)
-        self.gain = nn.Parameter(torch.ones(d_model))
-        for name, n in (("left", self.p), ("right", self.q)):
-            matrix = dct_matrix(n).to(torch.get_default_dtype())
-            self.register_buffer(name, matrix, persistent=False)
+        self.gain = nn.Parameter(torch.full((d_model,), config.gain))
+        make = hadamard_matrix if config.transform == "hadamard" else dct_matrix
+        self.learned = config.transform == "learned"
+        for name, n, other in (("left", self.p, self.q), ("right", self.q, self.p)):
+            matrix = make(n).to(torch.get_default_dtype())
+            if self.learned:
+                setattr(self, name, nn.Parameter(matrix.repeat(other, 1, 1)))
+            else:
+                self.register_buffer(name, matrix, persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """The filtered tokens, in x's dtype."""
@@ -54,11 +67,17 @@ class SparseSpectral(nn.Module):
 
     def transform(self, x: Tensor) -> Tensor:
         """Coefficients C x, `(..., d_model)`."""
+        if self.learned:
+            grid = torch.einsum("npj,pkj->npk", x.reshape(-1, self.p, self.q), self.right)
+            return torch.einsum("niq,qki->nkq", grid, self.left).reshape(x.shape)
         left, right = self._factors(x.dtype)
         return (left @ (x.reshape(-1, self.p, self.q) @ right.T)).reshape(x.shape)
 
     def inverse(self, c: Tensor) -> Tensor:
         """Cᵀ c, `(..., d_model)`."""
+        if self.learned:
+            grid = torch.einsum("nkq,qki->niq", c.reshape(-1, self.p, self.q), self.left)
+            return torch.einsum("npk,pkj->npj", grid, self.right).reshape(c.shape)
         left, right = self._factors(c.dtype)
         return (left.T @ (c.reshape(-1, self.p, self.q) @ right)).reshape(c.shape)
 
@@ -71,13 +90,18 @@ class SparseSpectral(nn.Module):
         if self.config.threshold == "constant":
             shrink = F.softshrink if self.config.selection == "soft" else F.hardshrink
             return shrink(c, self.quantile)
+        if self.config.selection == "none":
+            return c
         if self.config.selection == "soft":
-            bound = self._kth_magnitude(c)
+            bound = self._bound(c)
             return c - c.clamp(-bound, bound)
-        return c.masked_fill(c.detach().abs() < self._kth_magnitude(c.detach()), 0)
+        return c.masked_fill(c.detach().abs() < self._bound(c.detach()), 0)
 
-    def _kth_magnitude(self, c: Tensor) -> Tensor:
-        """The k-th largest magnitude of each token, `(..., 1)`."""
+    def _bound(self, c: Tensor) -> Tensor:
+        """The smallest magnitude that each token keeps, `(..., 1)`."""
+        if self.config.threshold == "statistical":
+            norm = torch.linalg.vector_norm(c, dim=-1, keepdim=True)
+            return norm * (self.quantile / math.sqrt(self.d_model))
         return c.abs().topk(self.k, sorted=False).values.amin(-1, keepdim=True)
 
     @torch.no_grad()
@@ -90,10 +114,11 @@ class SparseSpectral(nn.Module):
         parallel the sum d."""
         channels = batch * seq * self.d_model
         macs = 2 * channels * (self.p + self.q)
-        selection = {"exact": 30, "constant": 3}[self.config.threshold] * channels
+        selection = {"exact": 30, "statistical": 3, "constant": 3}[self.config.threshold]
+        selection *= channels * (self.config.selection != "none")
         return FlopCount(
             matmul=2 * macs,
-            fixed=2 * macs,
-            elementwise=selection + channels * (1 + (self.config.path == "parallel")),
+            fixed=0 if self.learned else 2 * macs,
+            elementwise=selection + channels * (1 + (self.config.path != "series")),
             mac_equivalents=macs + selection,
         )

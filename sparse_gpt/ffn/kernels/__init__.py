@@ -48,6 +48,20 @@ def unsupported(config: SparseFFNConfig, d_model: int) -> str | None:
     spectral, polynomial, feedback = config.spectral, config.polynomial, config.feedback
     if d_model % 16 or d_model > _MAX_WIDTH:
         return f"d_model {d_model}: kernels need a multiple of 16 up to {_MAX_WIDTH}"
+    candidates = (
+        (config.mix_in, None),
+        (config.renormalise, None),
+        (config.norm_out == "none", False),
+        (polynomial.permute, True),
+        (polynomial.banks, 1),
+        (polynomial.scale, 1.0),
+        (spectral.path if spectral else None, "series", "parallel", None),
+        (spectral.transform if spectral else None, "dct", None),
+        (spectral.selection if spectral else None, "hard", "soft", None),
+        (spectral.threshold if spectral else None, "exact", "constant", None),
+    )
+    if any(value not in known for value, *known in candidates):
+        return "an option of the study has no kernel"
     if spectral:
         factors = spectral.split(d_model)
         if max(factors) > _MAX_FACTOR:
