@@ -41,6 +41,7 @@ class DenseFFNConfig(_Config):
 
     kind: Literal["dense"] = "dense"
     dropout: Probability = 0.0
+    fan_in_init: bool = False  # std 1/√fan_in for both matrices, not GPT-2's 0.02
 
 
 class SpectralConfig(_Config):

@@ -25,6 +25,9 @@ class DenseFFN(nn.Module):
         self.dropout = nn.Dropout(config.dropout)
         nn.init.normal_(self.up.weight, std=0.02)
         nn.init.normal_(self.down.weight, std=0.02 / math.sqrt(2 * n_layer))
+        if config.fan_in_init:
+            nn.init.normal_(self.up.weight, std=1 / math.sqrt(d_model))
+            nn.init.normal_(self.down.weight, std=1 / math.sqrt(4 * d_model * 2 * n_layer))
         nn.init.zeros_(self.up.bias)
         nn.init.zeros_(self.down.bias)
 
