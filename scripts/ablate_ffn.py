@@ -8,8 +8,8 @@ learning rate and seed that it names, by `sparse-gpt train` on one device. Finis
 repeated and killed ones go on, so the command may be stopped and started again at any time.
 
     run: {model: ..., data: ..., ...}     what all variants share
-    lr: [3e-3]                            learning rates and seeds unless a variant names its own
-    seeds: [0]
+    lr: [3e-3]                            learning rates and seeds unless a variant names its own;
+    seeds: [0]                            lr: {1e-3: [0], 3e-3: [0, 1, 2]} gives each its own seeds
     variants:
       dense: {set: {model.ffn: dense}, lr: [1e-3, 3e-3]}
       start: {set: {model.ffn: paper}}
@@ -94,8 +94,12 @@ def read_study(path: Path, out: Path) -> list[Run]:
             raise ConfigError(f"{path}: variants.{name}: unknown key {sorted(unknown)[0]!r}")
         changes = dict(_changes(path, study["variants"], name))
         overrides = [f"{key}={json.dumps(value)}" for key, value in changes.items()]
-        for lr in variant.get("lr", study.get("lr", [study["run"]["optimizer"]["lr"]])):
-            for seed in variant.get("seeds", study.get("seeds", [0])):
+        seeds = variant.get("seeds", study.get("seeds", [0]))
+        rates = variant.get("lr", study.get("lr", [study["run"]["optimizer"]["lr"]]))
+        if not isinstance(rates, dict):
+            rates = dict.fromkeys(rates, seeds)
+        for lr in rates:
+            for seed in rates[lr]:
                 label = re.sub(r"[^\w.-]+", "-", f"{name} lr{float(lr):g} s{seed}")
                 mine = [f"optimizer.lr={lr}", f"seed={seed}", f"run_dir={out / 'runs' / label}"]
                 config = load_config(base, [*overrides, *mine])
