@@ -75,6 +75,16 @@ def test_any_leading_shape(ffn):
     torch.testing.assert_close(ffn(x[0, 0]), flat[0])
 
 
+@pytest.mark.parametrize("tokens", [1, 2])
+def test_the_forward_pass_leaves_the_weights_alone(ffn, tokens):
+    before = copy.deepcopy(ffn.eval().state_dict())
+    with torch.no_grad():  # autograd would complain of a write: generation has none
+        ffn(torch.randn(1, tokens, 32))
+    for name, value in ffn.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+
 def test_compiles_without_graph_breaks(ffn):
     torch._dynamo.reset()
     for module in ffn.modules():
