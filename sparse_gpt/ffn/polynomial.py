@@ -51,7 +51,8 @@ class ChebyshevMix(torch.autograd.Function):
     ) -> Tensor:
         ctx.save_for_backward(u, weight)
         ctx.degrees = degrees
-        y = bias.view(len(u), 1, -1).expand_as(u).contiguous()
+        # A copy even of a single token's, where the expanded bias is contiguous as it is.
+        y = bias.view(len(u), 1, -1).expand_as(u).clone(memory_format=torch.contiguous_format)
         for n, (sign, t) in enumerate(chebyshev(u, 2 * u, degrees[-1]), 1):
             if n in degrees:
                 torch.baddbmm(y, t, weight[degrees.index(n)], alpha=sign, out=y)
