@@ -22,10 +22,8 @@ import argparse
 import itertools
 import json
 import math
-import os
 import re
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -39,6 +37,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemaining
 from launch.compare import summaries
 from launch.config import ConfigError, RunConfig, load_config
 from launch.run_dir import finished
+from launch.sweep.execute import Trainer
 
 
 @dataclass(frozen=True)
@@ -52,14 +51,11 @@ class Run:
     config_path: Path
     config: RunConfig
 
-    def train(self) -> None:
+    def train(self, trainer: Trainer) -> None:
         """Train it under the launcher; its log goes beside its metrics."""
-        Path(self.config.run_dir).mkdir(parents=True, exist_ok=True)
-        with open(f"{self.config.run_dir}.log", "a") as log:
-            command = [sys.executable, "-m", "launch", "train", str(self.config_path)]
-            code = subprocess.call([*command, "--devices", "1"], stdout=log, stderr=log)
-        if code:
-            print(f"{self.config.run_dir}: failed, see {log.name}", file=sys.stderr)
+        log = Path(f"{self.config.run_dir}.log")
+        if trainer.train(self.config_path, log):
+            print(f"{self.config.run_dir}: failed, see {log}", file=sys.stderr)
 
     def result(self) -> dict[str, Any]:
         """What the finished run was, cost and reached."""
@@ -211,7 +207,7 @@ def main() -> None:
         sys.exit(2)
     if args.only:
         runs = [run for run in runs if run.variant in args.only]
-    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, (os.cpu_count() or 1) // args.jobs)))
+    trainer = Trainer(args.jobs, devices=1)
     columns = (
         "[progress.description]{task.description}",
         BarColumn(),
@@ -221,7 +217,7 @@ def main() -> None:
     todo = [run for run in runs if not finished(run.config)]
     with Progress(*columns) as progress, ThreadPoolExecutor(args.jobs) as pool:
         task = progress.add_task(args.study.stem, total=len(runs), completed=len(runs) - len(todo))
-        for _ in pool.map(Run.train, todo):
+        for _ in pool.map(lambda run: run.train(trainer), todo):
             progress.advance(task)
             report(runs, args.out)
     report(runs, args.out)

@@ -18,7 +18,7 @@ ENVIRONMENT = {
 }
 
 
-def sparse_gpt(*arguments: str | Path, timeout: float = 180) -> subprocess.CompletedProcess[str]:
+def sparse_gpt(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would."""
     command = [sys.executable, "-m", "launch", *map(str, arguments)]
     return subprocess.run(
@@ -52,7 +52,7 @@ def start_ranks(
     ]
 
 
-def finish(ranks: list[subprocess.Popen[str]], timeout: float = 180) -> list[str]:
+def finish(ranks: list[subprocess.Popen[str]], timeout: float = 300) -> list[str]:
     """Wait for ranks that must succeed; returns what each printed."""
     outputs = [rank.communicate(timeout=timeout)[0] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * len(ranks), "\n".join(outputs)
