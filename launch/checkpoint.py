@@ -44,8 +44,8 @@ def step_of(tag: str) -> int:
 class Checkpoints:
     """The `checkpoints/` folder of a run."""
 
-    def __init__(self, root: Path, engine: Engine, keep_last: int) -> None:
-        self.root, self.engine, self.keep_last = root, engine, keep_last
+    def __init__(self, root: Path, engine: Engine) -> None:
+        self.root, self.engine, self.config = root, engine, engine.config.checkpoint
         self.world = engine.world
 
     def save(self, state: TrainState) -> None:
@@ -100,8 +100,9 @@ class Checkpoints:
         _write_synced(self.root / "latest.tmp", folder.name)
         (self.root / "latest.tmp").rename(self.root / "latest")
         _sync_folder(self.root)
-        for old in self._tags()[self.keep_last :]:
-            shutil.rmtree(self.root / old)
+        for old in self._tags()[self.config.keep_last :]:
+            if step_of(old) not in self.config.at:
+                shutil.rmtree(self.root / old)
 
     def _tags(self) -> list[str]:
         """Newest first."""

@@ -13,6 +13,8 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
+from launch.sweep.commands import sweep_app
+
 app = typer.Typer(
     name="sparse-gpt",
     no_args_is_help=True,
@@ -25,6 +27,7 @@ shards_app = typer.Typer(no_args_is_help=True, help="Look at tokenized data and 
 app.add_typer(shards_app, name="shards")
 vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a corpus.")
 app.add_typer(vocab_app, name="vocab")
+app.add_typer(sweep_app, name="sweep")
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overrides = Annotated[

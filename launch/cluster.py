@@ -55,8 +55,16 @@ def on_this_machine(devices: int | None, arguments: Sequence[str]) -> Launch:
         environment["OMP_NUM_THREADS"] = os.environ.get(
             "OMP_NUM_THREADS", str(max(1, (cores or 1) // devices))
         )
-    options = ["--num_gpus", str(devices), "--master_port", str(_free_port())]
+    options = [*_which(devices), "--master_port", str(_free_port())]
     return Launch(devices, _deepspeed(options, arguments), environment)
+
+
+def _which(devices: int) -> list[str]:
+    """The devices to take: told a number alone the launcher ignores CUDA_VISIBLE_DEVICES."""
+    visible = [name.strip() for name in os.environ.get("CUDA_VISIBLE_DEVICES", "").split(",")]
+    if all(name.isdigit() for name in visible):
+        return ["--include", f"localhost:{','.join(visible[:devices])}"]
+    return ["--num_gpus", str(devices)]
 
 
 def on_hosts(hostfile: Path, arguments: Sequence[str]) -> Launch:

@@ -5,12 +5,10 @@ import statistics
 from pathlib import Path
 from typing import Any
 
-import torch
 from rich.table import Table
 
 from launch.config import ConfigError, load_config
-from launch.costs import ffn_cost, model_report, total
-from sparse_gpt import GPT
+from launch.costs import ffn_cost, model_report, parameter_counts, total
 
 # key of a summary -> (what the table calls it, how it prints a value)
 _COLUMNS = {
@@ -62,15 +60,12 @@ def _summary(run_dir: Path) -> dict[str, Any]:
         raise ConfigError(f"{metrics}: holds no step yet; train it first")
     validation = [row["val/loss"] for row in rows if "val/loss" in row] or [None]
     config = load_config(run_dir / "config.yaml").model
-    with torch.device("meta"):
-        model = GPT(config)
-    embeddings = sum(p.numel() for p in (model.wte.weight, model.wpe.weight))
-    parameters = sum(p.numel() for p in model.parameters())
+    parameters, without_embeddings = parameter_counts(config)
     report = model_report(config)
     block, seq = report.blocks()[0], report.seq
     return {
         "parameters": parameters,
-        "parameters_without_embeddings": parameters - embeddings,
+        "parameters_without_embeddings": without_embeddings,
         "ffn_macs": ffn_cost(block).mac_equivalents // seq,
         "block_macs": total(block).mac_equivalents // seq,
         "model_macs": report.total.mac_equivalents // seq,

@@ -17,6 +17,7 @@ import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
 from sparse_gpt import ModelConfig
+from sparse_gpt.width import check_transfers
 
 
 class ConfigError(ValueError):
@@ -56,9 +57,14 @@ class DurationConfig(Section):
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019), decay on matrices only."""
+    """AdamW (Loshchilov & Hutter 2019), decay on matrices only.
+
+    With `width_transfer` (muP, see `sparse_gpt.width`) `lr` is the learning rate of d_model 128,
+    and each weight of another width gets what trains it alike.
+    """
 
     lr: float = Field(gt=0)
+    width_transfer: bool = False
     betas: Annotated[tuple[float, float], Strict(False)] = (0.9, 0.95)
     eps: float = Field(1e-8, gt=0)
     weight_decay: float = Field(0.1, ge=0)
@@ -77,6 +83,7 @@ class ScheduleConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(1000, gt=0)  # steps; the last step is always saved
     keep_last: int = Field(2, gt=0)
+    at: Annotated[tuple[int, ...], Strict(False)] = ()  # further steps to save, kept for good
 
 
 class LogConfig(Section):
@@ -116,6 +123,15 @@ class RunConfig(Section):
                 f"batch.global_tokens {tokens} is not a whole number of sequences of "
                 f"model.max_seq_len {seq_len}; use {f'{low} or ' if low else ''}{low + seq_len}"
             )
+        return self
+
+    @model_validator(mode="after")
+    def _transfers(self) -> "RunConfig":
+        if self.optimizer.width_transfer:
+            try:
+                check_transfers(self.model)
+            except ValueError as error:
+                raise ValueError(f"optimizer.width_transfer: {error}") from None
         return self
 
     @property
@@ -161,14 +177,21 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
     `run_dir` defaults to `runs/<name of the file>`. Raises ConfigError.
     """
     path = Path(path)
-    tree = _read(path, seen=())
-    tree.setdefault("run_dir", f"runs/{path.stem}")
+    return build_config(path, {"run_dir": f"runs/{path.stem}", **read_yaml(path)}, overrides)
+
+
+def build_config(path: Path, tree: dict[str, Any], overrides: Sequence[str] = ()) -> RunConfig:
+    """The run that `tree`, found in the file `path`, and the overrides on it describe.
+
+    Raises ConfigError.
+    """
+    tree = _inherit(path, tree, seen=())
     for override in overrides:
         _apply(tree, override)
     try:
         return RunConfig(**tree)
     except ValidationError as error:
-        raise ConfigError(f"{path}: {_explain(error)}") from None
+        raise ConfigError(f"{path}: {explain(error, RunConfig)}") from None
 
 
 def to_yaml(config: RunConfig) -> str:
@@ -191,9 +214,8 @@ def _parse(text: str) -> Any:
     return yaml.load(text, _Loader)  # a SafeLoader: plain data only
 
 
-def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: inherits from itself through `base`")
+def read_yaml(path: Path) -> dict[str, Any]:
+    """The mapping that a YAML file holds. Raises ConfigError."""
     try:
         tree = _parse(path.read_text(encoding="utf-8"))
     except OSError as error:
@@ -206,10 +228,18 @@ def _read(path: Path, seen: tuple[Path, ...]) -> dict[str, Any]:
         raise ConfigError(f"{where}: is not YAML: {getattr(error, 'problem', error)}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds no `key: value` lines")
-    base = tree.pop("base", None)
-    if base is None:
-        return tree
-    return _merge(_read(path.parent / str(base), (*seen, path.resolve())), tree)
+    return tree
+
+
+def _inherit(path: Path, tree: dict[str, Any], seen: tuple[Path, ...]) -> dict[str, Any]:
+    """`tree`, found in `path`, over the file that its `base` names."""
+    if path.resolve() in seen:
+        raise ConfigError(f"{path}: inherits from itself through `base`")
+    if "base" not in tree:
+        return dict(tree)
+    base = path.parent / str(tree["base"])
+    own = {key: value for key, value in tree.items() if key != "base"}
+    return _merge(_inherit(base, read_yaml(base), (*seen, path.resolve())), own)
 
 
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
@@ -245,14 +275,14 @@ def _apply(tree: dict[str, Any], override: str) -> None:
     tree.update(merged)
 
 
-def _explain(error: ValidationError) -> str:
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first complaint of pydantic as one line, with the nearest name for an unknown key."""
     errors = error.errors(include_url=False)
     first = errors[0]
-    key = ".".join(str(part) for part in _path(first["loc"]))
+    key = ".".join(str(part) for part in _path(root, first["loc"]))
     if first["type"] == "extra_forbidden":
-        *section, name = _path(first["loc"])
-        names = sorted(set(_field_names(RunConfig, section)))
+        *section, name = _path(root, first["loc"])
+        names = sorted(set(_field_names(root, section)))
         near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
         what = f"unknown key; did you mean '{near[0]}'?" if near else "unknown key"
         what += "" if near else f"; known here: {', '.join(names)}"
@@ -266,11 +296,11 @@ def _explain(error: ValidationError) -> str:
     return f"{key}: {what}{more}" if key else f"{what}{more}"
 
 
-def _path(loc: tuple[int | str, ...]) -> list[int | str]:
+def _path(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[int | str]:
     """The place of an error as its author wrote it: without pydantic's tags of union members."""
     path: list[int | str] = []
     for part in loc[:-1]:
-        if isinstance(part, int) or part in _field_names(RunConfig, path):
+        if isinstance(part, int) or part in _field_names(root, path):
             path.append(part)
     return [*path, *loc[-1:]]
 

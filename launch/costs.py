@@ -19,6 +19,15 @@ def model_report(config: ModelConfig) -> FlopReport:
         return count_flops(GPT(config), batch=1, seq=config.max_seq_len)
 
 
+def parameter_counts(config: ModelConfig) -> tuple[int, int]:
+    """All parameters, and those that are no embedding (the tied head is one)."""
+    with torch.device("meta"):
+        model = GPT(config)
+    embeddings = sum(p.numel() for p in (model.wte.weight, model.wpe.weight))
+    total = sum(p.numel() for p in model.parameters())
+    return total, total - embeddings
+
+
 def ffn_cost(block: Block) -> FlopCount:
     """A block's feed-forward network: a dense one without `ln_2`, a sparse one with both norms."""
     parts = (count for name, count in block.items() if name.split(".")[0] == "ffn")

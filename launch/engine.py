@@ -16,11 +16,12 @@ import torch
 from torch import nn
 
 from data import Batch
-from launch.config import ConfigError, RunConfig
+from launch.config import ConfigError, OptimizerConfig, RunConfig
 from launch.schedule import learning_rate
 from launch.world import World
-from sparse_gpt import UltraEfficientSparseFFN
+from sparse_gpt import GPT, UltraEfficientSparseFFN
 from sparse_gpt.config import merge
+from sparse_gpt.width import lr_multipliers, transfer_width
 
 # DeepSpeed ignores an unknown key at the top level, so a typing error would train another run.
 _NATIVE_KEYS = {
@@ -116,9 +117,9 @@ def _check_native(key: str, value: Any, run: Mapping[str, Any]) -> None:
 
 
 class Engine:
-    """A model under DeepSpeed with its optimizer: takes steps, knows their learning rate."""
+    """A new model under DeepSpeed with its optimizer: takes steps, knows their learning rate."""
 
-    def __init__(self, config: RunConfig, model: nn.Module, world: World, total_steps: int) -> None:
+    def __init__(self, config: RunConfig, model: GPT, world: World, total_steps: int) -> None:
         if world.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others
         import deepspeed
@@ -131,8 +132,13 @@ class Engine:
         if whole:
             deepspeed.utils.set_z3_leaf_modules(model, [UltraEfficientSparseFFN])
         saved = model.state_dict().keys()
+        if config.optimizer.width_transfer:
+            transfer_width(model)
+        groups = parameter_groups(model, config.optimizer)
+        # Not read from the optimizer's groups later: those of a checkpoint replace them.
+        self.lr_multipliers = [group["lr_multiplier"] for group in groups]
         optimizer = torch.optim.AdamW(
-            parameter_groups(model, config.optimizer.weight_decay),
+            groups,
             lr=config.optimizer.lr,
             betas=config.optimizer.betas,
             eps=config.optimizer.eps,
@@ -157,12 +163,13 @@ class Engine:
         """The update that follows `step` completed ones, on this rank's share of a global batch.
 
         tokens, targets: `(global_batch / world_size, seq)` int64, on the device. Returns this
-        rank's mean loss (float32 scalar, on the device), the learning rate, and the gradient norm
-        over all ranks before clipping.
+        rank's mean loss (float32 scalar, on the device), the schedule's learning rate, and the
+        gradient norm over all ranks before clipping.
         """
         lr = learning_rate(step, self.total_steps, self.config.optimizer.lr, self.config.schedule)
-        for group in self.deepspeed.optimizer.param_groups:
-            group["lr"] = lr
+        groups = self.deepspeed.optimizer.param_groups
+        for group, multiplier in zip(groups, self.lr_multipliers, strict=True):
+            group["lr"] = lr * multiplier
         size = self.config.batch.micro_batch
         micro_batches = list(zip(tokens.split(size), targets.split(size), strict=True))
         loss = torch.zeros((), device=self.world.device)
@@ -206,11 +213,23 @@ class Engine:
         return loss_sum / count
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Matrices with decay; norms, gains and biases without (as GPT-2's and GPT-3's recipes do)."""
-    matrices = [p for p in model.parameters() if p.dim() >= 2]
-    others = [p for p in model.parameters() if p.dim() < 2]
+def parameter_groups(model: GPT, settings: OptimizerConfig) -> list[dict[str, Any]]:
+    """Matrices with decay; norms, gains and biases without (as GPT-2's and GPT-3's recipes do).
+
+    Each group has an `lr_multiplier`, 1 unless `width_transfer` is on: its learning rate is that
+    multiple of the schedule's. AdamW decays by lr · weight_decay a step; dividing the decay by the
+    multiplier keeps that equal over widths, as the optimizer of Yang et al. does (MuAdamW of
+    microsoft/mup). Transfer was found to need it (Kosson et al. 2025, arXiv 2510.19093).
+    """
+    multipliers = lr_multipliers(model) if settings.width_transfer else {}
+    groups: dict[tuple[bool, float], list[nn.Parameter]] = {}
+    for name, p in model.named_parameters():
+        groups.setdefault((p.dim() >= 2, multipliers.get(name, 1.0)), []).append(p)
     return [
-        {"params": matrices, "weight_decay": weight_decay},
-        {"params": others, "weight_decay": 0.0},
+        {
+            "params": groups[matrices, multiplier],
+            "weight_decay": settings.weight_decay / multiplier if matrices else 0.0,
+            "lr_multiplier": multiplier,
+        }
+        for matrices, multiplier in sorted(groups, reverse=True)
     ]

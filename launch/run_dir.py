@@ -3,22 +3,17 @@
 config.yaml  provenance.json  metrics.jsonl  tensorboard/  checkpoints/
 """
 
+import fcntl
 import json
 import os
-import platform
-import subprocess
-import sys
-from datetime import datetime, timezone
-from importlib.metadata import version
+import shutil
 from pathlib import Path
 from typing import Any
 
-import psutil
-import torch
-
-from launch.checkpoint import step_of
+from launch.checkpoint import step_of, tag_of
 from launch.config import ConfigError, RunConfig, load_config, to_yaml
 from launch.costs import model_report
+from launch.provenance import provenance
 from launch.world import World
 
 # What says how long, how loudly or how fast a run goes on, not what it computes (but for rounding).
@@ -59,14 +54,61 @@ def open_run_dir(config: RunConfig, world: World, data_manifest_hash: str, step:
     folder = Path(config.run_dir)
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
-        starts = _read_provenance(folder)["starts"] if (folder / "config.yaml").exists() else []
-        provenance = {
+        before = _read_provenance(folder) if (folder / "config.yaml").exists() else {}
+        record = {
+            **before,
             "data_manifest_hash": data_manifest_hash,
-            "starts": [*starts, {"step": step, **_this_start(world)}],
+            "starts": [*before.get("starts", []), {"step": step, **_this_start(world)}],
         }
-        _write(folder / "provenance.json", json.dumps(provenance, indent=1) + "\n")
+        _write(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
         _write(folder / "config.yaml", to_yaml(config))
     return folder
+
+
+def hold(folder: Path) -> None:
+    """Keep other processes from training in `folder` until this one ends, however it ends.
+
+    Raises ConfigError if another one does already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # closed by the process's end
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ConfigError(
+            f"{folder}: another process trains this run; wait for it, or end it"
+        ) from None
+
+
+def held(folder: Path) -> bool:
+    """Whether a process trains in `folder` now."""
+    if not (folder / ".lock").exists():
+        return False
+    with (folder / ".lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def fork(trunk: Path, step: int, folder: Path) -> None:
+    """Make `folder` the run that `trunk` was after `step` steps; it appears whole or not at all.
+
+    The two share the checkpoint's files. Raises ConfigError where the trunk has no such checkpoint.
+    """
+    checkpoint = trunk / "checkpoints" / tag_of(step)
+    if not checkpoint.exists():
+        raise ConfigError(f"{checkpoint}: is not there; the run that forks from it needs it")
+    aside = folder.with_name(f".forking-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(checkpoint, aside / "checkpoints" / tag_of(step), copy_function=os.link)
+    (aside / "checkpoints/latest").write_text(tag_of(step))
+    for name in ("config.yaml", "metrics.jsonl"):  # rows after the step go when it starts
+        shutil.copy(trunk / name, aside / name)
+    record = {**_read_provenance(trunk), "forked_from": {"run": str(trunk), "step": step}}
+    _write(aside / "provenance.json", json.dumps(record, indent=1) + "\n")
+    aside.rename(folder)
 
 
 def _read_provenance(folder: Path) -> dict[str, Any]:
@@ -81,37 +123,6 @@ def _write(path: Path, text: str) -> None:
 
 
 def _this_start(world: World) -> dict[str, Any]:
-    cuda = world.device.type == "cuda"
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git_commit": _git("rev-parse", "HEAD"),
-        "git_dirty": bool(_git("status", "--porcelain")),
-        "versions": {
-            "python": sys.version.split()[0],
-            **{name: version(name) for name in ("sparse-gpt", "torch", "deepspeed", "numpy")},
-        },
-        "hardware": {
-            "device": torch.cuda.get_device_name(world.device) if cuda else _processor(),
-            "world_size": world.size,
-            "cpu_cores": os.cpu_count(),
-            "memory_gb": round(psutil.virtual_memory().total / 1e9, 1),
-        },
-    }
-
-
-def _git(*arguments: str) -> str | None:
-    """What git says of the source, or None where this is no checkout."""
-    here = Path(__file__).parent
-    try:
-        done = subprocess.run(["git", *arguments], cwd=here, capture_output=True, text=True)
-    except OSError:
-        return None
-    return done.stdout.strip() if done.returncode == 0 else None
-
-
-def _processor() -> str:
-    names = Path("/proc/cpuinfo")
-    for line in names.read_text().splitlines() if names.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
+    start = provenance(world.device)
+    start["hardware"]["world_size"] = world.size
+    return start

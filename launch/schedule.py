@@ -15,8 +15,7 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleCo
     warmup = schedule.warmup_steps
     if step < warmup:
         return peak * (step + 1) / warmup
-    cooldown = total_steps * (1 - schedule.decay_fraction) if schedule.kind == "wsd" else 0
-    start = max(0, min(max(warmup, cooldown), total_steps - 2))  # the last step is the lowest
+    start = fall_start(total_steps, schedule)
     progress = min(1.0, max(0.0, (step - start) / max(1, total_steps - 1 - start)))
     if schedule.kind == "cosine":
         fall = (1 - math.cos(math.pi * progress)) / 2
@@ -25,3 +24,9 @@ def learning_rate(step: int, total_steps: int, peak: float, schedule: ScheduleCo
     else:
         fall = progress
     return peak * (1 - (1 - schedule.final_lr_ratio) * fall)
+
+
+def fall_start(total_steps: int, schedule: ScheduleConfig) -> int:
+    """Completed steps up to which the learning rate does not depend on the run's length."""
+    steady = int(total_steps * (1 - schedule.decay_fraction)) if schedule.kind == "wsd" else 0
+    return max(0, min(max(schedule.warmup_steps, steady), total_steps - 2))  # the last is lowest

@@ -20,7 +20,7 @@ from launch.checkpoint import Checkpoints, TrainState
 from launch.config import ConfigError, RunConfig, load_config
 from launch.engine import Engine, check_compiler, deepspeed_config
 from launch.probe import Probe
-from launch.run_dir import check_run_dir, open_run_dir
+from launch.run_dir import check_run_dir, hold, open_run_dir
 from launch.telemetry import Telemetry
 from launch.world import join_world, read_environment
 from sparse_gpt import GPT, count_flops
@@ -33,6 +33,8 @@ def train(config: RunConfig) -> None:
     Raises ConfigError or DataError, before anything is written, if it cannot be done.
     """
     dataset = check(config, read_environment()[2])
+    if read_environment()[0] == 0:
+        hold(Path(config.run_dir))
     world = join_world()
 
     torch.manual_seed(config.seed)
@@ -43,9 +45,7 @@ def train(config: RunConfig) -> None:
     engine = Engine(config, model, world, total_steps)
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
 
-    checkpoints = Checkpoints(
-        Path(config.run_dir) / "checkpoints", engine, config.checkpoint.keep_last
-    )
+    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", engine)
     state = checkpoints.load_newest()
     run_dir = open_run_dir(config, world, dataset.manifest.hash, state.step)
     batches = iter(train_batches(config, dataset, world.size, world.rank, state.samples))
@@ -75,7 +75,10 @@ def train(config: RunConfig) -> None:
                     metrics |= validate(config, engine, dataset)
                 if metrics:
                     telemetry.log(state.step, metrics)
-                if last or state.step % config.checkpoint.every == 0:
+                due = (
+                    state.step % config.checkpoint.every == 0 or state.step in config.checkpoint.at
+                )
+                if last or due:
                     checkpoints.save(state)
 
 

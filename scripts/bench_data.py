@@ -22,6 +22,7 @@ import numpy as np
 from data import Batches, open_shards
 from data.manifest import FORMAT, MANIFEST, SPLITS, write_sealed
 from data.shards import HEADER_BYTES, FileEntry, ShardEntry, ShardWriter, Vocabulary, header
+from launch.provenance import provenance
 
 VOCABULARY = Vocabulary("ab" * 32, "uint16", 50256)
 SHAPES = [(128, 32), (128, 4096), (1024, 16), (1024, 512)]  # (context, batch)
@@ -131,7 +132,7 @@ def main() -> None:
             make_sparse_folder(folders[name], 1000, tokens)
             opening.append({"shards": 1000, **measure_open(folders[name])})
     if arguments.json:
-        print(json.dumps({"batches": batches, "open": opening}, indent=1))
+        print(json.dumps({**provenance(), "batches": batches, "open": opening}, indent=1))
         return
     print("context  batch   batches/s   tokens/s (one process, page cache)")
     for row in batches:

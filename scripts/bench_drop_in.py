@@ -12,18 +12,19 @@ short distillation, and of the first and the last after `--tune` more steps of o
 import argparse
 import copy
 import json
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ffn import provenance
 from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from data import Batch, Batches, Dataset, evaluation, open_shards
+from launch.provenance import provenance
 from launch.world import keep_freed_memory
 from sparse_gpt import fit_to_dense, replace_ffn
 
@@ -121,7 +122,7 @@ def main() -> None:
         measure(name, f"fitted, {args.tune} more steps", tuned(fitted))
 
     if args.json:
-        report = {**provenance(torch.device("cpu")), "rows": rows}
+        report = {"command": " ".join(sys.argv), **provenance(), "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     table = Table(title=f"GPT-2, d_model {args.d_model}, {args.n_layer} layers, {args.shards}")
     for column in ("layers replaced", "state", "held-out loss"):

@@ -24,15 +24,10 @@ of that which is reached.
 
 import argparse
 import json
-import os
-import platform
 import statistics
-import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from launch.provenance import provenance
 from launch.world import keep_freed_memory
 from sparse_gpt import DenseFFN, UltraEfficientSparseFFN, count_flops
 from sparse_gpt.config import DenseFFNConfig, ffn_preset
@@ -48,54 +44,6 @@ from sparse_gpt.config import DenseFFNConfig, ffn_preset
 Call = Callable[[], Tensor | None]
 PASSES = ("forward", "backward", "both")
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def provenance(device: torch.device) -> dict[str, Any]:
-    """Where numbers come from: hardware, versions, commit."""
-    cuda = device.type == "cuda"
-    return {
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "command": " ".join(sys.argv),
-        "device": torch.cuda.get_device_name(device) if cuda else _processor(),
-        "cpu_cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "versions": {
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "cuda": torch.version.cuda,
-            "triton": _version("triton"),
-            "deepspeed": _version("deepspeed"),
-        },
-        "commit": _git("rev-parse", "HEAD"),
-        "dirty": bool(_git("status", "--porcelain")),
-    }
-
-
-def _processor() -> str:
-    names = Path("/proc/cpuinfo")
-    for line in names.read_text().splitlines() if names.exists() else []:
-        if line.startswith("model name"):
-            return line.split(":", 1)[1].strip()
-    return platform.processor() or platform.machine()
-
-
-def _version(package: str) -> str | None:
-    try:
-        return version(package)
-    except PackageNotFoundError:
-        return None
-
-
-def _git(*arguments: str) -> str | None:
-    """None where this is no checkout; BENCH_COMMIT may then say which commit it is a copy of."""
-    command = ["git", "-C", str(Path(__file__).parent), *arguments]
-    try:
-        done = subprocess.run(command, capture_output=True, text=True)
-    except OSError:
-        done = None
-    if done is None or done.returncode:
-        return os.environ.get("BENCH_COMMIT") if arguments[0] == "rev-parse" else None
-    return done.stdout.strip()
 
 
 class Clock:
@@ -328,11 +276,12 @@ def main() -> None:
     clock = Clock(device)
     dtype = DTYPES[args.dtype]
     roofs = ceilings(clock, dtype)
-    report: dict[str, Any] = {**provenance(device), "preset": args.preset, "rounds": args.rounds}
+    report: dict[str, Any] = {"command": " ".join(sys.argv), **provenance(device)}
+    report |= {"preset": args.preset, "rounds": args.rounds}
     report |= {"ceilings": roofs, "shapes": [], "skipped": []}
     console = Console(width=None if sys.stdout.isatty() else 140)
     console.print(
-        f"{report['device']}: matmul {roofs['flops_per_second'] / 1e12:.4g} TFLOP/s, "
+        f"{report['hardware']['device']}: matmul {roofs['flops_per_second'] / 1e12:.4g} TFLOP/s, "
         f"copy {roofs['bytes_per_second'] / 1e9:.4g} GB/s, torch {torch.__version__}",
         highlight=False,
     )

@@ -29,15 +29,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ffn import DTYPES, provenance
+from bench_ffn import DTYPES
 from rich.console import Console
 from rich.table import Table
 
 from launch.config import RunConfig, load_config
 from launch.engine import Engine, check_compiler, parameter_groups
+from launch.provenance import provenance
 from launch.schedule import learning_rate
 from launch.world import World, join_world
 from sparse_gpt import GPT, count_flops
+from sparse_gpt.width import transfer_width
 
 
 class TorchEngine:
@@ -45,6 +47,8 @@ class TorchEngine:
 
     def __init__(self, config: RunConfig, model: GPT, world: World, total_steps: int) -> None:
         self.config, self.world, self.total_steps = config, world, total_steps
+        if config.optimizer.width_transfer:
+            transfer_width(model)
         self.model = model.to(world.device, DTYPES[config.precision])
         if config.compile:
             for block in self.model.blocks:
@@ -54,7 +58,7 @@ class TorchEngine:
         self.masters = list(masters.values())
         for master in self.masters:
             master.grad = torch.zeros_like(master)
-        groups = parameter_groups(model, config.optimizer.weight_decay)
+        groups = parameter_groups(model, config.optimizer)
         for group in groups:
             group["params"] = [masters[p] for p in group["params"]]
         settings = config.optimizer
@@ -67,7 +71,7 @@ class TorchEngine:
     ) -> tuple[torch.Tensor, float, torch.Tensor]:
         lr = learning_rate(step, self.total_steps, self.config.optimizer.lr, self.config.schedule)
         for group in self.optimizer.param_groups:
-            group["lr"] = lr
+            group["lr"] = lr * group["lr_multiplier"]
         size = self.config.batch.micro_batch
         micro_batches = list(zip(tokens.split(size), targets.split(size), strict=True))
         sums = [master.grad for master in self.masters]
@@ -244,6 +248,7 @@ def main() -> None:
 
     if world.rank == 0:
         report = {
+            "command": " ".join(sys.argv),
             **provenance(world.device),
             "ranks": world.size,
             "what": "decode" if args.decode else "train",
@@ -253,7 +258,8 @@ def main() -> None:
         }
         if args.json:
             args.json.write_text(json.dumps(report, indent=1) + "\n")
-        title = f"{report['what']}: {report['device']}, ranks: {world.size}, {report['engine']}"
+        device = report["hardware"]["device"]
+        title = f"{report['what']}: {device}, ranks: {world.size}, {report['engine']}"
         Console(width=None if sys.stdout.isatty() else 120).print(table(results, title))
     torch.distributed.barrier()
     sys.stdout.flush()

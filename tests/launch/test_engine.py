@@ -1,8 +1,12 @@
+import shutil
+
 import pytest
 import yaml
+from ranks import finish, metrics, start_ranks
 
 from launch.config import ConfigError, load_config
-from launch.engine import deepspeed_config
+from launch.engine import deepspeed_config, parameter_groups
+from sparse_gpt import GPT
 
 
 def native(run_file, keys, *overrides, world_size=2):
@@ -45,3 +49,63 @@ def test_the_stage_that_trains_wrongly_in_half_precision_is_refused(run_file):
     assert native(run_file, stage_0)
     with pytest.raises(ConfigError, match="0 trains wrongly in bf16; use 1"):
         native(run_file, stage_0, "precision=bf16")
+
+
+def test_groups_decay_matrices_alone_and_alike_at_every_width(run_file):
+    config = load_config(run_file, ["optimizer.width_transfer=true", "model.vocab_size=100"])
+    model = GPT(config.model)
+    groups = parameter_groups(model, config.optimizer)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    kinds = [(group["lr_multiplier"], group["weight_decay"]) for group in groups]
+    assert kinds == [(4.0, 0.1 / 4), (1.0, 0.1), (4.0, 0.0), (1.0, 0.0)]
+    for group in groups:
+        assert {p.dim() >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
+
+    plain = parameter_groups(model, config.optimizer.model_copy(update={"width_transfer": False}))
+    kinds = [(group["lr_multiplier"], group["weight_decay"]) for group in plain]
+    assert kinds == [(1.0, 0.1), (1.0, 0.0)]
+
+
+def rows(run_dir):
+    tags = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
+    return [[row.get(tag) for tag in tags] for row in metrics(run_dir)]
+
+
+def test_width_transfer_trains_and_resumes_alike_in_every_zero_stage(run_file, tmp_path):
+    options = ["duration.steps=6", "checkpoint.every=3", "model.ffn.feedback={}"]
+    finish(start_ranks(run_file, *options, f"run_dir={tmp_path / 'plain'}"))
+    options.append("optimizer.width_transfer=true")
+    losses = {}
+    for stage in range(4):
+        run_dir = tmp_path / str(stage)
+        own = [f"run_dir={run_dir}", f"deepspeed={{zero_optimization: {{stage: {stage}}}}}"]
+        finish(start_ranks(run_file, *options, *own))
+        whole = rows(run_dir)
+        shutil.rmtree(run_dir / "checkpoints/step-00000006")
+        output = finish(start_ranks(run_file, *options, *own))[0]
+        assert "step 4/6" in output
+        assert "step 3/6" not in output
+        assert rows(run_dir) == whole
+        losses[stage] = [row["train/loss"] for row in metrics(run_dir)[1:]]
+        assert losses[stage] == pytest.approx(losses[0], rel=1e-5)
+    plain = rows(tmp_path / "plain")
+    assert [row[2] for row in whole] == [row[2] for row in plain]  # what is said is the schedule
+    assert losses[0][-1] != pytest.approx(plain[-1][0], rel=1e-3)
+
+
+def test_width_transfer_changes_nothing_at_the_base_width(run_file, tmp_path):
+    options = ["duration.steps=3", "model={d_model: 128, n_head: 4, n_layer: 1}"]
+    options.append("eval.max_tokens=64")
+    runs = []
+    for transfer in ("false", "true"):
+        own = [f"run_dir={tmp_path / transfer}", f"optimizer.width_transfer={transfer}"]
+        finish(start_ranks(run_file, *options, *own))
+        runs.append(rows(tmp_path / transfer))
+    assert runs[0] == runs[1]
+
+
+def test_width_transfer_wants_weights_that_start_by_their_width(run_file):
+    dense = ["optimizer.width_transfer=true", "model.ffn={preset: dense}"]
+    with pytest.raises(ConfigError, match=r"^\S+: optimizer.width_transfer: .*fan_in_init: true"):
+        load_config(run_file, dense)
+    assert load_config(run_file, [*dense, "model.ffn.fan_in_init=true"])

@@ -24,7 +24,7 @@ def test_the_ffn_alone(tmp_path):
     options = ("--only", *eager, "--d-model", "32", "--preset", "paper", "--rounds", "2")
     bench("bench_ffn.py", *options, "--tokens", "48", "--json", tmp_path / "ffn.json")
     report = json.loads((tmp_path / "ffn.json").read_text())
-    assert {"device", "versions", "commit", "ceilings", "preset"} <= set(report)
+    assert {"command", "hardware", "versions", "git_commit", "ceilings", "preset"} <= set(report)
     [shape] = report["shapes"]
     assert (shape["d_model"], shape["tokens"], shape["dtype"]) == (32, 48, "fp32")
     dense, sparse = (shape["results"][name] for name in eager)
@@ -78,14 +78,16 @@ def test_whole_models(tmp_path, what):
         assert result["mfu"] is None  # a CPU has no peak that we know
 
 
-def test_plain_torch_trains_as_deepspeed_does():
+@pytest.mark.parametrize("transfer", ["false", "true"])
+def test_plain_torch_trains_as_deepspeed_does(transfer):
     script = f"""
 import os, sys, torch
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
 from bench_train import Engine, TorchEngine, GPT, join_world, load_config
 world = join_world()
 config = load_config({str(ROOT / "configs/tiny-dense.yaml")!r}, [
-    "batch={{global_tokens: 128, micro_batch: 2}}", {SMALL[0]!r}])
+    "batch={{global_tokens: 128, micro_batch: 2}}", {SMALL[0]!r},
+    "optimizer.width_transfer={transfer}"])
 torch.manual_seed(0)
 batches = [torch.randint(100, (2, 4, 32)) for _ in range(4)]
 for engine in (Engine, TorchEngine):

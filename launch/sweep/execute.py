@@ -1,0 +1,224 @@
+"""Trains what a sweep still lacks, through the deepspeed launcher, some runs at a time.
+
+May be killed at any moment and started again: finished runs are never repeated, half-finished ones
+resume, and a run that outlived a killed sweep is waited for. A run that fails or diverges is said
+so, and the rest goes on.
+"""
+
+import os
+import shlex
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import contextmanager
+from pathlib import Path
+from queue import SimpleQueue
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
+
+from launch.config import ConfigError
+from launch.run_dir import fork, held
+from launch.sweep.collect import computed_flops, log_path, loss, metrics, state
+from launch.sweep.grid import Cell, Sweep, write_configs
+
+_POLL = 1.0  # seconds
+
+
+class Trainer:
+    """Starts runs in processes of their own, `jobs` at a time, `devices` for each."""
+
+    def __init__(self, jobs: int, devices: int) -> None:
+        self.devices = devices
+        gpus = torch.cuda.device_count()
+        if gpus and jobs * devices > gpus:
+            raise ConfigError(
+                f"--jobs {jobs} × --devices {devices}: this machine has {gpus} GPUs; give fewer"
+            )
+        visible = os.environ.get("CUDA_VISIBLE_DEVICES") or ",".join(map(str, range(gpus)))
+        names = visible.split(",") if gpus else [""] * jobs * devices
+        self._free: SimpleQueue[str] = SimpleQueue()
+        for job in range(jobs):
+            self._free.put(",".join(names[job * devices : (job + 1) * devices]))
+        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+        self._threads = str(max(1, (cores or 1) // (jobs * devices)))
+        self._processes: set[subprocess.Popen[bytes]] = set()
+        self.stopping = threading.Event()
+
+    def train(self, config_path: Path, log: Path) -> int:
+        """Train one run to its end, its output appended to `log`; returns the exit code."""
+        log.parent.mkdir(parents=True, exist_ok=True)
+        command = [sys.executable, "-m", "launch", "train", str(config_path)]
+        share = self._free.get()
+        environment = {"OMP_NUM_THREADS": self._threads, **os.environ}
+        if torch.cuda.device_count():
+            environment["CUDA_VISIBLE_DEVICES"] = share
+        try:
+            with log.open("ab") as file:
+                process = subprocess.Popen(
+                    [*command, "--devices", str(self.devices)],
+                    stdout=file,
+                    stderr=subprocess.STDOUT,
+                    env=environment,
+                )
+                self._processes.add(process)
+                try:
+                    return process.wait()
+                finally:
+                    self._processes.discard(process)
+        finally:
+            self._free.put(share)
+
+    def stop(self) -> None:
+        """End every run now; each ends its own ranks."""
+        self.stopping.set()
+        for process in list(self._processes):
+            process.terminate()
+
+
+def run_sweep(
+    sweep: Sweep, trainer: Trainer, jobs: int, chain: int | None, changed: Callable[[], None]
+) -> list[str]:
+    """Train the grid, or its `chain`-th chain alone; returns one line a run that did not make it.
+
+    `changed` is called whenever a chain has ended.
+    """
+    if chain is not None and not 0 <= chain < len(sweep.chains):
+        raise ConfigError(f"--chain {chain}: the sweep has chains 0 to {len(sweep.chains) - 1}")
+    chains = sweep.chains if chain is None else [sweep.chains[chain]]
+    write_configs(sweep)
+    # The longest first, so that no long one is left alone at the end.
+    chains = sorted(chains, key=lambda cells: -sum(cell.own_flops for cell in cells))
+    cells = [cell for cells in chains for cell in cells]
+    console = Console(stderr=True)
+    problems: list[str] = []
+    with _progress(cells, console), ThreadPoolExecutor(jobs) as pool:
+        todo = {pool.submit(_train_chain, cells, trainer, console) for cells in chains}
+        try:
+            while todo:
+                done, todo = wait(todo, timeout=_POLL, return_when=FIRST_COMPLETED)
+                for future in done:
+                    problems += future.result()
+                if done:
+                    changed()
+        except KeyboardInterrupt:
+            trainer.stop()
+            pool.shutdown(cancel_futures=True)
+            raise
+    return problems
+
+
+def _train_chain(cells: list[Cell], trainer: Trainer, console: Console) -> list[str]:
+    problems = []
+    for cell in cells:
+        if trainer.stopping.is_set():
+            break
+        started = time.monotonic()
+        already = state(cell) in ("done", "diverged")
+        problem = None if already else _train(cells[0], cell, trainer)
+        rows = metrics(cell.run_dir)
+        if problem is None and loss(rows) != loss(rows):
+            problem = f"{cell.name}: diverged; it is left out of the fit"
+        if problem:
+            problems.append(problem)
+            console.print(problem, style="yellow", highlight=False, soft_wrap=True)
+        elif not already and not console.is_terminal:
+            seconds = time.monotonic() - started
+            console.print(f"{cell.name}: loss {loss(rows):.4f}, {seconds:.0f} s", soft_wrap=True)
+    return problems
+
+
+def _train(trunk: Cell, cell: Cell, trainer: Trainer) -> str | None:
+    """Train a run to its end; returns what went wrong, or None."""
+    while True:
+        while held(cell.run_dir):  # by ranks that outlived a killed sweep
+            if trainer.stopping.wait(_POLL):
+                return None
+        if state(cell) in ("done", "diverged"):
+            return None
+        if cell.fork_step is not None and not cell.run_dir.exists():
+            try:
+                fork(trunk.run_dir, cell.fork_step, cell.run_dir)
+            except ConfigError as error:
+                return f"{cell.name}: not started: {error}"
+        code = trainer.train(cell.config_path, log_path(cell))
+        if trainer.stopping.is_set():
+            return None
+        if code and not held(cell.run_dir):
+            return f"{cell.name}: failed with exit code {code}; see {log_path(cell)}"
+
+
+@contextmanager
+def _progress(cells: list[Cell], console: Console) -> Iterator[None]:
+    """A bar of the FLOPs done, over all runs, while the block runs."""
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    before = sum(map(computed_flops, cells))
+    total = sum(cell.own_flops for cell in cells)
+    ended = threading.Event()
+
+    def follow() -> None:
+        while True:
+            last = ended.wait(_POLL)
+            done = sum(state(cell) in ("done", "diverged") for cell in cells)
+            bar.update(
+                task,
+                completed=sum(map(computed_flops, cells)),
+                description=f"{done}/{len(cells)} runs",
+            )
+            if last:
+                return
+
+    with bar:
+        task = bar.add_task(f"{len(cells)} runs", total=total, completed=before)
+        thread = threading.Thread(target=follow)
+        if console.is_terminal:
+            thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            if console.is_terminal:
+                thread.join()
+
+
+def slurm_script(sweep: Sweep, jobs: int, devices: int) -> str:
+    """An array with one task a chain, `jobs` at a time, each on `devices` GPUs of one node."""
+    command = [sys.executable, "-m", "launch", "sweep", "run", str(sweep.path.resolve())]
+    command += ["--out", str(sweep.out.resolve()), "--devices", str(devices)]
+    return f"""#!/bin/bash
+#SBATCH --job-name={sweep.path.stem}
+#SBATCH --array=0-{len(sweep.chains) - 1}%{jobs}
+#SBATCH --nodes=1
+#SBATCH --ntasks=1
+#SBATCH --gpus-per-node={devices}
+#SBATCH --requeue
+#SBATCH --output={sweep.out.resolve()}/logs/slurm-%A_%a.out
+cd {shlex.quote(os.getcwd())}
+exec {shlex.join(command)} --chain "$SLURM_ARRAY_TASK_ID"
+"""
+
+
+def submit(sweep: Sweep, jobs: int, devices: int) -> str:
+    """Write the array's script into the sweep's folder and give it to Slurm; returns its answer."""
+    sbatch = shutil.which("sbatch")
+    if sbatch is None:
+        raise ConfigError("--slurm: there is no sbatch here; run this on a login node of Slurm")
+    (sweep.out / "logs").mkdir(parents=True, exist_ok=True)
+    script = sweep.out / "sweep.sbatch"
+    script.write_text(slurm_script(sweep, jobs, devices))
+    done = subprocess.run([sbatch, str(script)], capture_output=True, text=True)
+    if done.returncode:
+        raise ConfigError(f"{script}: sbatch refused it: {done.stderr.strip()}")
+    return done.stdout.strip()

@@ -1,0 +1,36 @@
+"""Scaling laws: fits of loss against model size, tokens and compute, and what they say.
+
+`fit_law` and `isoflop_minima` describe one architecture; `fit_families`, `compute_multiplier` and
+`compare` say how much compute one architecture saves against another, with intervals. Pure
+functions on arrays: reading runs and drawing plots happen elsewhere.
+"""
+
+from .compare import Comparison, HeldOut, compare, held_out_error
+from .families import FamilyLaw, Optimum, fit_families
+from .law import Law, Minima, cluster_resamples, fit_law, isoflop_minima
+from .multiplier import Draws, Estimate, Multiplier, bootstrap, compute_multiplier
+from .points import Points, ScalingError, best_learning_rates, usable
+
+__all__ = [
+    "Comparison",
+    "Draws",
+    "Estimate",
+    "FamilyLaw",
+    "HeldOut",
+    "Law",
+    "Minima",
+    "Multiplier",
+    "Optimum",
+    "Points",
+    "ScalingError",
+    "best_learning_rates",
+    "bootstrap",
+    "cluster_resamples",
+    "compare",
+    "compute_multiplier",
+    "fit_families",
+    "fit_law",
+    "held_out_error",
+    "isoflop_minima",
+    "usable",
+]

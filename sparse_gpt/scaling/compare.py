@@ -1,0 +1,216 @@
+"""Everything that a sweep over several architectures says, at once."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, fields, is_dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import ArrayLike
+
+from .families import FamilyLaw, fit_families, index_of
+from .law import Minima, isoflop_minima
+from .multiplier import Draws, Multiplier, bootstrap, compute_multiplier, multiplier_of
+from .points import Array, Points, ScalingError, best_learning_rates, cells, usable
+
+__all__ = ["Comparison", "HeldOut", "compare", "compute_multiplier", "held_out_error"]
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """How well a fit without the largest budget predicts it.
+
+    budget: the budget that was left out, training FLOPs. points: how many points it has.
+    rms_log, mean_log: root mean square and mean of ln(predicted/measured); a positive mean is
+        pessimism. rms_nats, mean_nats: the same of predicted − measured, nats a token.
+    """
+
+    budget: float
+    points: int
+    rms_log: float
+    mean_log: float
+    rms_nats: float
+    mean_nats: float
+
+
+def held_out_error(points: Points, own_exponents: bool = False) -> HeldOut:
+    """Fit the families' law without the largest budget, and predict that budget's losses.
+
+    Raises ScalingError where what is left cannot be fitted, or misses a family.
+    """
+    largest = points.budget == points.budget.max() if len(points) else np.zeros(0, bool)
+    rest, held = points[~largest], points[largest]
+    if not len(rest):
+        raise ScalingError("without the largest budget no points are left")
+    law = fit_families(rest, own_exponents)
+    predicted = predict_points(law, held)
+    log, nats = np.log(predicted / held.loss), predicted - held.loss
+    return HeldOut(
+        budget=float(held.budget[0]),
+        points=len(held),
+        rms_log=float(np.sqrt(np.mean(log**2))),
+        mean_log=float(log.mean()),
+        rms_nats=float(np.sqrt(np.mean(nats**2))),
+        mean_nats=float(nats.mean()),
+    )
+
+
+def predict_points(law: FamilyLaw, points: Points) -> Array:
+    """The law's loss for each point, (points,), nats a token."""
+    predicted = np.empty(len(points))
+    for family in points.families:
+        mine = points.family == family
+        predicted[mine] = law.predict(family, points.forward_flops[mine], points.tokens[mine])
+    return predicted
+
+
+@dataclass(frozen=True, eq=False)
+class Comparison:
+    """The fits of a sweep, and what they say of each family against the baseline.
+
+    points: the results that were fitted: finite losses at the best learning rates.
+    left_out: one line for each result, budget or question that could not be used.
+    shared, own: the law with one α, and with an α a family (None where it cannot be fitted).
+    chosen: "shared" or "own". reason: why, a sentence.
+    held_out: by law, the prediction of the largest budget, where it can be made.
+    minima: by family, its isoFLOP minima, sizes in parameters; mean loss over seeds.
+    multipliers: by family other than the baseline, from the chosen law.
+    seed_spread: by family, the pooled standard deviation of loss over seeds, nats; NaN with one.
+    draws: bootstrap draws of the chosen law's coefficients.
+    """
+
+    baseline: str
+    points: Points
+    left_out: tuple[str, ...]
+    shared: FamilyLaw
+    own: FamilyLaw | None
+    chosen: str
+    reason: str
+    held_out: dict[str, HeldOut]
+    minima: dict[str, Minima]
+    multipliers: dict[str, Multiplier]
+    seed_spread: dict[str, float]
+    draws: Draws
+
+    @property
+    def law(self) -> FamilyLaw:
+        """The chosen law."""
+        return self.own if self.chosen == "own" and self.own is not None else self.shared
+
+    def frontier_band(self, family: str, flops: ArrayLike, level: float = 80.0) -> Array:
+        """The interval of L*(C), nats: shape (2, flops), low and high, at a level in percent."""
+        drawn = self.draws.law.frontier(family, flops).loss
+        return np.asarray(np.percentile(drawn, [50 - level / 2, 50 + level / 2], axis=0))
+
+    def to_dict(self) -> dict[str, Any]:
+        """All but points and draws as plain JSON values; what is not finite becomes None."""
+        plain: dict[str, Any] = _plain(self)
+        return plain
+
+
+def compare(
+    points: Points, baseline: str = "dense", n_bootstrap: int = 1000, seed: int = 0
+) -> Comparison:
+    """Fit and compare all families of a sweep.
+
+    points: any results; those without a finite loss and those at other than the best learning
+        rate of their (family, size, budget) are left out here.
+    Exponents of its own are kept for a family only where both AICc and the prediction of the
+    largest budget prefer them: AICc alone counts points of one trunk as independent.
+    Raises ScalingError as `fit_families` and `bootstrap` do, and for a missing baseline.
+    """
+    finite, left_out = usable(points)
+    best = best_learning_rates(finite)
+    index_of(best.families, baseline)
+    shared = fit_families(best)
+    own: FamilyLaw | None = None
+    held_out: dict[str, HeldOut] = {}
+    try:
+        own = fit_families(best, own_exponents=True)
+    except ScalingError as error:
+        left_out.append(f"no exponents a family: {error}")
+    for name in ("shared", "own") if own is not None else ("shared",):
+        try:
+            held_out[name] = held_out_error(best, name == "own")
+        except ScalingError as error:
+            left_out.append(f"no prediction of the largest budget, {name} exponents: {error}")
+    chosen, reason = _choose(shared, own, held_out)
+    minima = {}
+    for family in best.families:
+        minima[family] = _family_minima(best[best.family == family])
+        left_out += [f"{family}, isoFLOP minimum: {line}" for line in minima[family].left_out]
+    law = own if chosen == "own" and own is not None else shared
+    draws = bootstrap(best, law, n_bootstrap, seed)
+    return Comparison(
+        baseline=baseline,
+        points=best,
+        left_out=tuple(left_out),
+        shared=shared,
+        own=own,
+        chosen=chosen,
+        reason=reason,
+        held_out=held_out,
+        minima=minima,
+        multipliers={
+            family: multiplier_of(best, law, draws, baseline, family)
+            for family in best.families
+            if family != baseline
+        },
+        seed_spread={f: _seed_spread(best[best.family == f]) for f in best.families},
+        draws=draws,
+    )
+
+
+def _choose(
+    shared: FamilyLaw, own: FamilyLaw | None, held_out: dict[str, HeldOut]
+) -> tuple[str, str]:
+    """Which law, and why."""
+    if len(shared.families) == 1:
+        return "shared", "There is one family, so nothing to share."
+    if own is None:
+        return "shared", "Shared exponents: the points cannot determine an α a family."
+    aicc = f"AICc {own.aicc:.1f} with an α a family, {shared.aicc:.1f} with one"
+    if set(held_out) != {"shared", "own"}:
+        return "shared", f"Shared exponents: the largest budget cannot be predicted ({aicc})."
+    error = (
+        f"largest budget predicted within {held_out['own'].rms_nats:.4f} nats rms against "
+        f"{held_out['shared'].rms_nats:.4f}"
+    )
+    better = own.aicc < shared.aicc, held_out["own"].rms_log < held_out["shared"].rms_log
+    if all(better):
+        return "own", f"An α a family: both tests prefer it ({aicc}; {error})."
+    verdict = "one test of two prefers" if any(better) else "neither test prefers"
+    return "shared", f"Shared exponents: {verdict} an α a family ({aicc}; {error})."
+
+
+def _family_minima(mine: Points) -> Minima:
+    return isoflop_minima(mine.budget, mine.params, mine.loss)
+
+
+def _seed_spread(mine: Points) -> float:
+    """Standard deviation of loss over seeds, pooled over the (size, budget) that have several."""
+    losses: dict[tuple[str, str, float], list[float]] = {}
+    for cell, loss in zip(cells(mine), mine.loss.tolist(), strict=True):
+        losses.setdefault(cell, []).append(loss)
+    several = [group for group in losses.values() if len(group) > 1]
+    if not several:
+        return float("nan")
+    squares = sum(len(group) * float(np.var(group)) for group in several)
+    return math.sqrt(squares / sum(len(group) - 1 for group in several))
+
+
+def _plain(value: Any) -> Any:
+    """Dataclasses, arrays and numpy scalars as dicts, lists and numbers, recursively."""
+    if is_dataclass(value) and not isinstance(value, type):
+        items = {f.name: getattr(value, f.name) for f in fields(value)}
+        return {k: _plain(v) for k, v in items.items() if not isinstance(v, (Points, Draws))}
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item) for item in value]
+    if isinstance(value, (np.ndarray, np.generic)):
+        return _plain(value.tolist())
+    if isinstance(value, float) and not math.isfinite(value):
+        return None
+    return value
