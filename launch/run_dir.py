@@ -7,6 +7,7 @@ import fcntl
 import json
 import os
 import shutil
+import time
 from pathlib import Path
 from typing import Any
 
@@ -72,12 +73,14 @@ def hold(folder: Path) -> None:
     """
     folder.mkdir(parents=True, exist_ok=True)
     handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # closed by the process's end
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ConfigError(
-            f"{folder}: another process trains this run; wait for it, or end it"
-        ) from None
+    for _ in range(20):  # a look by `held` takes the lock for a moment
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        else:
+            return
+    raise ConfigError(f"{folder}: another process trains this run; wait for it, or end it")
 
 
 def held(folder: Path) -> bool:

@@ -114,8 +114,10 @@ def run(
 
     from launch.sweep.execute import Trainer, run_sweep, submit
     from launch.sweep.grid import read_sweep
+    from launch.sweep.plots import check_plots
     from launch.sweep.report import draw_points
 
+    check_plots()
     sweep = read_sweep(file, out)
     if slurm:
         print(submit(sweep, jobs, devices))

@@ -105,7 +105,10 @@ def run_sweep(
                 for future in done:
                     problems += future.result()
                 if done:
-                    changed()
+                    try:
+                        changed()
+                    except Exception as error:  # what draws must not end days of training
+                        console.print(f"not drawn: {error}", style="yellow", soft_wrap=True)
         except KeyboardInterrupt:
             trainer.stop()
             pool.shutdown(cancel_futures=True)

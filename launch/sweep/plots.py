@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -20,14 +21,18 @@ _STYLES = (
 _SIZE = (6.4, 4.4)
 
 
+def check_plots() -> None:
+    """Raises ConfigError where nothing can be drawn."""
+    if importlib.util.find_spec("matplotlib") is None:
+        raise ConfigError("plots need matplotlib; pip install 'sparse-gpt[plots]'")
+
+
 @contextmanager
 def _axes(x: str, y: str, columns: int = 1) -> Iterator[tuple[Any, Any]]:
     """A figure that needs no display, with one axes or a row of them sharing y."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        raise ConfigError("plots need matplotlib; pip install 'sparse-gpt[plots]'") from None
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
     figure = Figure(figsize=(_SIZE[0] + 3.2 * (columns - 1), _SIZE[1]), dpi=130)
     figure.set_layout_engine("constrained")
     FigureCanvasAgg(figure)

@@ -35,7 +35,7 @@ _LAYOUT = {
         ],
     }
 }
-_LIVE_RESAMPLES = 100
+_LIVE_RESAMPLES = 20
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ def fit_sweep(sweep: Sweep, resamples: int) -> Report:
 
     Raises ScalingError, in one line, where the runs cannot support a fit.
     """
+    plots.check_plots()
     rows = point_rows(sweep)
     points = _points(rows)
     for family in sweep.config.families:

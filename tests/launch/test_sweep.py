@@ -284,6 +284,20 @@ def test_a_fit_that_cannot_be_says_what_is_missing(finished_sweep, tmp_path, kee
     assert not (tmp_path / "out/fit").exists()
 
 
+def test_a_plan_measures_its_time(sweep_tree, tmp_path):
+    sweep_tree["families"].pop("dense")
+    sweep_tree["baseline"] = "sparse"
+    path = write(sweep_tree, tmp_path / "s.yaml")
+    options = ("--out", tmp_path / "out", "--json")
+    assert json.loads(sparse_gpt("sweep", "plan", path, *options).stdout)["seconds"] is None
+    done = sparse_gpt("sweep", "plan", path, *options, "--calibrate")
+    found = json.loads(done.stdout)
+    trunk, fork = found["runs"]
+    assert 0 < fork["seconds"] < trunk["seconds"]
+    assert found["seconds"] == pytest.approx(trunk["seconds"] + fork["seconds"])
+    assert not (tmp_path / "out/runs").exists()
+
+
 def test_an_array_has_a_task_a_chain(sweep_tree, tmp_path):
     sweep = read_sweep(write(sweep_tree, tmp_path / "s.yaml"), tmp_path / "out")
     script = slurm_script(sweep, jobs=8, devices=4)
