@@ -79,10 +79,10 @@ def test_width_transfer_trains_and_resumes_alike_in_every_zero_stage(run_file, t
     for stage in range(4):
         run_dir = tmp_path / str(stage)
         own = [f"run_dir={run_dir}", f"deepspeed={{zero_optimization: {{stage: {stage}}}}}"]
-        finish(start_ranks(run_file, *options, *own))
+        finish(start_ranks(run_file, *options, *own), timeout=300)
         whole = rows(run_dir)
         shutil.rmtree(run_dir / "checkpoints/step-00000006")
-        output = finish(start_ranks(run_file, *options, *own))[0]
+        output = finish(start_ranks(run_file, *options, *own), timeout=300)[0]
         assert "step 4/6" in output
         assert "step 3/6" not in output
         assert rows(run_dir) == whole
