@@ -21,7 +21,7 @@ from launch.provenance import provenance
 from launch.sweep import plots
 from launch.sweep.collect import point_rows
 from launch.sweep.grid import Sweep
-from sparse_gpt.scaling import Comparison, Points, ScalingError, compare, usable
+from sparse_gpt.scaling import Comparison, Estimate, Points, ScalingError, compare, usable
 from sparse_gpt.scaling import Multiplier as Found
 
 _LOSS = "scaling/loss_by_gflops"
@@ -129,9 +129,9 @@ def summarize(comparison: Comparison) -> list[str]:
             if estimate is None:
                 continue
             lines.append(
-                f"{family} reaches a loss of {found.reference_loss:.3f} with {estimate.value:.2f} "
-                f"times fewer {unit} than {comparison.baseline} "
-                f"(80% interval {_range(estimate.interval_80)}, 95% {_range(estimate.interval_95)})"
+                f"{family} reaches a loss of {found.reference_loss:.3f} with {_times(estimate)} "
+                f"{unit} than {comparison.baseline}: multiplier {estimate.value:.2f} (80% interval "
+                f"{_range(estimate.interval_80)}, 95% {_range(estimate.interval_95)})"
             )
         where = (
             "beyond the runs of one family: an extrapolation"
@@ -162,6 +162,11 @@ def _points(rows: list[dict[str, Any]]) -> Points:
     if not rows:
         raise ScalingError("no run is finished yet; sparse-gpt sweep run trains them")
     return Points.from_rows(rows)
+
+
+def _times(estimate: Estimate) -> str:
+    value = float(estimate.value)
+    return f"{value:.2f} times fewer" if value >= 1 else f"{1 / value:.2f} times more"
 
 
 def _range(interval: Any) -> str:

@@ -190,10 +190,10 @@ def test_80_percent_intervals_cover(law, sweep):
     """A short look; `scripts/check_fit_coverage.py` measures it."""
     true = float(np.log(law.compute_for("dense", 2.9) / law.compute_for("sparse", 2.9)))
     inside = 0
-    for seed in range(8):
+    for seed in range(5):
         points = sweep(law, trunk_noise=0.004, own_noise=0.002, seeds=3, seed=seed)
-        drawn = bootstrap(points, fit_families(points), 40, seed).law
+        drawn = bootstrap(points, fit_families(points), 24, seed).law
         ratio = drawn.compute_for("dense", 2.9) / drawn.compute_for("sparse", 2.9)
         low, high = np.percentile(np.log(ratio), [10, 90])
         inside += low <= true <= high
-    assert 4 <= inside <= 8
+    assert inside >= 3
