@@ -246,9 +246,9 @@ def _data_tokens(config: SweepConfig) -> int | None:
         return None
 
 
-def short(flops: float) -> str:
-    """A number of FLOPs as a name: 2e12."""
-    return f"{flops:.4g}".replace("e+", "e")
+def short(number: float) -> str:
+    """A number as a name: 2e12."""
+    return f"{number:.4g}".replace("e+", "e")
 
 
 def write_configs(sweep: Sweep) -> None:

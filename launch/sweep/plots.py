@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from launch.config import ConfigError
+from launch.sweep.grid import short
 from sparse_gpt.scaling import Comparison, Points
 
 _STYLES = (
@@ -32,6 +33,7 @@ def _axes(x: str, y: str, columns: int = 1) -> Iterator[tuple[Any, Any]]:
     """A figure that needs no display, with one axes or a row of them sharing y."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
+    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     figure = Figure(figsize=(_SIZE[0] + 3.2 * (columns - 1), _SIZE[1]), dpi=130)
     figure.set_layout_engine("constrained")
@@ -39,6 +41,9 @@ def _axes(x: str, y: str, columns: int = 1) -> Iterator[tuple[Any, Any]]:
     axes = figure.subplots(1, columns, sharey=True, squeeze=False)[0]
     for each in axes:
         each.set_xscale("log")
+        each.xaxis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
+        each.xaxis.set_major_formatter(FuncFormatter(lambda value, _: short(value)))
+        each.xaxis.set_minor_formatter(NullFormatter())
         each.set_xlabel(x)
         each.grid(which="both", alpha=0.2)
     axes[0].set_ylabel(y)
