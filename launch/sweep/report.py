@@ -288,7 +288,9 @@ def _coefficients(comparison: Comparison, family: str) -> dict[str, float]:
     per_family = {name: float(getattr(law, name)[at]) for name in ("A", "B", "alpha", "beta")}
     found = {"E": float(law.E), **per_family}
     if family in comparison.multipliers:
-        found["compute_multiplier"] = float(comparison.multipliers[family].reference_compute.value)
+        found["multiplier_at_reference"] = float(
+            comparison.multipliers[family].reference_compute.value
+        )
     return found
 
 

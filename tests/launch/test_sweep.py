@@ -257,8 +257,10 @@ def test_a_fit_finds_the_multiplier_and_draws_it(finished_sweep, tmp_path):
         f"scaling/{name}" for name in ("frontier", "isoflop", "multiplier", "residuals")
     }
     band = _board(tmp_path / "out/fit/sparse")
-    low = band.Scalars("scaling/compute_multiplier/low_80")
-    assert all(event.value > 1 for event in low)
+    tags = [f"scaling/compute_multiplier{end}" for end in ("", "/low_80", "/high_80")]
+    value, low, high = ([e.step for e in band.Scalars(tag)] for tag in tags)
+    assert value == low == high  # TensorBoard draws no band otherwise
+    assert all(event.value > 1 for event in band.Scalars(tags[1]))
     assert not list((tmp_path / "out").glob(".*"))
 
 
