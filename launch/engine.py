@@ -126,6 +126,10 @@ class Engine:
         from deepspeed.utils import logger
 
         logger.setLevel("ERROR")
+        if world.device.type == "cpu":
+            # Its all-reduce in shared memory is compiled at the first launch (a minute), under a
+            # lock file that a kill leaves behind and every later launch waits for. gloo does it.
+            deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config, self.world, self.total_steps = config, world, total_steps
         # A fused FFN reads the weights of its parts itself: ZeRO-3 must gather them as a whole.
         whole = [m for m in model.modules() if isinstance(m, UltraEfficientSparseFFN)]

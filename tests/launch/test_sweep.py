@@ -181,12 +181,12 @@ def test_what_fails_or_diverges_is_said_and_the_rest_goes_on(sweep_tree, tmp_pat
     }
     sweep_tree["families"]["refused"]["model.ffn"] = "default"
     sweep_tree["lr"] = {"dense": [3e-3], "refused": [3e-3], "wild": [1e18]}
-    sweep_tree["budgets"] = [3e10]
+    sweep_tree["budgets"] = [5e10]
     path = write(sweep_tree, tmp_path / "s.yaml")
     done = sparse_gpt("sweep", "run", path, "--out", tmp_path / "out", "--jobs", "3")
     assert done.returncode == 1
-    assert "refused-d32-lr0.003-s0-3e10: failed with exit code 2; see" in done.stderr
-    assert "wild-d32-lr1e+18-s0-3e10: diverged; it is left out of the fit" in done.stderr
+    assert "refused-d32-lr0.003-s0-5e10: failed with exit code 2; see" in done.stderr
+    assert "wild-d32-lr1e+18-s0-5e10: diverged; it is left out of the fit" in done.stderr
     states = json.loads(
         sparse_gpt("sweep", "status", path, "--out", tmp_path / "out", "--json").stdout
     )
