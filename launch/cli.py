@@ -10,10 +10,10 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
 
 from launch.sweep.commands import sweep_app
+from launch.terminal import Json, show
 
 app = typer.Typer(
     name="sparse-gpt",
@@ -29,7 +29,6 @@ vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a co
 app.add_typer(vocab_app, name="vocab")
 app.add_typer(sweep_app, name="sweep")
 
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Override the file, e.g. optimizer.lr=1e-3."),
@@ -50,11 +49,6 @@ def main() -> None:
     except KeyboardInterrupt:
         print("interrupted", file=sys.stderr)
         sys.exit(130)
-
-
-def _show(table: Table) -> None:
-    """Print a table; into a file or a pipe, too wide for 80 columns, it keeps its lines whole."""
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
 
 
 def _unescaped(separator: str | None) -> str | None:
@@ -144,7 +138,7 @@ def info(folder: Path, as_json: Json = False) -> None:
         table.add_column(column, justify="right")
     for split, counts in found.items():
         table.add_row(split, *(f"{count:,}" for count in counts.values()))
-    _show(table)
+    show(table)
 
 
 @shards_app.command(epilog="Example: sparse-gpt shards verify shards/novels")
@@ -204,7 +198,7 @@ def compare(
     if as_json:
         print(json.dumps(found, indent=1))
     else:
-        _show(comparison(found))
+        show(comparison(found))
 
 
 @app.command(epilog="Example: sparse-gpt flops configs/tiny-paper.yaml model.d_model=256")
@@ -217,7 +211,7 @@ def flops(config: Config, overrides: Overrides = None, as_json: Json = False) ->
     if as_json:
         print(json.dumps(costs_json(model), indent=1))
     else:
-        _show(costs_table(model))
+        show(costs_table(model))
 
 
 @app.command(epilog="Example: sparse-gpt doctor")
@@ -236,6 +230,6 @@ def doctor(as_json: Json = False) -> None:
         for finding in findings:
             fix = "" if finding.status == "ok" else finding.fix
             table.add_row(marks[finding.status], finding.what, finding.found, fix)
-        _show(table)
+        show(table)
     if any(finding.status == "problem" for finding in findings):
         sys.exit(1)

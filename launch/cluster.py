@@ -34,7 +34,7 @@ class Launch:
         process = subprocess.Popen(
             self.command, env=os.environ | self.environment, start_new_session=True
         )
-        previous = signal.signal(signal.SIGTERM, _interrupt)
+        previous = signal.signal(signal.SIGTERM, interrupt)
         try:
             return process.wait()
         finally:
@@ -50,13 +50,19 @@ def on_this_machine(devices: int | None, arguments: Sequence[str]) -> Launch:
         raise ConfigError(f"--devices {devices}: this machine has {gpus} GPUs")
     environment = {"PYTHONWARNINGS": os.environ.get("PYTHONWARNINGS", "ignore::FutureWarning")}
     if not gpus:
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
         environment["DS_ACCELERATOR"] = "cpu"
         environment["OMP_NUM_THREADS"] = os.environ.get(
-            "OMP_NUM_THREADS", str(max(1, (cores or 1) // devices))
+            "OMP_NUM_THREADS", str(max(1, cores() // devices))
         )
-    options = [*_which(devices), "--master_port", str(_free_port())]
+    which = _which(devices) if gpus else ["--num_gpus", str(devices)]
+    options = [*which, "--master_port", str(_free_port())]
     return Launch(devices, _deepspeed(options, arguments), environment)
+
+
+def cores() -> int:
+    """Cores that this process may use."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _which(devices: int) -> list[str]:
@@ -102,7 +108,8 @@ def _free_port() -> int:
         return probe.getsockname()[1]
 
 
-def _interrupt(*_: object) -> None:
+def interrupt(*_: object) -> None:
+    """A signal handler that ends as Ctrl-C does."""
     raise KeyboardInterrupt
 
 

@@ -1,6 +1,5 @@
 """Runs side by side: what each cost, what it reached, how fast it was."""
 
-import json
 import statistics
 from pathlib import Path
 from typing import Any
@@ -9,6 +8,7 @@ from rich.table import Table
 
 from launch.config import ConfigError, load_config
 from launch.costs import ffn_cost, model_report, parameter_counts, total
+from launch.run_dir import read_metrics
 
 # key of a summary -> (what the table calls it, how it prints a value)
 _COLUMNS = {
@@ -54,7 +54,7 @@ def _summary(run_dir: Path) -> dict[str, Any]:
     metrics = run_dir / "metrics.jsonl"
     if not metrics.exists():
         raise ConfigError(f"{run_dir}: holds no metrics.jsonl; give the folder of a run")
-    rows = [json.loads(line) for line in metrics.read_text().splitlines()]
+    rows = read_metrics(run_dir)
     speeds = [row["perf/tokens_per_second"] for row in rows if "perf/tokens_per_second" in row]
     if not speeds:
         raise ConfigError(f"{metrics}: holds no step yet; train it first")

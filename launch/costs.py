@@ -1,6 +1,7 @@
 """What a configured model costs a token, beside its dense twin: as table, JSON and scalars."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from itertools import groupby
 from typing import Any
 
@@ -13,12 +14,14 @@ from sparse_gpt.flops import FlopCount, FlopReport
 Block = Mapping[str, FlopCount]
 
 
+@lru_cache
 def model_report(config: ModelConfig) -> FlopReport:
     """FLOPs of one sequence of full length; builds no weights."""
     with torch.device("meta"):
         return count_flops(GPT(config), batch=1, seq=config.max_seq_len)
 
 
+@lru_cache
 def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     """All parameters, and those that are no embedding (the tied head is one)."""
     with torch.device("meta"):

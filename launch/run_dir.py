@@ -95,6 +95,18 @@ def held(folder: Path) -> bool:
     return False
 
 
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, none without any; up to a line that is not written whole."""
+    path = folder / "metrics.jsonl"
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
 def fork(trunk: Path, step: int, folder: Path) -> None:
     """Make `folder` the run that `trunk` was after `step` steps; it appears whole or not at all.
 

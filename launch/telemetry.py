@@ -21,6 +21,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from launch.config import RunConfig
 from launch.costs import flops_scalars
+from launch.run_dir import read_metrics
 from launch.world import World
 from sparse_gpt.flops import FlopReport
 
@@ -63,7 +64,7 @@ class Telemetry:
         self._marked_step = resume_step
         self._data_wait = 0.0
         if world.rank == 0:
-            rows = _read_rows(run_dir / "metrics.jsonl", resume_step)
+            rows = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]
             kept = run_dir / "metrics.tmp"
             kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
             kept.rename(run_dir / "metrics.jsonl")
@@ -170,19 +171,6 @@ _CONSOLE = {
     "perf/tflops": "{:.3f} TFLOP/s",
     "perf/mfu": "MFU {:.1%}",
 }
-
-
-def _read_rows(path: Path, last_step: int) -> list[dict[str, Any]]:
-    """The rows up to `last_step`; a line that a kill cut short is one after it."""
-    rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            break
-        if row["step"] <= last_step:
-            rows.append(row)
-    return rows
 
 
 def _memory(device: torch.device) -> dict[str, float]:

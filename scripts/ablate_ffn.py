@@ -31,11 +31,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from launch.compare import summaries
-from launch.config import ConfigError, RunConfig, load_config
+from launch.config import ConfigError, RunConfig, build_config, read_yaml, to_yaml
 from launch.run_dir import finished
 from launch.sweep.execute import Trainer
 
@@ -75,14 +74,12 @@ class Run:
 
 def read_study(path: Path, out: Path) -> list[Run]:
     """All runs of a study file, their run files written under `out`."""
-    study = yaml.safe_load(path.read_text())
+    study = read_yaml(path)
     unknown = study.keys() - {"run", "lr", "seeds", "variants"}
     if unknown:
         raise ConfigError(f"{path}: unknown key {sorted(unknown)[0]!r}")
     configs = out / "configs"
     configs.mkdir(parents=True, exist_ok=True)
-    base = configs / "base.yaml"
-    base.write_text(yaml.safe_dump(study["run"]))
     runs = []
     for name, variant in study["variants"].items():
         unknown = variant.keys() - {"from", "set", "lr", "seeds"}
@@ -98,9 +95,9 @@ def read_study(path: Path, out: Path) -> list[Run]:
             for seed in rates[lr]:
                 label = re.sub(r"[^\w.-]+", "-", f"{name} lr{float(lr):g} s{seed}")
                 mine = [f"optimizer.lr={lr}", f"seed={seed}", f"run_dir={out / 'runs' / label}"]
-                config = load_config(base, [*overrides, *mine])
+                config = build_config(path, study["run"], [*overrides, *mine])
                 file = configs / f"{label}.yaml"
-                file.write_text(yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False))
+                file.write_text(to_yaml(config))
                 runs.append(Run(name, float(lr), seed, changes, file, config))
     return runs
 

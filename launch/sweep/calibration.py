@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from launch.config import DurationConfig, LogConfig, to_yaml
 from launch.provenance import provenance
-from launch.sweep.collect import metrics
+from launch.run_dir import read_metrics
 from launch.sweep.execute import Trainer
 from launch.sweep.grid import Cell, Sweep
 
@@ -23,20 +23,20 @@ class Pace:
     step: float
 
 
-def calibrate(sweep: Sweep, trainer: Trainer, jobs: int) -> None:
-    """Train a few steps of each family and size, `jobs` at a time as the sweep will.
+def calibrate(sweep: Sweep, trainer: Trainer) -> None:
+    """Train a few steps of each family and size, as many at a time as the sweep will.
 
     Writes `calibration.json` into the sweep's folder. What fails is left out.
     """
     shapes = {(cell.family, cell.size): cell for cell in sweep.cells}
-    with ThreadPoolExecutor(jobs) as pool:
+    with ThreadPoolExecutor(trainer.jobs) as pool:
         paces = list(pool.map(lambda cell: _measure(sweep, cell, trainer), shapes.values()))
     found = {
         f"{family} {size}": asdict(pace)
         for (family, size), pace in zip(shapes, paces, strict=True)
         if pace
     }
-    record = {"jobs": jobs, "seconds": found, **provenance()}
+    record = {"jobs": trainer.jobs, "seconds": found, **provenance()}
     (sweep.out / "calibration.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
@@ -57,7 +57,7 @@ def _measure(sweep: Sweep, cell: Cell, trainer: Trainer) -> Pace | None:
     if trainer.train(path, folder / f"{name}.log"):
         return None
     wall = time.monotonic() - started
-    rows = [row for row in metrics(folder / name) if "perf/step_ms" in row]
+    rows = [row for row in read_metrics(folder / name) if "perf/step_ms" in row]
     steps = [row["perf/step_ms"] / 1e3 for row in rows]
     # The first steps also warm up, so what they take longer is part of the start.
     step = statistics.median(steps[1:])

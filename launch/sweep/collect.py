@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from launch.costs import parameter_counts
-from launch.run_dir import finished, held
+from launch.run_dir import finished, held, read_metrics
 from launch.sweep.grid import Cell, Sweep
 
 STATES = ("done", "diverged", "running", "stopped", "waiting")
@@ -18,20 +18,13 @@ def state(cell: Cell) -> str:
     if held(cell.run_dir):
         return "running"
     if finished(cell.config):
-        return "diverged" if math.isnan(loss(metrics(cell.run_dir))) else "done"
+        return "diverged" if math.isnan(loss(read_metrics(cell.run_dir))) else "done"
     return "stopped" if log_path(cell).exists() else "waiting"
 
 
 def log_path(cell: Cell) -> Path:
     """What the launcher of a run printed, over all its starts."""
     return cell.run_dir.parent.parent / "logs" / f"{cell.name}.log"
-
-
-def metrics(run_dir: Path) -> list[dict[str, Any]]:
-    """The rows of a run's metrics; a line that is being written is left out."""
-    path = run_dir / "metrics.jsonl"
-    lines = path.read_text().split("\n")[:-1] if path.exists() else []
-    return [json.loads(line) for line in lines]
 
 
 def loss(rows: list[dict[str, Any]]) -> float:
@@ -44,7 +37,7 @@ def computed_flops(cell: Cell) -> float:
     """Training FLOPs that a run has done itself until now."""
     if finished(cell.config):
         return cell.own_flops
-    rows = metrics(cell.run_dir)
+    rows = read_metrics(cell.run_dir)
     inherited = cell.training_flops - cell.own_flops
     return max(0.0, (rows[-1]["gflops"] * 1e9 if rows else 0.0) - inherited)
 
@@ -55,7 +48,7 @@ def point_rows(sweep: Sweep) -> list[dict[str, Any]]:
 
 
 def _row(cell: Cell) -> dict[str, Any]:
-    rows = metrics(cell.run_dir)
+    rows = read_metrics(cell.run_dir)
     starts = json.loads((cell.run_dir / "provenance.json").read_text())["starts"]
     step_ms = [row["perf/step_ms"] for row in rows if "perf/step_ms" in row]
     parameters, without_embeddings = parameter_counts(cell.config.model)

@@ -6,8 +6,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.table import Table
+
+from launch.terminal import Json, show
 
 if TYPE_CHECKING:
     from launch.sweep.grid import Sweep
@@ -23,7 +24,6 @@ Out = Annotated[
 ]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
 Devices = Annotated[int, typer.Option(min=1, help="GPUs (on the CPU: ranks) for each run.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
 
 @sweep_app.command(
@@ -46,7 +46,7 @@ def plan(
 
     sweep = read_sweep(file, out)
     if calibrate:
-        calibration.calibrate(sweep, Trainer(jobs, devices), jobs)
+        calibration.calibrate(sweep, Trainer(jobs, devices))
     seconds = calibration.estimate(sweep)
     total = None if seconds is None else sum(seconds.values()) / jobs
     if as_json:
@@ -71,7 +71,7 @@ def plan(
             )
         )
         return
-    _print(_grid_table(sweep))
+    show(_grid_table(sweep))
     own = sum(cell.own_flops for cell in sweep.cells)
     alone = sum(cell.training_flops for cell in sweep.cells)
     print(
@@ -112,6 +112,7 @@ def run(
     """Train what is missing; run again after any interruption. Watch it in TensorBoard."""
     import signal
 
+    from launch.cluster import interrupt
     from launch.sweep.execute import Trainer, run_sweep, submit
     from launch.sweep.grid import read_sweep
     from launch.sweep.plots import check_plots
@@ -122,10 +123,8 @@ def run(
     if slurm:
         print(submit(sweep, jobs, devices))
         return
-    signal.signal(signal.SIGTERM, _interrupt)
-    problems = run_sweep(
-        sweep, Trainer(jobs, devices), jobs, chain, changed=lambda: draw_points(sweep)
-    )
+    signal.signal(signal.SIGTERM, interrupt)
+    problems = run_sweep(sweep, Trainer(jobs, devices), chain, lambda: draw_points(sweep))
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:
@@ -136,20 +135,21 @@ def run(
 @sweep_app.command(epilog="Example: sparse-gpt sweep status configs/sweeps/laptop.yaml")
 def status(file: File, out: Out = None, as_json: Json = False) -> None:
     """Every run of the sweep: waiting, running, stopped, done or diverged, and its loss."""
-    from launch.sweep.collect import STATES, loss, metrics, state
+    from launch.run_dir import read_metrics
+    from launch.sweep.collect import STATES, loss, state
     from launch.sweep.grid import read_sweep
 
     sweep = read_sweep(file, out)
     found = []
     for cell in sweep.cells:
-        rows = metrics(cell.run_dir)
+        rows, now = read_metrics(cell.run_dir), state(cell)
         found.append(
             {
                 "name": cell.name,
-                "state": state(cell),
+                "state": now,
                 "step": rows[-1]["step"] if rows else 0,
                 "steps": cell.steps,
-                "loss": loss(rows) if state(cell) == "done" else None,
+                "loss": loss(rows) if now == "done" else None,
             }
         )
     if as_json:
@@ -162,7 +162,7 @@ def status(file: File, out: Out = None, as_json: Json = False) -> None:
         value = "" if row["loss"] is None else f"{row['loss']:.4f}"
         steps = f"{row['step']:,}", f"{row['steps']:,}"
         table.add_row(str(row["name"]), str(row["state"]), *steps, value)
-    _print(table)
+    show(table)
     counts = {name: sum(row["state"] == name for row in found) for name in STATES}
     print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
 
@@ -219,16 +219,8 @@ def _grid_table(sweep: "Sweep") -> Table:
     return table
 
 
-def _print(table: Table) -> None:
-    Console(width=None if sys.stdout.isatty() else 120).print(table)
-
-
 def _duration(seconds: float) -> str:
     for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
         if seconds >= 2 * size:
             return f"{seconds / size:.3g} {unit}"
     return f"{seconds:.0f} seconds"
-
-
-def _interrupt(*_: object) -> None:
-    raise KeyboardInterrupt

@@ -12,9 +12,8 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
-from contextlib import contextmanager
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -22,9 +21,10 @@ import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
+from launch.cluster import cores
 from launch.config import ConfigError
-from launch.run_dir import fork, held
-from launch.sweep.collect import computed_flops, log_path, loss, metrics, state
+from launch.run_dir import finished, fork, held, read_metrics
+from launch.sweep.collect import computed_flops, log_path, loss, state
 from launch.sweep.grid import Cell, Sweep, write_configs
 
 _POLL = 1.0  # seconds
@@ -34,7 +34,7 @@ class Trainer:
     """Starts runs in processes of their own, `jobs` at a time, `devices` for each."""
 
     def __init__(self, jobs: int, devices: int) -> None:
-        self.devices = devices
+        self.jobs, self.devices = jobs, devices
         gpus = torch.cuda.device_count()
         if gpus and jobs * devices > gpus:
             raise ConfigError(
@@ -45,8 +45,7 @@ class Trainer:
         self._free: SimpleQueue[str] = SimpleQueue()
         for job in range(jobs):
             self._free.put(",".join(names[job * devices : (job + 1) * devices]))
-        cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-        self._threads = str(max(1, (cores or 1) // (jobs * devices)))
+        self._threads = str(max(1, cores() // (jobs * devices)))
         self._processes: set[subprocess.Popen[bytes]] = set()
         self.stopping = threading.Event()
 
@@ -82,7 +81,7 @@ class Trainer:
 
 
 def run_sweep(
-    sweep: Sweep, trainer: Trainer, jobs: int, chain: int | None, changed: Callable[[], None]
+    sweep: Sweep, trainer: Trainer, chain: int | None, changed: Callable[[], None]
 ) -> list[str]:
     """Train the grid, or its `chain`-th chain alone; returns one line a run that did not make it.
 
@@ -96,11 +95,26 @@ def run_sweep(
     chains = sorted(chains, key=lambda cells: -sum(cell.own_flops for cell in cells))
     cells = [cell for cells in chains for cell in cells]
     console = Console(stderr=True)
+    bar = Progress(
+        TextColumn("{task.description}"),
+        BarColumn(),
+        TaskProgressColumn(),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    task = bar.add_task("", total=sum(cell.own_flops for cell in cells))
     problems: list[str] = []
-    with _progress(cells, console), ThreadPoolExecutor(jobs) as pool:
+    with bar, ThreadPoolExecutor(trainer.jobs) as pool:
         todo = {pool.submit(_train_chain, cells, trainer, console) for cells in chains}
         try:
-            while todo:
+            while True:
+                if not bar.disable:
+                    ended = sum(finished(cell.config) for cell in cells)
+                    flops = sum(map(computed_flops, cells))
+                    bar.update(task, completed=flops, description=f"{ended}/{len(cells)} runs")
+                if not todo:
+                    return problems
                 done, todo = wait(todo, timeout=_POLL, return_when=FIRST_COMPLETED)
                 for future in done:
                     problems += future.result()
@@ -113,7 +127,6 @@ def run_sweep(
             trainer.stop()
             pool.shutdown(cancel_futures=True)
             raise
-    return problems
 
 
 def _train_chain(cells: list[Cell], trainer: Trainer, console: Console) -> list[str]:
@@ -124,15 +137,14 @@ def _train_chain(cells: list[Cell], trainer: Trainer, console: Console) -> list[
         started = time.monotonic()
         already = state(cell) in ("done", "diverged")
         problem = None if already else _train(cells[0], cell, trainer)
-        rows = metrics(cell.run_dir)
-        if problem is None and loss(rows) != loss(rows):
+        if problem is None and state(cell) == "diverged":
             problem = f"{cell.name}: diverged; it is left out of the fit"
         if problem:
             problems.append(problem)
             console.print(problem, style="yellow", highlight=False, soft_wrap=True)
         elif not already and not console.is_terminal:
-            seconds = time.monotonic() - started
-            console.print(f"{cell.name}: loss {loss(rows):.4f}, {seconds:.0f} s", soft_wrap=True)
+            seconds, reached = time.monotonic() - started, loss(read_metrics(cell.run_dir))
+            console.print(f"{cell.name}: loss {reached:.4f}, {seconds:.0f} s", soft_wrap=True)
     return problems
 
 
@@ -154,47 +166,6 @@ def _train(trunk: Cell, cell: Cell, trainer: Trainer) -> str | None:
             return None
         if code and not held(cell.run_dir):
             return f"{cell.name}: failed with exit code {code}; see {log_path(cell)}"
-
-
-@contextmanager
-def _progress(cells: list[Cell], console: Console) -> Iterator[None]:
-    """A bar of the FLOPs done, over all runs, while the block runs."""
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    before = sum(map(computed_flops, cells))
-    total = sum(cell.own_flops for cell in cells)
-    ended = threading.Event()
-
-    def follow() -> None:
-        while True:
-            last = ended.wait(_POLL)
-            done = sum(state(cell) in ("done", "diverged") for cell in cells)
-            bar.update(
-                task,
-                completed=sum(map(computed_flops, cells)),
-                description=f"{done}/{len(cells)} runs",
-            )
-            if last:
-                return
-
-    with bar:
-        task = bar.add_task(f"{len(cells)} runs", total=total)
-        bar.update(task, completed=before)
-        thread = threading.Thread(target=follow)
-        if console.is_terminal:
-            thread.start()
-        try:
-            yield
-        finally:
-            ended.set()
-            if console.is_terminal:
-                thread.join()
 
 
 def slurm_script(sweep: Sweep, jobs: int, devices: int) -> str:

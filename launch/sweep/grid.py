@@ -95,8 +95,6 @@ class Cell:
     budget: float  # training FLOPs asked for; whole steps make it a little more or less
     config: RunConfig
     config_path: Path
-    report: FlopReport
-    parameters: int
     fork_step: int | None  # of the trunk; None for the trunk itself
 
     @property
@@ -117,8 +115,13 @@ class Cell:
         return self.steps * self.config.batch.global_tokens
 
     @property
+    def report(self) -> FlopReport:
+        """FLOPs of one sequence."""
+        return model_report(self.config.model)
+
+    @property
     def tokens_per_parameter(self) -> float:
-        return self.tokens / self.parameters
+        return self.tokens / parameter_counts(self.config.model)[0]
 
     @property
     def training_flops(self) -> float:
@@ -182,16 +185,15 @@ class _Grid:
         """One chain of a trunk and its forks; a chain a run where the schedule lets none share."""
         shape = {**self.config.families[family], **self.config.sizes[size]}
         changes = {**shape, "optimizer.lr": lr, "seed": seed}
-        model = self._run(changes).model
-        report, parameters = model_report(model), parameter_counts(model)[0]
         name = f"{family}-{size}-lr{lr:g}-s{seed}"
         cells: list[Cell] = []
         for budget in sorted(self.config.budgets, reverse=True):
             label = f"{name}-{short(budget)}"
             run = self._run({**changes, "run_dir": str(self.out / "runs" / label)})
+            report = model_report(run.model)
             steps = max(1, round(budget / (report.training / report.seq) / run.batch.global_tokens))
             run = run.model_copy(update={"duration": DurationConfig(steps=steps)})
-            if why := self._unfit(run, steps, parameters):
+            if why := self._unfit(run, steps):
                 self.left_out[f"{family} {size} at {short(budget)} FLOPs: {why}"] += 1
                 continue
             shares = run.schedule.kind == "wsd"
@@ -205,8 +207,6 @@ class _Grid:
                     budget=budget,
                     config=run,
                     config_path=self.out / "configs" / f"{label}.yaml",
-                    report=report,
-                    parameters=parameters,
                     fork_step=fall_start(steps, run.schedule) if shares and cells else None,
                 )
             )
@@ -223,8 +223,9 @@ class _Grid:
         overrides = [f"{key}={json.dumps(value)}" for key, value in {**defaults, **changes}.items()]
         return build_config(self.path, self.config.run, overrides)
 
-    def _unfit(self, run: RunConfig, steps: int, parameters: int) -> str | None:
+    def _unfit(self, run: RunConfig, steps: int) -> str | None:
         """Why a run is left out, or None."""
+        parameters = parameter_counts(run.model)[0]
         tokens, limits = steps * run.batch.global_tokens, self.config.limits
         warmup = run.schedule.warmup_steps
         if (fall_start(steps, run.schedule) if run.schedule.kind == "wsd" else steps) <= warmup:

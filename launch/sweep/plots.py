@@ -11,7 +11,7 @@ import numpy as np
 
 from launch.config import ConfigError
 from launch.sweep.grid import short
-from sparse_gpt.scaling import Comparison, Points
+from sparse_gpt.scaling import Comparison, Points, predict_points
 
 _STYLES = (
     {"color": "#1a1a1a", "marker": "o", "linestyle": "-"},
@@ -57,6 +57,16 @@ def style(families: tuple[str, ...], family: str) -> dict[str, str]:
     return dict(_STYLES[families.index(family) % len(_STYLES)])
 
 
+def _scatter(axes: Any, points: Points, loss: Any, label: str) -> None:
+    """Every run by its training FLOPs, a colour and marker a family."""
+    for family in points.families:
+        look, mine = style(points.families, family), points.family == family
+        axes.scatter(
+            points.training_flops[mine], loss[mine], s=18, alpha=0.75, label=label.format(family),
+            color=look["color"], marker=look["marker"], linewidths=0,
+        )  # fmt: skip
+
+
 def frontier(comparison: Comparison) -> Any:
     """Every run's loss against its training FLOPs, with each family's fitted frontier and band."""
     points, law = comparison.points, comparison.law
@@ -64,13 +74,10 @@ def frontier(comparison: Comparison) -> Any:
         figure,
         axes,
     ):
+        _scatter(axes, points, points.loss, "{}, runs")
         for family in law.families:
             look = style(law.families, family)
             mine = points[points.family == family]
-            axes.scatter(
-                mine.training_flops, mine.loss, s=18, alpha=0.75, label=f"{family}, runs",
-                color=look["color"], marker=look["marker"], linewidths=0,
-            )  # fmt: skip
             low, high = mine.budget.min(), mine.budget.max()
             inside, beyond = np.geomspace(low, high, 60), np.geomspace(high, 10 * high, 30)
             line = {"color": look["color"], "linewidth": 1.6}
@@ -151,14 +158,7 @@ def residuals(comparison: Comparison) -> Any:
     points, law = comparison.points, comparison.law
     with _axes("training FLOPs (logits counted)", "measured − fitted, nats") as (figure, axes):
         axes.axhline(0, color="0.5", linewidth=0.8)
-        for family in law.families:
-            look = style(law.families, family)
-            mine = points[points.family == family]
-            fitted = law.predict(family, mine.forward_flops, mine.tokens)
-            axes.scatter(
-                mine.training_flops, mine.loss - fitted, s=20, alpha=0.75, label=family,
-                color=look["color"], marker=look["marker"], linewidths=0,
-            )  # fmt: skip
+        _scatter(axes, points, points.loss - predict_points(law, points), "{}")
     return figure
 
 
@@ -168,11 +168,5 @@ def points_alone(points: Points) -> Any:
         figure,
         axes,
     ):
-        for family in points.families:
-            look = style(points.families, family)
-            mine = points[points.family == family]
-            axes.scatter(
-                mine.training_flops, mine.loss, s=18, label=f"{family}, runs",
-                color=look["color"], marker=look["marker"], linewidths=0,
-            )  # fmt: skip
+        _scatter(axes, points, points.loss, "{}, runs")
     return figure

@@ -8,12 +8,14 @@ import csv
 import json
 import math
 import shutil
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
@@ -21,8 +23,17 @@ from launch.provenance import provenance
 from launch.sweep import plots
 from launch.sweep.collect import point_rows
 from launch.sweep.grid import Sweep
-from sparse_gpt.scaling import Comparison, Estimate, Points, ScalingError, compare, usable
-from sparse_gpt.scaling import Multiplier as Found
+from sparse_gpt.scaling import (
+    Comparison,
+    Estimate,
+    Multiplier,
+    Points,
+    ScalingError,
+    compare,
+    usable,
+)
+
+Array = NDArray[np.float64]
 
 _LOSS = "scaling/loss_by_gflops"
 _MULTIPLIER = "scaling/compute_multiplier"
@@ -55,8 +66,9 @@ def fit_sweep(sweep: Sweep, resamples: int) -> Report:
     plots.check_plots()
     rows = point_rows(sweep)
     points = _points(rows)
+    there = usable(points)[0].families
     for family in sweep.config.families:
-        if family not in usable(points)[0].families:
+        if family not in there:
             raise ScalingError(
                 f"family {family!r} has no usable run yet ({len(rows)} of {len(sweep.cells)} runs "
                 "are finished); see sparse-gpt sweep status"
@@ -101,21 +113,15 @@ def draw_points(sweep: Sweep) -> None:
             _draw_points(folder, points)
 
 
-class _published:
+@contextmanager
+def _published(target: Path) -> Iterator[Path]:
     """A folder made aside that takes the place of an old one when it is complete."""
-
-    def __init__(self, target: Path) -> None:
-        self.target, self.aside = target, target.with_name(f".{target.name}.writing")
-
-    def __enter__(self) -> Path:
-        shutil.rmtree(self.aside, ignore_errors=True)
-        self.aside.mkdir(parents=True)
-        return self.aside
-
-    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
-        if kind is None:
-            shutil.rmtree(self.target, ignore_errors=True)
-            self.aside.rename(self.target)
+    aside = target.with_name(f".{target.name}.writing")
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    yield aside
+    shutil.rmtree(target, ignore_errors=True)
+    aside.rename(target)
 
 
 def summarize(comparison: Comparison) -> list[str]:
@@ -135,7 +141,7 @@ def summarize(comparison: Comparison) -> list[str]:
             )
         where = (
             "beyond the runs of one family: an extrapolation"
-            if (found.reference_extrapolated)
+            if found.reference_extrapolated
             else "inside the range of both families' runs"
         )
         lines.append(
@@ -181,18 +187,19 @@ def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
         writer.writerows(rows)
 
 
-def _frontier_flops(comparison: Comparison, family: str) -> np.ndarray[Any, Any]:
-    mine = comparison.points.budget[comparison.points.family == family]
-    return np.geomspace(mine.min(), 10 * mine.max(), 81)
+def _frontier_flops(comparison: Comparison, family: str) -> tuple[Array, NDArray[np.bool_]]:
+    """Where a family's frontier is drawn, and which of it is beyond its largest budget."""
+    budgets = comparison.points.budget[comparison.points.family == family]
+    flops = np.geomspace(budgets.min(), 10 * budgets.max(), 81)
+    return flops, flops > 1.0001 * budgets.max()
 
 
 def _write_curves(folder: Path, comparison: Comparison) -> None:
     rows = []
     for family in comparison.law.families:
-        flops = _frontier_flops(comparison, family)
+        flops, extrapolated = _frontier_flops(comparison, family)
         best = comparison.law.frontier(family, flops)
         low, high = comparison.frontier_band(family, flops)
-        largest = comparison.points.budget[comparison.points.family == family].max()
         for i, c in enumerate(flops):
             rows.append(
                 {
@@ -203,7 +210,7 @@ def _write_curves(folder: Path, comparison: Comparison) -> None:
                     "loss": best.loss[i],
                     "loss_low_80": low[i],
                     "loss_high_80": high[i],
-                    "extrapolated": bool(c > 1.0001 * largest),
+                    "extrapolated": bool(extrapolated[i]),
                 }
             )
     _write_csv(folder / "frontier.csv", rows)
@@ -241,10 +248,8 @@ def _draw_fit(
     folder: Path, comparison: Comparison, figures: Mapping[str, Any], summary: list[str]
 ) -> None:
     for family in comparison.law.families:
-        flops = _frontier_flops(comparison, family)
-        largest = comparison.points.budget[comparison.points.family == family].max()
-        inside = flops <= 1.0001 * largest
-        for name, chosen in (("frontier", inside), ("frontier-extrapolated", ~inside)):
+        flops, beyond = _frontier_flops(comparison, family)
+        for name, chosen in (("frontier", ~beyond), ("frontier-extrapolated", beyond)):
             with SummaryWriter(str(folder / family / name)) as writer:
                 losses = comparison.law.frontier(family, flops[chosen]).loss
                 for c, loss in zip(flops[chosen], losses, strict=True):
@@ -273,7 +278,7 @@ def _draw_results(writer: SummaryWriter, comparison: Comparison, family: str) ->
         writer.add_scalar(name, value, 0)
 
 
-def _draw_multiplier(writer: SummaryWriter, comparison: Comparison, found: Found) -> None:
+def _draw_multiplier(writer: SummaryWriter, comparison: Comparison, found: Multiplier) -> None:
     compute = comparison.law.compute_for(comparison.baseline, found.losses)
     for i, c in enumerate(compute):
         step = round(c / 1e9)

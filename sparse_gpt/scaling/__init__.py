@@ -5,7 +5,7 @@
 functions on arrays: reading runs and drawing plots happen elsewhere.
 """
 
-from .compare import Comparison, HeldOut, compare, held_out_error
+from .compare import Comparison, HeldOut, compare, held_out_error, predict_points
 from .families import FamilyLaw, Optimum, fit_families
 from .law import Law, Minima, cluster_resamples, fit_law, isoflop_minima
 from .multiplier import Draws, Estimate, Multiplier, bootstrap, compute_multiplier
@@ -32,5 +32,6 @@ __all__ = [
     "fit_law",
     "held_out_error",
     "isoflop_minima",
+    "predict_points",
     "usable",
 ]

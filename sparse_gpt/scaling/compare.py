@@ -11,10 +11,8 @@ from numpy.typing import ArrayLike
 
 from .families import FamilyLaw, fit_families, index_of
 from .law import Minima, isoflop_minima
-from .multiplier import Draws, Multiplier, bootstrap, compute_multiplier, multiplier_of
+from .multiplier import Draws, Multiplier, bootstrap, multiplier_of
 from .points import Array, Points, ScalingError, best_learning_rates, cells, usable
-
-__all__ = ["Comparison", "HeldOut", "compare", "compute_multiplier", "held_out_error"]
 
 
 @dataclass(frozen=True)

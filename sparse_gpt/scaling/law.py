@@ -6,8 +6,8 @@ Porian et al. 2024 (arXiv:2406.19146) (Akima interpolation of isoFLOP curves).
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -126,8 +126,8 @@ def isoflop_minima(
 
 def _akima_minimum(x: Array, y: Array) -> tuple[float, float] | str:
     """(x, y) of the interpolant's lowest point, or why there is none."""
-    curve: Callable[..., Array] = Akima1DInterpolator(x, y)
-    turns = Akima1DInterpolator(x, y).derivative().roots(extrapolate=False)
+    curve: Any = Akima1DInterpolator(x, y)
+    turns = curve.derivative().roots(extrapolate=False)
     # A flat stretch has NaN among its roots; its ends are nodes.
     candidates = np.concatenate([x, turns[np.isfinite(turns)]])
     values = curve(candidates)
