@@ -83,6 +83,7 @@ class ScheduleConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(1000, gt=0)  # steps; the last step is always saved
     keep_last: int = Field(2, gt=0)
+    keep_every: int | None = Field(None, gt=0)  # steps whose multiples are kept for good
     at: Annotated[tuple[int, ...], Strict(False)] = ()  # further steps to save, kept for good
 
 

@@ -64,7 +64,8 @@ class Telemetry:
         self._marked_step = resume_step
         self._data_wait = 0.0
         if world.rank == 0:
-            rows = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]
+            before = read_metrics(run_dir) if resume_step else []
+            rows = [row for row in before if row["step"] <= resume_step]
             kept = run_dir / "metrics.tmp"
             kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
             kept.rename(run_dir / "metrics.jsonl")

@@ -16,13 +16,14 @@ import torch
 import torch.distributed as dist
 
 from data import Batch, Batches, DataError, Dataset, evaluation, open_shards
-from launch.checkpoint import Checkpoints, TrainState
+from launch.checkpoint import CheckpointError, Checkpoints, TrainState
 from launch.config import ConfigError, RunConfig, load_config
 from launch.engine import Engine, check_compiler, deepspeed_config
+from launch.preemption import Preempted, Preemption
 from launch.probe import Probe
-from launch.run_dir import check_run_dir, hold, open_run_dir
+from launch.run_dir import check_run_dir, config_hash, hold, open_run_dir
 from launch.telemetry import Telemetry
-from launch.world import join_world, read_environment
+from launch.world import PREEMPTED, join_world, read_environment
 from sparse_gpt import GPT, count_flops
 from sparse_gpt.ffn.kernels import available
 
@@ -33,6 +34,7 @@ def train(config: RunConfig) -> None:
     Raises ConfigError or DataError, before anything is written, if it cannot be done.
     """
     dataset = check(config, read_environment()[2])
+    preemption = Preemption()
     if read_environment()[0] == 0:
         hold(Path(config.run_dir))
     world = join_world()
@@ -45,7 +47,8 @@ def train(config: RunConfig) -> None:
     engine = Engine(config, model, world, total_steps)
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
 
-    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", engine)
+    origin = {"config_hash": config_hash(config), "data_manifest_hash": dataset.manifest.hash}
+    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", engine, origin)
     state = checkpoints.load_newest()
     run_dir = open_run_dir(config, world, dataset.manifest.hash, state.step)
     batches = iter(train_batches(config, dataset, world.size, world.rank, state.samples))
@@ -75,11 +78,8 @@ def train(config: RunConfig) -> None:
                     metrics |= validate(config, engine, dataset)
                 if metrics:
                     telemetry.log(state.step, metrics)
-                due = (
-                    state.step % config.checkpoint.every == 0 or state.step in config.checkpoint.at
-                )
-                if last or due:
-                    checkpoints.save(state)
+                if checkpoints.after_step(state, last, preemption.requested):
+                    raise Preempted(state.step)
 
 
 def check(config: RunConfig, world_size: int) -> Dataset:
@@ -161,6 +161,15 @@ def main() -> None:
         if read_environment()[0] == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
+    except Preempted as preempted:
+        dist.barrier()  # a rank that ends alone would have the launcher end the others
+        if read_environment()[0] == 0:
+            print(preempted, flush=True)
+        os._exit(PREEMPTED)
+    except CheckpointError as error:
+        if read_environment()[0] == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # DeepSpeed's threads abort about 1 in 200 ordinary exits
