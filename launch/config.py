@@ -90,6 +90,7 @@ class CheckpointConfig(Section):
 class LogConfig(Section):
     every: int = Field(1, gt=0)  # steps
     profile_every: int = Field(100, gt=0)  # steps between samples of time/ and sparsity/
+    batch_hash: bool = False  # data/batch_hash: of a step's token ids, the same on any ranks
 
 
 class EvalConfig(Section):

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import xxhash
 
 from data import Batch, Batches, DataError, Dataset, evaluation, open_shards
 from launch.checkpoint import CheckpointError, Checkpoints, TrainState
@@ -23,7 +24,7 @@ from launch.preemption import Preempted, Preemption
 from launch.probe import Probe
 from launch.run_dir import check_run_dir, config_hash, hold, open_run_dir
 from launch.telemetry import Telemetry
-from launch.world import PREEMPTED, join_world, read_environment
+from launch.world import PREEMPTED, World, join_world, read_environment
 from sparse_gpt import GPT, count_flops
 from sparse_gpt.ffn.kernels import available
 
@@ -73,6 +74,8 @@ def train(config: RunConfig) -> None:
                 metrics["train/learning_rate"] = learning_rate
                 metrics["train/grad_norm"] = float(grad_norm)
                 metrics |= telemetry.speed(state.step) | probe.metrics()
+                if config.log.batch_hash:
+                    metrics["data/batch_hash"] = batch_hash(batch, world)
             with telemetry.untimed():
                 if last or state.step % config.eval.every == 0:
                     metrics |= validate(config, engine, dataset)
@@ -124,6 +127,13 @@ def train_batches(
         start=start,
         pin=torch.cuda.is_available(),
     )
+
+
+def batch_hash(batch: Batch, world: World) -> int:
+    """A hash of the global batch's token ids, whatever ranks hold them; JSON numbers hold it."""
+    rows = batch.windows.cpu().numpy()
+    own = sum(xxhash.xxh3_64_intdigest(row.tobytes()) % 2**43 for row in rows)
+    return int(world.sum(torch.tensor(own, device=world.device)).item()) % 2**53
 
 
 def validate(config: RunConfig, engine: Engine, dataset: Dataset) -> dict[str, float]:
