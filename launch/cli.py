@@ -201,10 +201,12 @@ def prove(
     out: Annotated[Path | None, typer.Option(help="A new folder for the runs.")] = None,
 ) -> None:
     """Kill a run and resume it, on as many ranks and on others; exit 1 unless nothing changed."""
-    from launch.prove_resume import TOLERANCE, prove_resume
+    from launch.prove_resume import TOLERANCE, Proof
 
     folder = out or Path("runs") / f"{config.stem}-resume-proof"
-    found = prove_resume(config, overrides or [], folder, steps, devices, other_devices)
+    proof = Proof(config, overrides or [], folder, steps, devices)
+    proof.whole()
+    found = [proof.resumed("cut", devices), proof.resumed("elastic", other_devices)]
     table = Table(
         "run", "ranks", "same tokens", "first difference", "loss", "weights", "", box=None
     )

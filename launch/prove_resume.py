@@ -51,67 +51,73 @@ class Comparison:
         return self.same_tokens and self.loss <= TOLERANCE and self.weights <= TOLERANCE
 
 
-def prove_resume(
-    config: Path,
-    overrides: Sequence[str],
-    out: Path,
-    steps: int,
-    ranks: int,
-    other_ranks: int,
-    between: Callable[[Path], None] = lambda run_dir: None,
-) -> list[Comparison]:
-    """Train the run of `config` three times for 2 × `steps` steps, in folders below `out`.
+class Proof:
+    """Runs of 2 × `steps` steps in folders below `out`, and how they differ from the whole one.
 
-    between: called with a run's folder while it is dead. Raises ConfigError where a run fails, or
-    ends before it could be killed.
+    Raises ConfigError for a bad configuration, where `out` is not empty, where a run fails, and
+    where one ends before it could be killed.
     """
-    if any(out.glob("*")):
-        raise ConfigError(f"{out}: is not empty; give a new folder with --out, or remove it")
-    settings = [
-        *overrides,
-        f"duration={{steps: {2 * steps}}}",
-        f"checkpoint={{every: {steps}}}",
-        "log={every: 1, batch_hash: true}",
-    ]
-    folders = {name: out / name for name in ("whole", "cut", "elastic")}
 
-    def start(name: str, devices: int) -> subprocess.Popen[str]:
-        log = (out / f"{name}.log").open("a")
-        command = [sys.executable, "-m", "launch", "train", str(config), "--devices", str(devices)]
-        command += [*settings, f"run_dir={folders[name]}"]
-        return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, text=True)
+    def __init__(
+        self, config: Path, overrides: Sequence[str], out: Path, steps: int, ranks: int
+    ) -> None:
+        self.config, self.out, self.steps, self.ranks = config, out, steps, ranks
+        self.settings = [
+            *overrides,
+            f"duration={{steps: {2 * steps}}}",
+            f"checkpoint={{every: {steps}}}",
+            "log={every: 1, batch_hash: true}",
+        ]
+        load_config(config, self.settings)
+        if any(out.glob("*")):
+            raise ConfigError(f"{out}: is not empty; give a new folder with --out, or remove it")
+        out.mkdir(parents=True, exist_ok=True)
 
-    def finish(name: str, devices: int) -> None:
-        if code := start(name, devices).wait():
-            raise ConfigError(f"{name}: ended with exit code {code}; see {out / f'{name}.log'}")
+    def whole(self) -> None:
+        """Train the run that the others are compared with."""
+        self._finish("whole", self.ranks)
 
-    load_config(config, settings)
-    out.mkdir(parents=True, exist_ok=True)
-    finish("whole", ranks)
-    for name, devices in (("cut", ranks), ("elastic", other_ranks)):
-        _kill_after(start(name, ranks), folders[name] / "checkpoints" / tag_of(steps), out)
-        between(folders[name])
-        finish(name, devices)
-    return [
-        _compare(name, (ranks, devices), steps, folders["whole"], folders[name])
-        for name, devices in (("cut", ranks), ("elastic", other_ranks))
-    ]
+    def resumed(
+        self, name: str, ranks: int, between: Callable[[Path], None] = lambda run_dir: None
+    ) -> Comparison:
+        """Train, kill after the checkpoint of step `steps`, go on with `ranks` ranks, compare.
 
+        between: called with the run's folder while the run is dead.
+        """
+        folder = self.out / name
+        self._kill_after(self._start(name, self.ranks), folder / "checkpoints")
+        between(folder)
+        self._finish(name, ranks)
+        return _compare(name, (self.ranks, ranks), self.steps, self.out / "whole", folder)
 
-def _kill_after(process: subprocess.Popen[str], checkpoint: Path, out: Path) -> None:
-    """SIGKILL the launcher and every rank as soon as `checkpoint` is there."""
-    while not checkpoint.exists():
-        if process.poll() is not None:
-            raise ConfigError(f"a run ended before {checkpoint.name}; see the logs in {out}")
-        time.sleep(0.005)
-    family = [*psutil.Process(process.pid).children(recursive=True), psutil.Process(process.pid)]
-    for member in family:
-        member.kill()
-    process.wait()
-    psutil.wait_procs(family, timeout=30)
-    last = sorted(checkpoint.parent.glob("step-*"))[-1]
-    if last != checkpoint:
-        raise ConfigError(f"the run reached {last.name} before it could be killed; give more steps")
+    def _start(self, name: str, ranks: int) -> subprocess.Popen[bytes]:
+        command = [sys.executable, "-m", "launch", "train", str(self.config)]
+        command += ["--devices", str(ranks), *self.settings, f"run_dir={self.out / name}"]
+        with self._log(name).open("ab") as log:
+            return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+
+    def _finish(self, name: str, ranks: int) -> None:
+        if code := self._start(name, ranks).wait():
+            raise ConfigError(f"{name}: ended with exit code {code}; see {self._log(name)}")
+
+    def _log(self, name: str) -> Path:
+        return self.out / f"{name}.log"
+
+    def _kill_after(self, process: subprocess.Popen[bytes], checkpoints: Path) -> None:
+        """SIGKILL the launcher and every rank as soon as the checkpoint is there."""
+        wanted = checkpoints / tag_of(self.steps)
+        while not wanted.exists():
+            if process.poll() is not None:
+                raise ConfigError(f"{checkpoints}: the run ended before step {self.steps}")
+            time.sleep(0.005)
+        launcher = psutil.Process(process.pid)
+        family = [*launcher.children(recursive=True), launcher]
+        for member in family:
+            member.kill()
+        process.wait()
+        psutil.wait_procs(family, timeout=30)
+        if (checkpoints / tag_of(2 * self.steps)).exists():
+            raise ConfigError(f"{checkpoints}: the run ended before its kill; give more --steps")
 
 
 def _compare(
