@@ -5,19 +5,18 @@
     python scripts/chaos.py --ranks 2           always 2 ranks: must end equal to the bit
     python scripts/chaos.py --kills 4 --steps 40 --json chaos.json
 
-The ways: SIGKILL of a rank, of the launcher, of all processes; SIGTERM; a full disk (where a small one
-can be mounted: as root); a bit flipped in the newest checkpoint. Half of the kills wait for a
+The ways: SIGKILL of a rank, of the launcher, of all processes; SIGTERM; a full disk (where a small
+one can be mounted: as root); a bit flipped in the newest checkpoint. Half of the kills wait for a
 checkpoint to be in the writing. Each life of the run has a random number of ranks.
 
-Exit status 1: a process was left behind, a batch was lost or seen twice, or the losses are not those
-of a run that nobody disturbed (equal to the bit on equal ranks, else within 1%).
+Exit status 1: a process was left behind, a batch was lost or seen twice, or the losses are not
+those of a run that nobody disturbed (equal to the bit on equal ranks, else within 1%).
 """
 
 import argparse
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import time
