@@ -66,6 +66,11 @@ class Checkpoints:
         self._threads = ThreadPoolExecutor(1, "checkpoint")
         self._writing: tuple[TrainState, Future[None]] | None = None
 
+    @property
+    def writing(self) -> bool:
+        """Whether this rank's part of a checkpoint is still being written."""
+        return self._writing is not None and not self._writing[1].done()
+
     def after_step(self, state: TrainState, last: bool, stop: bool) -> bool:
         """Publish what has been written and save what is due. Collective, after every step.
 
@@ -73,10 +78,9 @@ class Checkpoints:
         on all ranks alike, its checkpoint published. Raises CheckpointError if the checkpoint of
         the last step, or of a stop, could not be written.
         """
-        busy = self._writing is not None and not self._writing[1].done()
         # The answer is to the votes of the step before; none where a save began since.
-        anyone_stops, anyone_busy = self.votes.cast(stop, busy) or (False, True)
-        if not anyone_busy:
+        anyone_stops, anyone_writes = self.votes.cast(stop, self.writing) or (False, True)
+        if not anyone_writes:
             self.publish()
         if anyone_stops or last or self._due(state.step):
             self.save(state)
