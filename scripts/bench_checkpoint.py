@@ -1,8 +1,8 @@
 #!/usr/bin/env python3
 """How long training stands still for a checkpoint: written in the background, or waited for.
 
-    python scripts/bench_checkpoint.py configs/124m-sparse.yaml
-    python scripts/bench_checkpoint.py configs/124m-sparse.yaml --rounds 7 --json checkpoint.json
+    python scripts/bench_checkpoint.py configs/124m.yaml
+    python scripts/bench_checkpoint.py configs/124m.yaml --rounds 7 --json checkpoint.json
 
 One process; rounds of both kinds take turns. In the background a save stops the loop twice: to copy
 the state, and to publish what has been written. Steps during the writing share the machine with it:
