@@ -16,7 +16,7 @@ import xxhash
 from launch.checkpoint import step_of, tag_of
 from launch.config import ConfigError, RunConfig, load_config, to_yaml
 from launch.costs import model_report
-from launch.provenance import provenance
+from launch.provenance import git_commit, provenance
 from launch.world import World
 
 # What says how long, how loudly or how fast a run goes on, not what it computes (but for rounding).
@@ -58,6 +58,15 @@ def config_hash(config: RunConfig) -> str:
     """A hash of what the run computes: equal for runs that may resume each other."""
     kept = {k: v for k, v in _what_computes(config).items() if k not in _MAY_CHANGE}
     return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())
+
+
+def origin(config: RunConfig, data_manifest_hash: str) -> dict[str, str | None]:
+    """What a checkpoint says of where it came from."""
+    return {
+        "config_hash": config_hash(config),
+        "data_manifest_hash": data_manifest_hash,
+        "git_commit": git_commit(),
+    }
 
 
 def finished(config: RunConfig) -> bool:

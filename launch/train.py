@@ -22,7 +22,7 @@ from launch.config import ConfigError, RunConfig, load_config
 from launch.engine import Engine, check_compiler, deepspeed_config
 from launch.preemption import Preempted, Preemption
 from launch.probe import Probe
-from launch.run_dir import check_run_dir, config_hash, hold, open_run_dir
+from launch.run_dir import check_run_dir, hold, open_run_dir, origin
 from launch.telemetry import Telemetry
 from launch.world import PREEMPTED, World, join_world, read_environment
 from sparse_gpt import GPT, count_flops
@@ -48,8 +48,9 @@ def train(config: RunConfig) -> None:
     engine = Engine(config, model, world, total_steps)
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
 
-    origin = {"config_hash": config_hash(config), "data_manifest_hash": dataset.manifest.hash}
-    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", engine, origin)
+    checkpoints = Checkpoints(
+        Path(config.run_dir) / "checkpoints", engine, origin(config, dataset.manifest.hash)
+    )
     state = checkpoints.load_newest()
     run_dir = open_run_dir(config, world, dataset.manifest.hash, state.step)
     batches = iter(train_batches(config, dataset, world.size, world.rank, state.samples))
