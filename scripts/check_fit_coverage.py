@@ -2,7 +2,7 @@
 """Do the bootstrap's 80% intervals hold the truth 80% of the time?
 
     python scripts/check_fit_coverage.py --json coverage.json
-    python scripts/check_fit_coverage.py --draws 20 --resamples 100
+    python scripts/check_fit_coverage.py --seeds 2 --draws 20 --resamples 100
 
 Each draw is a made-up sweep of a known law: two families, 4 sizes, 3 seeds and 4 budgets over two
 decades, as trunks of one size and seed from which each budget's result is cooled down. A trunk's
@@ -46,18 +46,17 @@ TRUTH = FamilyLaw(
 )
 SIZES = np.geomspace(1e6, 4e7, 4)  # forward FLOPs a token
 BUDGETS = np.geomspace(1e15, 1e17, 4)  # training FLOPs
-SEEDS = 3
 TRUNK_NOISE, OWN_NOISE = 0.004, 0.002
 LOSS = 2.9  # nats, where the multiplier is read; with shared exponents it is the same anywhere
 LOWEST, HIGHEST = 0.70, 0.90
 
 
-def sweep(rng: np.random.Generator) -> Points:
+def sweep(rng: np.random.Generator, seeds: int) -> Points:
     """The results of one made-up sweep."""
     rows = []
     for family in TRUTH.families:
         for m in SIZES.tolist():
-            for seed in range(SEEDS):
+            for seed in range(seeds):
                 shared = TRUNK_NOISE * rng.standard_normal()
                 for budget in BUDGETS.tolist():
                     tokens = budget / (3 * m)
@@ -94,9 +93,9 @@ def quantities(law: FamilyLaw) -> dict[str, NDArray[np.float64]]:
     }
 
 
-def check(seed: int, resamples: int) -> dict[str, tuple[float, float, float]]:
+def check(seed: int, seeds: int, resamples: int) -> dict[str, tuple[float, float, float]]:
     """By quantity: the estimate and the ends of its 80% interval, from one sweep."""
-    points = sweep(np.random.default_rng(seed))
+    points = sweep(np.random.default_rng(seed), seeds)
     law = fit_families(points)
     estimates = quantities(law)
     drawn = quantities(bootstrap(points, law, resamples, seed).law)
@@ -108,14 +107,19 @@ def check(seed: int, resamples: int) -> dict[str, tuple[float, float, float]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=3, help="runs of each size")
     parser.add_argument("--draws", type=int, default=100, help="sweeps to make up")
+    parser.add_argument("--first", type=int, default=0, help="random seed of the first sweep")
     parser.add_argument("--resamples", type=int, default=200, help="bootstrap refits of each")
     parser.add_argument("--processes", type=int, default=os.cpu_count())
     parser.add_argument("--json", type=Path, help="also write the table here")
     options = parser.parse_args()
 
     with ProcessPoolExecutor(options.processes) as pool:
-        jobs = [pool.submit(check, seed, options.resamples) for seed in range(options.draws)]
+        jobs = [
+            pool.submit(check, options.first + draw, options.seeds, options.resamples)
+            for draw in range(options.draws)
+        ]
         done = track(as_completed(jobs), "sweeps", total=len(jobs), console=Console(stderr=True))
         results = [job.result() for job in done]
 

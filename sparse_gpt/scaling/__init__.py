@@ -7,7 +7,7 @@ functions on arrays: reading runs and drawing plots happen elsewhere.
 
 from .compare import Comparison, HeldOut, compare, held_out_error, predict_points
 from .families import FamilyLaw, Optimum, fit_families
-from .law import Law, Minima, cluster_resamples, fit_law, isoflop_minima
+from .law import Law, Minima, fit_law, isoflop_minima
 from .multiplier import Draws, Estimate, Multiplier, bootstrap, compute_multiplier
 from .points import Points, ScalingError, best_learning_rates, usable
 
@@ -25,7 +25,6 @@ __all__ = [
     "ScalingError",
     "best_learning_rates",
     "bootstrap",
-    "cluster_resamples",
     "compare",
     "compute_multiplier",
     "fit_families",

@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import ArrayLike, NDArray
+from numpy.typing import ArrayLike
 from scipy.interpolate import Akima1DInterpolator
 
 from .points import Array, ScalingError
@@ -148,23 +148,6 @@ def _parabola_minimum(x: Array, y: Array) -> tuple[float, float] | str:
         end = "smallest" if vertex + middle <= x[0] else "largest"
         return f"the parabola's minimum is beyond the {end} size"
     return float(vertex + middle), float(height - slope**2 / (4 * bend))
-
-
-def cluster_resamples(clusters: ArrayLike, n: int, seed: int) -> list[NDArray[np.int64]]:
-    """Bootstrap resamples of whole clusters: n arrays of indices into the points.
-
-    clusters: (points,), the label of each point's cluster. Each resample draws as many clusters
-    as there are, with replacement, and holds every point of a cluster as often as it was drawn
-    (Davison & Hinkley 1997, section 3.8). Lengths differ where clusters do.
-    Raises ScalingError without points.
-    """
-    _, label = np.unique(np.asarray(clusters), return_inverse=True)
-    if not len(label):
-        raise ScalingError("no points to resample")
-    members = [np.flatnonzero(label == number) for number in range(label.max() + 1)]
-    rng = np.random.default_rng(seed)
-    draws = rng.integers(len(members), size=(n, len(members)))
-    return [np.concatenate([members[number] for number in draw]) for draw in draws]
 
 
 def positive_columns(**columns: ArrayLike) -> list[Array]:

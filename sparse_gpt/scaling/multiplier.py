@@ -7,7 +7,6 @@ is the same at every loss.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -15,7 +14,6 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from .families import FamilyFit, FamilyLaw, fit_families, index_of
-from .law import cluster_resamples
 from .points import Array, Points, ScalingError
 
 _GRID = 33
@@ -46,13 +44,19 @@ class Seconds:
         rate = np.exp(intercept + slope * np.log(law.size_for(family, loss)))
         return rate * law.compute_for(family, loss)
 
+    def predict(self, points: Points) -> Array:
+        """Device-seconds of each point, (points,), by one regression (not draws of it)."""
+        at = [index_of(self.families, family) for family in points.family.tolist()]
+        slope, intercept = self.slope[at], self.intercept[at]
+        return np.exp(intercept + slope * np.log(points.forward_flops)) * points.training_flops
+
 
 @dataclass(frozen=True, eq=False)
 class Draws:
     """Bootstrap draws of all coefficients.
 
     law: with a leading axis of draws. seconds: likewise; None where times are not measured.
-    clusters: by family, the number of trunks that were resampled.
+    clusters: by family, the number of trunks whose errors were drawn.
     """
 
     law: FamilyLaw
@@ -120,34 +124,59 @@ def compute_multiplier(
 
 
 def bootstrap(points: Points, law: FamilyLaw, n_bootstrap: int = 1000, seed: int = 0) -> Draws:
-    """Refit the families' law to resamples of whole trunks, drawn within each family.
+    """Refit the families' law to losses that it could as well have met: a wild cluster bootstrap.
 
-    points: those that `law` was fitted to. Points that were cooled down from one trunk share its
-    noise, so a trunk is drawn as a whole. Each refit starts at the full fit and at two others.
-    A resample in which a family is left with too few sizes to fit is drawn again.
+    points: those that `law` was fitted to. A draw's losses are the fitted ones, plus or minus the
+    errors of each trunk: one sign by chance for all its points, since points that were cooled down
+    from one trunk share its noise. Each refit starts at the full fit and at two others.
     Raises ScalingError for a family with fewer than 3 trunks.
     """
+    trunks, shrink = _trunks(points)
     fit = FamilyFit(points, law.own_exponents)
     best = fit.theta(law)
     starts = [best, best + _shift(best, -0.3, -0.3), best + _shift(best, 0.1, 0.3)]
-    laws, rates = [], []
-    for weight in _resample_weights(points, law.own_exponents, n_bootstrap, seed):
-        laws.append(fit.law(*replace(fit.problem, weight=weight).solve(starts)))
-        rates.append(fit_seconds(points, weight))
-    timed = [rate for rate in rates if rate is not None]
-    seconds = None
-    if len(timed) == len(rates):
-        slope, intercept = (
-            np.array([getattr(r, n) for r in timed]) for n in ("slope", "intercept")
-        )
-        seconds = Seconds(points.families, slope, intercept)
+
+    # Residuals are smaller than errors, as the fit has bent to them; a trunk's errors are taken
+    # from a fit without it. Only signs are drawn, for the scatter of a fit that is nearly one of
+    # least absolute errors depends on how many are small (Feng, He & Hu 2011).
+    error = np.empty(len(points))
+    for trunk in trunks:
+        without, _, _ = replace(fit.problem, weight=1.0 - trunk).solve(starts)
+        error[trunk] = fit.problem.residuals(without)[0][trunk]
+    rng = np.random.default_rng(seed)
+    sign = rng.choice([-1.0, 1.0], (n_bootstrap, len(trunks))) @ trunks
+    fitted = fit.problem.log_loss + fit.problem.residuals(best)[0]
+    laws = [
+        fit.law(*replace(fit.problem, log_loss=log_loss).solve(starts))
+        for log_loss in fitted + sign * shrink * error
+    ]
     stacked: dict[str, Any] = {
         name: np.array([getattr(each, name) for each in laws])
         for name in ("E", "A", "B", "alpha", "beta", "flops_ratio", "objective")
     }
     agreement = float(np.mean([each.agreement for each in laws]))
     clusters = {f: len(set(points.trunk[points.family == f].tolist())) for f in points.families}
+    seconds = _draw_seconds(points, trunks, sign * shrink)
     return Draws(replace(law, **stacked, agreement=agreement), seconds, clusters)
+
+
+def _draw_seconds(points: Points, trunks: NDArray[np.bool_], factor: Array) -> Seconds | None:
+    """The regression of seconds in each draw; factor: (draws, points), of each trunk's errors."""
+    full = fit_seconds(points)
+    if full is None:
+        return None
+    measured = np.where(points.device_seconds > 0, points.device_seconds, np.nan)
+    error = np.empty(len(points))
+    for trunk in trunks:
+        # Without a family's only trunk of a second size there is no slope: its residuals then.
+        without = fit_seconds(points[~trunk]) or full
+        error[trunk] = np.log(measured / without.predict(points))[trunk]
+    drawn = [
+        fit_seconds(replace(points, device_seconds=seconds))
+        for seconds in full.predict(points) * np.exp(factor * error)
+    ]
+    slope, intercept = (np.array([getattr(r, n) for r in drawn]) for n in ("slope", "intercept"))
+    return Seconds(points.families, slope, intercept)
 
 
 def _shift(theta: Array, floor: float, exponents: float) -> Array:
@@ -158,26 +187,23 @@ def _shift(theta: Array, floor: float, exponents: float) -> Array:
     return step
 
 
-def _resample_weights(points: Points, own: bool, n: int, seed: int) -> Iterator[Array]:
-    """n times how often each point is drawn, (points,)."""
-    rng = np.random.default_rng(seed)
-    members = [np.flatnonzero(points.family == family) for family in points.families]
-    for family, member in zip(points.families, members, strict=True):
-        if (trunks := len(set(points.trunk[member].tolist()))) < 3:
-            raise ScalingError(f"family {family!r} has {trunks} trunks, intervals need 3 or more")
-    for _ in range(n):
-        weight = np.zeros(len(points))
-        for member in members:
-            weight[member] = _drawn(points[member], 3 if own else 2, rng)
-        yield weight
+def _trunks(points: Points) -> tuple[NDArray[np.bool_], Array]:
+    """Which points are of which trunk, (trunks, points), and what scales errors, (points,).
 
-
-def _drawn(mine: Points, sizes: int, rng: np.random.Generator) -> Array:
-    """How often each point of one family is drawn, in a resample with enough sizes to fit."""
-    while True:
-        (index,) = cluster_resamples(mine.trunk, 1, int(rng.integers(2**31)))
-        if len(np.unique(mine.forward_flops[index])) >= sizes:
-            return np.bincount(index, minlength=len(mine)).astype(float)
+    What a mean of n trunks without one of them is off by is √(n/(n−1)) times the errors' size.
+    """
+    shrink = np.empty(len(points))
+    trunks = []
+    for family in points.families:
+        mine = points.family == family
+        names = dict.fromkeys(points.trunk[mine].tolist())
+        if len(names) < 3:
+            raise ScalingError(
+                f"family {family!r} has {len(names)} trunks, intervals need 3 or more"
+            )
+        trunks += [mine & (points.trunk == name) for name in names]
+        shrink[mine] = np.sqrt(1 - 1 / len(names))
+    return np.array(trunks), shrink
 
 
 def multiplier_of(
@@ -235,22 +261,20 @@ def estimate(value: Array, drawn: Array) -> Estimate:
     return Estimate(np.asarray(value), *tails)
 
 
-def fit_seconds(points: Points, weight: Array | None = None) -> Seconds | None:
+def fit_seconds(points: Points) -> Seconds | None:
     """Regress ln(device-seconds a training FLOP) on ln M in each family; None where not measured.
 
     Points without a time are left out. A family needs times at 2 sizes.
     """
-    weight = np.ones(len(points)) if weight is None else weight
     slopes, intercepts = [], []
     for family in points.families:
-        timed = (points.family == family) & np.isfinite(points.device_seconds) & (weight > 0)
+        timed = (points.family == family) & np.isfinite(points.device_seconds)
         timed &= points.device_seconds > 0
         x = np.log(points.forward_flops[timed])
         if len(np.unique(x)) < 2:
             return None
         y = np.log(points.device_seconds[timed] / points.training_flops[timed])
-        # polyfit squares its weights.
-        slope, intercept = np.polyfit(x, y, 1, w=np.sqrt(weight[timed]))
+        slope, intercept = np.polyfit(x, y, 1)
         slopes.append(slope)
         intercepts.append(intercept)
     return Seconds(points.families, np.array(slopes), np.array(intercepts))

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, example, given, settings
 from hypothesis import strategies as st
 from kernel_cases import DEVICE, GPU, INTERPRETED, OPTIONS, build, calm, errors, gradients, runs
 
@@ -40,11 +40,12 @@ def compare(options, d, tokens, dtype, seed=0, rounding=2e-2):
     expected = gradients(exact, exact, x.double(), dy.double())
     fused = errors(gradients(ffn, lambda x: fused_ffn(ffn, x), x, dy), expected)
     # One rounding in bfloat16 is 4e-3 at most; where the eager chain's add up to more than the
-    # limit, ours may too, but to no more than its.
-    limit = dict.fromkeys(fused, 1e-5)
-    if dtype == torch.bfloat16:
-        eager = errors(gradients(ffn, ffn, x, dy), expected)
-        limit = {name: max(rounding, eager[name]) for name in fused}
+    # limit, ours may too, but to no more than its. In float32 it is above the limit only where a
+    # sum cancels (the gradient of feedback.score), and then the order of adding makes a difference
+    # of its own: twice its error.
+    eager = errors(gradients(ffn, ffn, x, dy), expected)
+    base, times = (rounding, 1) if dtype == torch.bfloat16 else (1e-5, 2)
+    limit = {name: max(base, times * eager[name]) for name in fused}
     assert {n: e for n, e in fused.items() if not e <= limit[n]} == {}
     return fused
 
@@ -65,6 +66,7 @@ def test_every_option_equals_the_eager_chain(options, dtype):
     dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=st.integers(0, 2**31),
 )
+@example(d=128, tokens=1, options="feedback", dtype=torch.float32, seed=31929)
 def test_every_shape_equals_the_eager_chain(d, tokens, options, dtype, seed):
     # A norm over one or two selected tokens is one sample: its bfloat16 error varies.
     compare(OPTIONS[options], d, tokens, dtype, seed, rounding=4e-2)

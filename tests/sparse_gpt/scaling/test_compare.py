@@ -15,6 +15,7 @@ from sparse_gpt.scaling import (
     fit_families,
     held_out_error,
 )
+from sparse_gpt.scaling.multiplier import fit_seconds
 
 
 @pytest.mark.parametrize("alpha", [(0.35, 0.35), (0.35, 0.3)], ids=["shared", "own"])
@@ -95,6 +96,18 @@ def test_draws_are_reproducible_and_bracket_the_fit(noisy):
     assert (draws.law.alpha.min(axis=0) < law.alpha).all()
     assert (draws.law.alpha.max(axis=0) > law.alpha).all()
     assert draws.law.frontier("dense", [1e15, 1e16, 1e17]).loss.shape == (40, 3)
+
+
+def test_seconds_are_drawn_too_where_they_are_measured(noisy):
+    noise = 0.1 * np.random.default_rng(0).standard_normal(len(noisy))
+    seconds = noisy.device_seconds * np.exp(noise)
+    seconds[[0, 1]] = np.nan, 0
+    points = replace(noisy, device_seconds=seconds)
+    full, drawn = fit_seconds(points), bootstrap(points, fit_families(points), 30).seconds
+    assert drawn.slope.shape == drawn.intercept.shape == (30, 2)
+    assert (drawn.slope.min(axis=0) < full.slope).all()
+    assert (drawn.slope.max(axis=0) > full.slope).all()
+    assert drawn.slope.std() < 0.03
 
 
 def test_held_out_error_of_noise_free_points_is_zero(exact):

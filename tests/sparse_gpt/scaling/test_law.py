@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy.optimize import check_grad
 
-from sparse_gpt.scaling import ScalingError, cluster_resamples, fit_law, isoflop_minima
+from sparse_gpt.scaling import ScalingError, fit_law, isoflop_minima
 from sparse_gpt.scaling.problem import LawProblem
 
 CSV = Path(__file__).parents[2] / "assets/isoflop_points.csv"
@@ -130,20 +130,6 @@ def test_another_isoflop_method_is_refused():
         isoflop_minima([1], [1], [1], "spline")
 
 
-@given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(0, 2**31))
-def test_resamples_hold_whole_clusters(clusters, seed):
-    clusters = np.array(clusters)
-    sizes = np.bincount(clusters)
-    resamples = cluster_resamples(clusters, 5, seed)
-    for index in resamples:
-        times = np.bincount(index, minlength=len(clusters))
-        drawn = {label: set(times[clusters == label].tolist()) for label in set(clusters.tolist())}
-        assert all(len(counts) == 1 for counts in drawn.values())
-        assert sum(counts.pop() for counts in drawn.values()) == np.sum(sizes > 0)
-    again = cluster_resamples(clusters, 5, seed)
-    assert all((a == b).all() for a, b in zip(resamples, again, strict=True))
-
-
 N, D = grid()
 L = hoffmann(N, D)
 
@@ -166,8 +152,3 @@ def test_what_cannot_be_fitted_is_one_clear_line(columns, message):
     with pytest.raises(ScalingError, match=message) as error:
         fit_law(*columns)
     assert "\n" not in str(error.value)
-
-
-def test_nothing_to_resample():
-    with pytest.raises(ScalingError, match="no points"):
-        cluster_resamples([], 1, 0)
