@@ -3,6 +3,7 @@
 DS_ACCELERATOR=cpu python flops_zero3.py
 """
 
+import os
 import sys
 
 import deepspeed
@@ -10,6 +11,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.profiling.flops_profiler import FlopsProfiler
 
+os.environ["LOCAL_RANK"] = "0"
 deepspeed.utils.logger.setLevel("ERROR")
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 

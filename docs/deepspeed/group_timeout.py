@@ -3,6 +3,7 @@
 DS_ACCELERATOR=cpu python group_timeout.py
 """
 
+import os
 import sys
 from datetime import timedelta
 
@@ -10,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+os.environ["LOCAL_RANK"] = "0"
 deepspeed.utils.logger.setLevel("ERROR")
 given = timedelta(minutes=2)
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1, timeout=given)

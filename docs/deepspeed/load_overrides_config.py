@@ -3,6 +3,7 @@
 DS_ACCELERATOR=cpu python load_overrides_config.py
 """
 
+import os
 import sys
 import tempfile
 
@@ -10,6 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
+os.environ["LOCAL_RANK"] = "0"
 deepspeed.utils.logger.setLevel("ERROR")
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 

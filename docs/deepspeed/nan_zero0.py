@@ -3,12 +3,14 @@
 DS_ACCELERATOR=cpu python nan_zero0.py
 """
 
+import os
 import sys
 
 import deepspeed
 import torch
 import torch.distributed as dist
 
+os.environ["LOCAL_RANK"] = "0"
 deepspeed.utils.logger.setLevel("ERROR")
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 

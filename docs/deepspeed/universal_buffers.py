@@ -5,6 +5,7 @@ DS_ACCELERATOR=cpu python universal_buffers.py
 
 import argparse
 import contextlib
+import os
 import sys
 import tempfile
 
@@ -13,6 +14,7 @@ import torch
 import torch.distributed as dist
 from deepspeed.checkpoint.ds_to_universal import main as to_universal
 
+os.environ["LOCAL_RANK"] = "0"
 deepspeed.utils.logger.setLevel("ERROR")
 dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
 
