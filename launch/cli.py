@@ -164,11 +164,22 @@ def train(
     hostfile: Annotated[
         Path | None, typer.Option(help="Run on the hosts of this DeepSpeed hostfile instead.")
     ] = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="Start again after a crash, so many times at most.")
+    ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be run; start and write nothing.")
+    ] = False,
 ) -> None:
-    """Train under the deepspeed launcher; run again to resume from the newest checkpoint."""
+    """Train under the deepspeed launcher; run again to resume from the newest checkpoint.
+
+    SIGTERM or SIGUSR1 saves a checkpoint and ends with exit code 75.
+    """
     from launch import cluster
     from launch.config import ConfigError, load_config
+    from launch.engine import deepspeed_config
     from launch.run_dir import finished
+    from launch.supervise import supervise
     from launch.train import check
 
     if devices and hostfile:
@@ -180,10 +191,14 @@ def train(
         launch = cluster.on_this_machine(devices, arguments)
     run = load_config(config, overrides or [])
     check(run, launch.world_size)
+    if dry_run:
+        print(launch)
+        print(json.dumps(deepspeed_config(run, launch.world_size), indent=2))
+        return
     if finished(run):
         print(f"{run.run_dir}: this run is finished; see it with sparse-gpt compare")
         return
-    sys.exit(launch.run())
+    sys.exit(supervise(launch, Path(run.run_dir), restarts, run.fault.timeout_seconds))
 
 
 @app.command(epilog="Example: sparse-gpt compare runs/tiny-dense runs/tiny-sparse")

@@ -18,7 +18,7 @@ from launch.provenance import provenance
 from launch.world import World
 
 # What says how long, how loudly or how fast a run goes on, not what it computes (but for rounding).
-_MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "run_dir", "compile"}
+_MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "fault", "run_dir", "compile"}
 
 
 def check_run_dir(config: RunConfig, data_manifest_hash: str) -> None:

@@ -22,7 +22,13 @@ from launch.engine import Engine, check_compiler, deepspeed_config
 from launch.probe import Probe
 from launch.run_dir import check_run_dir, hold, open_run_dir
 from launch.telemetry import Telemetry
-from launch.world import join_world, read_environment
+from launch.world import (
+    end_with_launcher,
+    join_world,
+    limit_waiting,
+    lost_peer,
+    read_environment,
+)
 from sparse_gpt import GPT, count_flops
 from sparse_gpt.ffn.kernels import available
 
@@ -35,7 +41,7 @@ def train(config: RunConfig) -> None:
     dataset = check(config, read_environment()[2])
     if read_environment()[0] == 0:
         hold(Path(config.run_dir))
-    world = join_world()
+    world = join_world(config.fault.timeout_seconds)
 
     torch.manual_seed(config.seed)
     model = GPT(config.model)
@@ -43,6 +49,7 @@ def train(config: RunConfig) -> None:
     total_steps = config.total_steps(report.training / report.seq)
     probe = Probe(model, report, world.device, config.compile)
     engine = Engine(config, model, world, total_steps)
+    limit_waiting(config.fault.timeout_seconds)
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
 
     checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", engine)
@@ -155,12 +162,19 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=1e-3")
     args = parser.parse_intermixed_args()
     warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
+    end_with_launcher()
     try:
         train(load_config(args.config, args.overrides))
     except (ConfigError, DataError) as error:
         if read_environment()[0] == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
+    except Exception as error:
+        line = lost_peer(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        os._exit(1)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # DeepSpeed's threads abort about 1 in 200 ordinary exits

@@ -8,6 +8,7 @@ so, and the rest goes on.
 import os
 import shlex
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -77,7 +78,7 @@ class Trainer:
         """End every run now; each ends its own ranks."""
         self.stopping.set()
         for process in list(self._processes):
-            process.terminate()
+            process.send_signal(signal.SIGINT)  # SIGTERM would wait for a checkpoint
 
 
 def run_sweep(
