@@ -50,7 +50,9 @@ def finished(config: RunConfig) -> bool:
     return step_of(latest.read_text()) >= config.total_steps(report.training / report.seq)
 
 
-def open_run_dir(config: RunConfig, world: World, data_manifest_hash: str, step: int) -> Path:
+def open_run_dir(
+    config: RunConfig, world: World, data_manifest_hash: str, step: int, preflight: dict[str, Any]
+) -> Path:
     """Make the folder, or enter it again, and record this start after `step` completed steps."""
     folder = Path(config.run_dir)
     if world.rank == 0:
@@ -59,7 +61,10 @@ def open_run_dir(config: RunConfig, world: World, data_manifest_hash: str, step:
         record = {
             **before,
             "data_manifest_hash": data_manifest_hash,
-            "starts": [*before.get("starts", []), {"step": step, **_this_start(world)}],
+            "starts": [
+                *before.get("starts", []),
+                {"step": step, **_this_start(world), "preflight": preflight},
+            ],
         }
         _write(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
         _write(folder / "config.yaml", to_yaml(config))

@@ -19,6 +19,7 @@ from data import Batch, Batches, DataError, Dataset, evaluation, open_shards
 from launch.checkpoint import Checkpoints, TrainState
 from launch.config import ConfigError, RunConfig, load_config
 from launch.engine import Engine, check_compiler, deepspeed_config
+from launch.preflight import preflight
 from launch.probe import Probe
 from launch.run_dir import check_run_dir, hold, open_run_dir
 from launch.telemetry import Telemetry
@@ -42,6 +43,7 @@ def train(config: RunConfig) -> None:
     if read_environment()[0] == 0:
         hold(Path(config.run_dir))
     world = join_world(config.fault.timeout_seconds)
+    found = preflight(config, world, dataset.manifest.hash)
 
     torch.manual_seed(config.seed)
     model = GPT(config.model)
@@ -54,7 +56,7 @@ def train(config: RunConfig) -> None:
 
     checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", engine)
     state = checkpoints.load_newest()
-    run_dir = open_run_dir(config, world, dataset.manifest.hash, state.step)
+    run_dir = open_run_dir(config, world, dataset.manifest.hash, state.step, found)
     batches = iter(train_batches(config, dataset, world.size, world.rank, state.samples))
     with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
         if state.step == 0:
@@ -166,7 +168,7 @@ def main() -> None:
     try:
         train(load_config(args.config, args.overrides))
     except (ConfigError, DataError) as error:
-        if read_environment()[0] == 0:
+        if read_environment()[1] == 0:  # one a host: what is wrong may be wrong on this one only
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     except Exception as error:
