@@ -96,6 +96,8 @@ def _slots(hostfile: Path) -> dict[str, int]:
         name, _, count = line.partition(" slots=")
         if not name.strip() or not count.strip().isdigit():
             raise ConfigError(f"{hostfile}:{number}: is not `name slots=N`: {line!r}")
+        if name.strip() in slots:
+            raise ConfigError(f"{hostfile}:{number}: names {name.strip()} twice; add up its slots")
         slots[name.strip()] = int(count)
     if not slots:
         raise ConfigError(f"{hostfile}: names no host; write `name slots=N`, one a line")

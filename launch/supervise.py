@@ -66,7 +66,8 @@ def supervise(launch: Launch, run_dir: Path, restarts: int, patience: float) -> 
                 code, cause = PREEMPTED, f"stopped by {asked[0].name} between restarts"
                 break
     if cause:
-        after = f" (after {len(reached) - 1} restarts)" if len(reached) > 1 else ""
+        count = len(reached) - (code == _FAILED)
+        after = f" (after {count} restart{'s' * (count > 1)})" if count else ""
         _say(f"{'error: ' if code == _FAILED else ''}{cause}{after}")
     return code
 
