@@ -87,20 +87,22 @@ def _run(launch: Launch, asked: Sequence[signal.Signals], patience: float) -> tu
             if asked:
                 ranks.tell(asked[0])
                 deadline = min(deadline, time.monotonic() + patience)
-            if ranks.failure and ranks.failure[1] not in (_BAD_INPUT, PREEMPTED):
+            if ranks.failure and ranks.failure[1] != PREEMPTED:
                 deadline = min(deadline, time.monotonic() + _LAST_WORDS)
         ranks.look()
         orphans = bool(ranks.alive)
     finally:
         _end(process)
-    code, failure = process.returncode, ranks.failure
+    # What the first rank ended with says more than what the runner makes of it.
+    failure = ranks.failure
+    code = failure[1] if failure else process.returncode
     if code == _BAD_INPUT or (code == _DONE and not orphans):
         return code, ""
-    if code == PREEMPTED or (asked and (failure is None or failure[1] == -asked[0])):
+    if code == PREEMPTED or (asked and (failure is None or code == -asked[0])):
         by = f"by {asked[0].name}" if asked else "on request"
         how = "after" if code == PREEMPTED else "without"
         return PREEMPTED, f"stopped {by} {how} a checkpoint; run again to go on"
-    return _FAILED, _cause(code, failure)
+    return _FAILED, _cause(process.returncode, failure)
 
 
 class _Ranks:
@@ -164,12 +166,13 @@ def _exit_code(process: psutil.Process) -> int | None:
 
 
 def _cause(runner: int, failure: tuple[int, int] | None) -> str:
-    """One line about a job that failed, from the exit code of its runner and its first failure."""
-    who, code = f"rank {failure[0]}" if failure else "a rank", failure[1] if failure else runner
-    if code > 128 and not failure:
-        code -= 256  # the launcher's exit code is a rank's -9
-    if runner == _DONE or (runner < 0 and not failure):
+    """One line about a job that failed, from its first failure or else its runner's exit code."""
+    if failure:
+        who, code = f"rank {failure[0]}", failure[1]
+    elif runner <= 0:
         return "the deepspeed launcher was killed; its ranks are ended"
+    else:
+        who, code = "a rank", runner if runner < 128 else runner - 256  # 247 was a rank's -9
     if code < 0:
         memory = " (out of memory?)" if -code == signal.SIGKILL else ""
         return f"{who} was killed by {signal.Signals(-code).name}{memory}"
