@@ -159,7 +159,7 @@ class Engine:
                 # every batch has the same shape.
                 block.compile(dynamic=False)
         # Buffers that are saved: running scalars. (DeepSpeed has moved them only now.)
-        self.statistics = [b for name, b in self.module.named_buffers() if name in saved]
+        self.statistics = {name: b for name, b in self.module.named_buffers() if name in saved}
 
     def step(
         self, tokens: torch.Tensor, targets: torch.Tensor, step: int
@@ -185,8 +185,9 @@ class Engine:
                 norm = self._unsharded_norm()
             self.deepspeed.step()
         if self.statistics:  # each rank saw other tokens, and a checkpoint holds one copy
-            means = self.world.mean(torch.stack(self.statistics))
-            torch._foreach_copy_(self.statistics, list(means.unbind()))
+            statistics = list(self.statistics.values())
+            means = self.world.mean(torch.stack(statistics))
+            torch._foreach_copy_(statistics, list(means.unbind()))
         if norm is None:
             norm = self.deepspeed.get_global_grad_norm()
         return loss / len(micro_batches), lr, norm
@@ -215,6 +216,25 @@ class Engine:
         self.deepspeed.train()
         loss_sum, count = self.world.sum(total).tolist()
         return loss_sum / count
+
+    def statistics_and_scale(self) -> dict[str, dict[str, Any]]:
+        """A copy of what a checkpoint holds once: running scalars, and fp16's loss scale."""
+        scaler = vars(self.deepspeed.optimizer.loss_scaler) if self._scales_loss else {}
+        numbers = {key: value for key, value in scaler.items() if isinstance(value, int | float)}
+        copies = {name: b.to("cpu", copy=True) for name, b in self.statistics.items()}
+        return {"statistics": copies, "loss_scale": numbers}
+
+    @torch.no_grad()
+    def set_statistics_and_scale(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over what `statistics_and_scale` copied. Raises KeyError for another model's."""
+        for name, buffer in self.statistics.items():
+            buffer.copy_(saved["statistics"][name])
+        if self._scales_loss:
+            vars(self.deepspeed.optimizer.loss_scaler).update(saved["loss_scale"])
+
+    @property
+    def _scales_loss(self) -> bool:
+        return self.config.precision == "fp16"
 
 
 def parameter_groups(model: GPT, settings: OptimizerConfig) -> list[dict[str, Any]]:

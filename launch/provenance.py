@@ -20,7 +20,7 @@ def provenance(device: torch.device | None = None) -> dict[str, Any]:
     packages = ("sparse-gpt", "deepspeed", "numpy", "triton")
     return {
         "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-        "git_commit": _git("rev-parse", "HEAD") or os.environ.get("BENCH_COMMIT"),
+        "git_commit": git_commit(),
         "git_dirty": bool(_git("status", "--porcelain")),
         "versions": {
             "python": platform.python_version(),
@@ -35,6 +35,11 @@ def provenance(device: torch.device | None = None) -> dict[str, Any]:
             "memory_gb": round(os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 1e9, 1),
         },
     }
+
+
+def git_commit() -> str | None:
+    """The commit of the source, or None where it is no checkout and nobody says."""
+    return _git("rev-parse", "HEAD") or os.environ.get("BENCH_COMMIT")
 
 
 def _git(*arguments: str) -> str | None:

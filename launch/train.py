@@ -14,16 +14,20 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import xxhash
 
 from data import Batch, Batches, DataError, Dataset, evaluation, open_shards
-from launch.checkpoint import Checkpoints, TrainState
+from launch.checkpoint import CheckpointError, Checkpoints, TrainState
 from launch.config import ConfigError, RunConfig, load_config
 from launch.engine import Engine, check_compiler, deepspeed_config
+from launch.preemption import Preempted, Preemption
 from launch.preflight import preflight
 from launch.probe import Probe
-from launch.run_dir import check_run_dir, hold, open_run_dir
+from launch.run_dir import check_run_dir, hold, open_run_dir, origin
 from launch.telemetry import Telemetry
 from launch.world import (
+    PREEMPTED,
+    World,
     end_with_launcher,
     join_world,
     limit_waiting,
@@ -40,6 +44,7 @@ def train(config: RunConfig) -> None:
     Raises ConfigError or DataError, before anything is written, if it cannot be done.
     """
     dataset = check(config, read_environment()[2])
+    preemption = Preemption()
     if read_environment()[0] == 0:
         hold(Path(config.run_dir))
     world = join_world(config.fault.timeout_seconds)
@@ -51,10 +56,12 @@ def train(config: RunConfig) -> None:
     total_steps = config.total_steps(report.training / report.seq)
     probe = Probe(model, report, world.device, config.compile)
     engine = Engine(config, model, world, total_steps)
-    limit_waiting(config.fault.timeout_seconds)
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
 
-    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", engine)
+    checkpoints = Checkpoints(
+        Path(config.run_dir) / "checkpoints", engine, origin(config, dataset.manifest.hash)
+    )
+    limit_waiting(config.fault.timeout_seconds)  # all groups exist now
     state = checkpoints.load_newest()
     run_dir = open_run_dir(config, world, dataset.manifest.hash, state.step, found)
     batches = iter(train_batches(config, dataset, world.size, world.rank, state.samples))
@@ -79,16 +86,15 @@ def train(config: RunConfig) -> None:
                 metrics["train/learning_rate"] = learning_rate
                 metrics["train/grad_norm"] = float(grad_norm)
                 metrics |= telemetry.speed(state.step) | probe.metrics()
+                if config.log.batch_hash:
+                    metrics["data/batch_hash"] = batch_hash(batch, world)
             with telemetry.untimed():
                 if last or state.step % config.eval.every == 0:
                     metrics |= validate(config, engine, dataset)
                 if metrics:
                     telemetry.log(state.step, metrics)
-                due = (
-                    state.step % config.checkpoint.every == 0 or state.step in config.checkpoint.at
-                )
-                if last or due:
-                    checkpoints.save(state)
+                if checkpoints.after_step(state, last, preemption.requested):
+                    raise Preempted(state.step)
 
 
 def check(config: RunConfig, world_size: int) -> Dataset:
@@ -135,6 +141,13 @@ def train_batches(
     )
 
 
+def batch_hash(batch: Batch, world: World) -> int:
+    """A hash of the global batch's token ids, whatever ranks hold them; JSON numbers hold it."""
+    rows = batch.windows.cpu().numpy()
+    own = sum(xxhash.xxh3_64_intdigest(row.tobytes()) % 2**43 for row in rows)
+    return int(world.sum(torch.tensor(own, device=world.device)).item()) % 2**53
+
+
 def validate(config: RunConfig, engine: Engine, dataset: Dataset) -> dict[str, float]:
     """`val/loss` over the held-out split; nothing where the data have none."""
     world = engine.world
@@ -171,6 +184,15 @@ def main() -> None:
         if read_environment()[1] == 0:  # one a host: what is wrong may be wrong on this one only
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
+    except Preempted as preempted:
+        dist.barrier()  # a rank that ends alone would have the launcher end the others
+        if read_environment()[0] == 0:
+            print(preempted, flush=True)
+        os._exit(PREEMPTED)
+    except CheckpointError as error:
+        if read_environment()[0] == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
     except Exception as error:
         line = lost_peer(error)
         if line is None:

@@ -13,10 +13,6 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-# A rank's exit code after a checkpoint that a signal asked for (EX_TEMPFAIL of sysexits.h): the run
-# can go on, so whoever scheduled it should queue it again.
-PREEMPTED = 75
-
 # Dense bf16/fp16 tensor-core peaks (FLOP/s) from NVIDIA's data sheets. A device that is not here
 # gets no MFU: a guess would look like a measurement.
 PEAK_FLOPS = {
@@ -27,6 +23,9 @@ PEAK_FLOPS = {
     "NVIDIA B200": 2250e12,
     "NVIDIA L40S": 362e12,
 }
+
+
+PREEMPTED = 75  # exit code of a run that saved and stopped because it was told to (EX_TEMPFAIL)
 
 
 @dataclass(frozen=True)

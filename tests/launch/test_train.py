@@ -69,10 +69,11 @@ def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(ru
     assert metrics(run_dir) == rows
 
 
-@pytest.mark.parametrize("zero_stage", [0, 1, 2, 3])
-def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage):
-    """Dropout and running statistics included."""
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (1, "bf16")])
+def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage, precision):
+    """Dropout and running statistics included. The other stages: test_resume.py."""
     options = (
+        f"precision={precision}",
         f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}",
         "model.dropout=0.1",
         "model.ffn.dropout=0.1",
@@ -86,7 +87,7 @@ def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage):
 
     ranks = start_ranks(run_file, *options, f"run_dir={cut}")
     log, deadline = cut / "metrics.jsonl", time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 11):
+    while not (cut / "checkpoints/step-00000008").exists():
         assert time.monotonic() < deadline, ranks[0].communicate()[0]
         time.sleep(0.002)
     for rank in ranks:
@@ -101,7 +102,7 @@ def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage):
     assert [row["step"] for row in metrics(cut)] == list(range(25))
     starts = json.loads((cut / "provenance.json").read_text())["starts"]
     assert starts[0]["step"] == 0
-    assert starts[1]["step"] in (8, 16)  # a row is logged before its checkpoint is saved
+    assert starts[1]["step"] in (8, 16)  # the second may be whole by then
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run_file):
@@ -121,14 +122,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run_file):
     assert (checkpoints / "latest").read_text() == "step-00000016"
 
 
-def test_another_world_size_or_config_is_refused_in_one_line(run_file, tmp_path):
+def test_another_config_is_refused_in_one_line(run_file, tmp_path):
     finish(start_ranks(run_file, "duration.steps=4"))
-    for overrides, world_size, message in (
-        (["duration.steps=8"], 1, "was saved by 2 ranks, this run has 1"),
-        (["optimizer.lr=1e-4"], 2, "holds a run with another optimizer"),
-        (["seed=1", "model.n_layer=1"], 2, "holds a run with another model, seed"),
+    for overrides, message in (
+        (["optimizer.lr=1e-4"], "holds a run with another optimizer"),
+        (["batch.global_tokens=1024"], "holds a run with another batch"),
+        (["seed=1", "model.n_layer=1"], "holds a run with another model, seed"),
     ):
-        ranks = start_ranks(run_file, *overrides, world_size=world_size)
+        ranks = start_ranks(run_file, *overrides)
         outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
         assert {rank.returncode for rank in ranks} == {2}, outputs
         errors = [line for line in outputs[0].splitlines() if line.startswith("error: ")]
