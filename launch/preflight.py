@@ -21,7 +21,6 @@ import torch
 import torch.distributed as dist
 
 from launch.config import ConfigError, RunConfig, to_yaml
-from launch.costs import parameter_counts
 from launch.world import World
 
 _SOURCES = ("launch", "data", "sparse_gpt")
@@ -39,14 +38,17 @@ class Facts:
     memory_free: int  # bytes
 
 
-def preflight(config: RunConfig, world: World, data_manifest_hash: str) -> dict[str, Any]:
+def preflight(
+    config: RunConfig, world: World, data_manifest_hash: str, parameters: int
+) -> dict[str, Any]:
     """Compare the ranks; returns what provenance.json keeps of it. Collective.
 
-    Raises ConfigError, the same on every rank, that names the odd host out or the full disk.
+    parameters: of the model, for the size of a checkpoint. Raises ConfigError, the same on every
+    rank, that names the odd host out or the full disk.
     """
     facts: list[Any] = [None] * world.size
     dist.all_gather_object(facts, facts_here(config, data_manifest_hash))
-    complaint = odd_one_out(facts) or full_disk(facts, config)
+    complaint = odd_one_out(facts) or full_disk(facts, config.run_dir, parameters)
     if complaint:
         raise ConfigError(complaint)
     return {
@@ -92,13 +94,13 @@ def odd_one_out(facts: Sequence[Facts]) -> str | None:
     return None
 
 
-def full_disk(facts: Sequence[Facts], config: RunConfig) -> str | None:
+def full_disk(facts: Sequence[Facts], run_dir: str, parameters: int) -> str | None:
     """One line about the first rank whose disk takes no whole checkpoint, or None."""
-    needed = parameter_counts(config.model)[0] * _BYTES_PER_PARAMETER
+    needed = parameters * _BYTES_PER_PARAMETER
     for rank, each in enumerate(facts):
         if each.disk_free < needed:
             return (
-                f"run_dir: {config.run_dir} has {each.disk_free / 1e9:.2f} GB free on {each.host} "
+                f"run_dir: {run_dir} has {each.disk_free / 1e9:.2f} GB free on {each.host} "
                 f"(rank {rank}), one checkpoint takes {needed / 1e9:.2f} GB; free some, or move it"
             )
     return None

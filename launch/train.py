@@ -48,10 +48,11 @@ def train(config: RunConfig) -> None:
     if read_environment()[0] == 0:
         hold(Path(config.run_dir))
     world = join_world(config.fault.timeout_seconds)
-    found = preflight(config, world, dataset.manifest.hash)
 
     torch.manual_seed(config.seed)
     model = GPT(config.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    found = preflight(config, world, dataset.manifest.hash, parameters)
     report = count_flops(model, batch=1, seq=config.model.max_seq_len)
     total_steps = config.total_steps(report.training / report.seq)
     probe = Probe(model, report, world.device, config.compile)

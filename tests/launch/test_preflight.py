@@ -21,12 +21,12 @@ def test_the_odd_host_out_is_named(run_file):
 
 
 def test_a_disk_that_takes_no_checkpoint_is_named(run_file):
-    config = load_config(run_file)
-    usual = facts_here(config, "d1")
-    assert full_disk([usual, usual], config) is None
-    full = replace(usual, host="b", disk_free=1_000_000)
-    assert "has 0.00 GB free on b (rank 1), one checkpoint takes 0.0" in full_disk(
-        [usual, full], config
+    usual = facts_here(load_config(run_file), "d1")
+    full = replace(usual, host="b", disk_free=1_100_000_000)
+    assert full_disk([usual, full], "runs/r", parameters=90_000_000) is None
+    assert full_disk([usual, full], "runs/r", parameters=100_000_000) == (
+        "run_dir: runs/r has 1.10 GB free on b (rank 1), one checkpoint takes 1.20 GB; "
+        "free some, or move it"
     )
 
 
