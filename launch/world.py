@@ -3,6 +3,7 @@
 import ctypes
 import datetime
 import os
+import re
 import socket
 import threading
 from collections.abc import Callable
@@ -125,11 +126,12 @@ def limit_waiting(seconds: float) -> None:
 
 def lost_peer(error: BaseException) -> str | None:
     """One line about an error that another rank's end or silence caused; None for any other."""
-    text = " ".join(str(error).split("\n")[0].split())
-    if isinstance(error, dist.DistError) or "/gloo/" in text:
-        rank, _, _ = read_environment()
-        return f"rank {rank} on {socket.gethostname()}: another rank is lost or hangs ({text})"
-    return None
+    text = str(error).partition("\n")[0]
+    if not isinstance(error, dist.DistError) and "/gloo/" not in text:
+        return None
+    what = re.sub(r"^\[/\S+\] ", "", text).partition(". This is")[0]  # no source line, no advice
+    rank, _, _ = read_environment()
+    return f"rank {rank} on {socket.gethostname()}: another rank is lost or hangs ({what})"
 
 
 def end_with_launcher() -> None:
