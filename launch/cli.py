@@ -1,7 +1,7 @@
 """The `sparse-gpt` command: thin, each command calls the room that does the work.
 
-Exit codes: 0 done, 2 bad input (one clear line), 1 failure. What takes seconds to import is
-imported inside the command that needs it.
+Exit codes: 0 done, 2 bad input (one clear line), 1 failure, 75 stopped by a signal after a
+checkpoint. What takes seconds to import is imported inside the command that needs it.
 """
 
 import json

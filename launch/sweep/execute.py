@@ -7,7 +7,6 @@ so, and the rest goes on.
 
 import os
 import shlex
-import signal
 import subprocess
 import sys
 import threading
@@ -75,10 +74,10 @@ class Trainer:
             self._free.put(share)
 
     def stop(self) -> None:
-        """End every run now; each ends its own ranks."""
+        """End every run; each saves a checkpoint before and ends its own ranks."""
         self.stopping.set()
         for process in list(self._processes):
-            process.send_signal(signal.SIGINT)  # SIGTERM would wait for a checkpoint
+            process.terminate()
 
 
 def run_sweep(

@@ -88,8 +88,11 @@ def test_a_second_signal_or_control_c_ends_even_a_hung_job_at_once(run_file):
     assert end(process, run_file, 5) == (130, ["interrupted"])
 
 
-def test_no_rank_outlives_a_killed_command(run_file):
+def test_ranks_listen_on_loopback_only_and_none_outlives_a_killed_command(run_file):
     process = start(run_file)
+    sockets = [socket for rank in (0, 1) for socket in job(run_file)[rank].net_connections()]
+    listening = [socket for socket in sockets if socket.status == psutil.CONN_LISTEN]
+    assert {socket.laddr.ip for socket in listening} == {"127.0.0.1"}
     process.kill()
     assert end(process, run_file, 10)[0] == -signal.SIGKILL
 
