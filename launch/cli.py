@@ -1,19 +1,22 @@
 """The `sparse-gpt` command: thin, each command calls the room that does the work.
 
-Exit codes: 0 done, 2 bad input (one clear line), 1 failure. What takes seconds to import is
-imported inside the command that needs it.
+Exit codes: 0 done, 2 bad input (one clear line), 1 failure, 75 stopped by a signal after a
+checkpoint. What takes seconds to import is imported inside the command that needs it.
 """
 
 import json
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from launch.sweep.commands import sweep_app
 from launch.terminal import Json, show
+
+if TYPE_CHECKING:
+    from launch.config import RunConfig
 
 app = typer.Typer(
     name="sparse-gpt",
@@ -164,26 +167,78 @@ def train(
     hostfile: Annotated[
         Path | None, typer.Option(help="Run on the hosts of this DeepSpeed hostfile instead.")
     ] = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="Start again after a crash, so many times at most.")
+    ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be run; start and write nothing.")
+    ] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Submit a job that queues itself again until done.")
+    ] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="With --slurm: nodes of --devices ranks.")] = 1,
+    time: Annotated[
+        str | None, typer.Option(help="With --slurm: limit of one stay, as sbatch takes it.")
+    ] = None,
 ) -> None:
-    """Train under the deepspeed launcher; run again to resume from the newest checkpoint."""
+    """Train under the deepspeed launcher; run again to resume from the newest checkpoint.
+
+    SIGTERM or SIGUSR1 saves a checkpoint and ends with exit code 75.
+    """
     from launch import cluster
     from launch.config import ConfigError, load_config
+    from launch.engine import deepspeed_config
     from launch.run_dir import finished
+    from launch.supervise import supervise
     from launch.train import check
 
     if devices and hostfile:
         raise ConfigError("--devices is for this machine and --hostfile for several: give one")
     arguments = ["--config", str(config.resolve()), *(overrides or [])]
+    if slurm:
+        if hostfile or restarts or not devices:
+            raise ConfigError(
+                "--slurm takes --devices, the GPUs of a node; no hostfile or restarts"
+            )
+        _submit(load_config(config, overrides or []), nodes, devices, time, arguments, dry_run)
+        return
+    if nodes > 1 or time:
+        raise ConfigError("--nodes and --time are for --slurm; for other clusters give --hostfile")
     if hostfile:
         launch = cluster.on_hosts(hostfile, arguments)
     else:
         launch = cluster.on_this_machine(devices, arguments)
     run = load_config(config, overrides or [])
     check(run, launch.world_size)
+    if dry_run:
+        print(launch)
+        print(json.dumps(deepspeed_config(run, launch.world_size), indent=2))
+        return
     if finished(run):
         print(f"{run.run_dir}: this run is finished; see it with sparse-gpt compare")
         return
-    sys.exit(launch.run())
+    sys.exit(supervise(launch, Path(run.run_dir), restarts, run.fault.timeout_seconds))
+
+
+def _submit(
+    run: "RunConfig",
+    nodes: int,
+    devices: int,
+    time_limit: str | None,
+    arguments: list[str],
+    dry_run: bool,
+) -> None:
+    """The ranks check what a node has; the login node checks what it can know."""
+    from data import open_shards
+    from launch.engine import deepspeed_config
+    from launch.run_dir import check_run_dir
+    from launch.slurm import submit, train_script
+
+    deepspeed_config(run, nodes * devices)
+    check_run_dir(run, open_shards(run.data.path).manifest.hash)
+    run_dir = Path(run.run_dir)
+    script = train_script(run_dir, nodes, devices, time_limit, arguments)
+    print(script if dry_run else submit(run_dir / "train.sbatch", script))
 
 
 @app.command(

@@ -1,11 +1,9 @@
 """Where to run: this machine or the hosts of a hostfile. Builds the launcher's command line."""
 
 import os
-import signal
+import shlex
 import socket
-import subprocess
 import sys
-import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +12,7 @@ import torch
 
 from launch.config import ConfigError
 
-_TRAIN = Path(__file__).with_name("train.py")
+TRAIN = Path(__file__).with_name("train.py")
 
 
 @dataclass(frozen=True)
@@ -24,22 +22,22 @@ class Launch:
     world_size: int
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
+    hosts: tuple[str, ...] = ()  # of a hostfile
 
-    def run(self) -> int:
-        """Start the ranks, wait for them, and leave none behind. Returns the exit code.
+    @property
+    def remote(self) -> bool:
+        """Whether the ranks run on other hosts; DeepSpeed starts those of a single host here."""
+        return len(self.hosts) > 1
 
-        The deepspeed runner passes no signal on, so the ranks get a process group of their own,
-        which is ended as a whole.
-        """
-        process = subprocess.Popen(
-            self.command, env=os.environ | self.environment, start_new_session=True
-        )
-        previous = signal.signal(signal.SIGTERM, interrupt)
-        try:
-            return process.wait()
-        finally:
-            signal.signal(signal.SIGTERM, previous)
-            _end_group(process)
+    @property
+    def arguments(self) -> list[str]:
+        """What train.py gets."""
+        return self.command[self.command.index(str(TRAIN)) + 1 :]
+
+    def __str__(self) -> str:
+        """A line for a shell: the command after the environment that it needs beyond this one."""
+        settings = [f"{name}={shlex.quote(value)}" for name, value in self.environment.items()]
+        return " ".join([*settings, shlex.join(self.command)])
 
 
 def on_this_machine(devices: int | None, arguments: Sequence[str]) -> Launch:
@@ -75,20 +73,22 @@ def _which(devices: int) -> list[str]:
 
 def on_hosts(hostfile: Path, arguments: Sequence[str]) -> Launch:
     """Every slot of a DeepSpeed hostfile (`name slots=8` a line), reached through pdsh and ssh."""
-    return Launch(sum(_slots(hostfile)), _deepspeed(["--hostfile", str(hostfile)], arguments))
+    slots = _slots(hostfile)
+    command = _deepspeed(["--hostfile", str(hostfile.resolve())], arguments)
+    return Launch(sum(slots.values()), command, hosts=tuple(slots))
 
 
 def _deepspeed(options: list[str], arguments: Sequence[str]) -> list[str]:
     runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
-    return [*runner, *options, str(_TRAIN), *arguments]
+    return [*runner, *options, str(TRAIN), *arguments]
 
 
-def _slots(hostfile: Path) -> list[int]:
+def _slots(hostfile: Path) -> dict[str, int]:
     try:
         lines = hostfile.read_text().splitlines()
     except OSError as error:
         raise ConfigError(f"{hostfile}: {error.strerror}; give the path of a hostfile") from None
-    slots = []
+    slots: dict[str, int] = {}
     for number, line in enumerate(lines, 1):
         line = line.split("#")[0].strip()
         if not line:
@@ -96,7 +96,9 @@ def _slots(hostfile: Path) -> list[int]:
         name, _, count = line.partition(" slots=")
         if not name.strip() or not count.strip().isdigit():
             raise ConfigError(f"{hostfile}:{number}: is not `name slots=N`: {line!r}")
-        slots.append(int(count))
+        if name.strip() in slots:
+            raise ConfigError(f"{hostfile}:{number}: names {name.strip()} twice; add up its slots")
+        slots[name.strip()] = int(count)
     if not slots:
         raise ConfigError(f"{hostfile}: names no host; write `name slots=N`, one a line")
     return slots
@@ -111,17 +113,3 @@ def _free_port() -> int:
 def interrupt(*_: object) -> None:
     """A signal handler that ends as Ctrl-C does."""
     raise KeyboardInterrupt
-
-
-def _end_group(process: subprocess.Popen[bytes]) -> None:
-    """End what is left of the group, gently first."""
-    for number, seconds in ((signal.SIGTERM, 10), (signal.SIGKILL, 5)):
-        try:
-            os.killpg(process.pid, number)
-            deadline = time.monotonic() + seconds
-            while time.monotonic() < deadline:
-                process.poll()
-                os.killpg(process.pid, 0)  # raises when the group is empty
-                time.sleep(0.05)
-        except ProcessLookupError:
-            return

@@ -98,6 +98,10 @@ class EvalConfig(Section):
     max_tokens: int | None = Field(None, gt=0)  # of the held-out split; None = all of it
 
 
+class FaultConfig(Section):
+    timeout_seconds: float = Field(600, gt=0)  # a rank that is silent for so long ends the run
+
+
 class RunConfig(Section):
     """Everything about a run; the same config gives the same losses."""
 
@@ -114,6 +118,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
+    fault: FaultConfig = FaultConfig()
     seed: int = 0
 
     @model_validator(mode="after")

@@ -21,7 +21,7 @@ from launch.world import World
 
 # What says how long, how loudly or how fast a run goes on, not what it computes (but for rounding).
 # Micro-batches and ZeRO's options may change too.
-_MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "run_dir", "compile"}
+_MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "fault", "run_dir", "compile"}
 
 
 def check_run_dir(config: RunConfig, data_manifest_hash: str) -> None:
@@ -78,7 +78,9 @@ def finished(config: RunConfig) -> bool:
     return step_of(latest.read_text()) >= config.total_steps(report.training / report.seq)
 
 
-def open_run_dir(config: RunConfig, world: World, data_manifest_hash: str, step: int) -> Path:
+def open_run_dir(
+    config: RunConfig, world: World, data_manifest_hash: str, step: int, preflight: dict[str, Any]
+) -> Path:
     """Make the folder, or enter it again, and record this start after `step` completed steps."""
     folder = Path(config.run_dir)
     if world.rank == 0:
@@ -87,7 +89,10 @@ def open_run_dir(config: RunConfig, world: World, data_manifest_hash: str, step:
         record = {
             **before,
             "data_manifest_hash": data_manifest_hash,
-            "starts": [*before.get("starts", []), {"step": step, **_this_start(world)}],
+            "starts": [
+                *before.get("starts", []),
+                {"step": step, **_this_start(world), "preflight": preflight},
+            ],
         }
         _write(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
         _write(folder / "config.yaml", to_yaml(config))

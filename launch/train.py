@@ -21,10 +21,19 @@ from launch.checkpoint import CheckpointError, Checkpoints, TrainState
 from launch.config import ConfigError, RunConfig, load_config
 from launch.engine import Engine, check_compiler, deepspeed_config
 from launch.preemption import Preempted, Preemption
+from launch.preflight import preflight
 from launch.probe import Probe
 from launch.run_dir import check_run_dir, hold, open_run_dir, origin
 from launch.telemetry import Telemetry
-from launch.world import PREEMPTED, World, join_world, read_environment
+from launch.world import (
+    PREEMPTED,
+    World,
+    end_with_launcher,
+    join_world,
+    limit_waiting,
+    lost_peer,
+    read_environment,
+)
 from sparse_gpt import GPT, count_flops
 from sparse_gpt.ffn.kernels import available
 
@@ -38,10 +47,12 @@ def train(config: RunConfig) -> None:
     preemption = Preemption()
     if read_environment()[0] == 0:
         hold(Path(config.run_dir))
-    world = join_world()
+    world = join_world(config.fault.timeout_seconds)
 
     torch.manual_seed(config.seed)
     model = GPT(config.model)
+    parameters = sum(p.numel() for p in model.parameters())
+    found = preflight(config, world, dataset.manifest.hash, parameters)
     report = count_flops(model, batch=1, seq=config.model.max_seq_len)
     total_steps = config.total_steps(report.training / report.seq)
     probe = Probe(model, report, world.device, config.compile)
@@ -51,8 +62,9 @@ def train(config: RunConfig) -> None:
     checkpoints = Checkpoints(
         Path(config.run_dir) / "checkpoints", engine, origin(config, dataset.manifest.hash)
     )
+    limit_waiting(config.fault.timeout_seconds)  # all groups exist now
     state = checkpoints.load_newest()
-    run_dir = open_run_dir(config, world, dataset.manifest.hash, state.step)
+    run_dir = open_run_dir(config, world, dataset.manifest.hash, state.step, found)
     batches = iter(train_batches(config, dataset, world.size, world.rank, state.samples))
     with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
         if state.step == 0:
@@ -166,10 +178,11 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=1e-3")
     args = parser.parse_intermixed_args()
     warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
+    end_with_launcher()
     try:
         train(load_config(args.config, args.overrides))
     except (ConfigError, DataError) as error:
-        if read_environment()[0] == 0:
+        if read_environment()[1] == 0:  # one a host: what is wrong may be wrong on this one only
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
     except Preempted as preempted:
@@ -180,6 +193,12 @@ def main() -> None:
     except CheckpointError as error:
         if read_environment()[0] == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(1)
+    except Exception as error:
+        line = lost_peer(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr, flush=True)
         os._exit(1)
     dist.barrier()
     sys.stdout.flush()

@@ -3,13 +3,16 @@
 import ctypes
 import datetime
 import os
+import re
 import socket
+import threading
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 # Dense bf16/fp16 tensor-core peaks (FLOP/s) from NVIDIA's data sheets. A device that is not here
 # gets no MFU: a guess would look like a measurement.
@@ -81,7 +84,7 @@ def read_environment() -> tuple[int, int, int]:
     return int(env["RANK"]), int(env["LOCAL_RANK"]), int(env["WORLD_SIZE"])
 
 
-def join_world() -> World:
+def join_world(timeout_seconds: float = 600) -> World:
     """Meet the other ranks: NCCL on GPUs, gloo on CPUs. DeepSpeed builds on this group."""
     rank, local_rank, size = read_environment()
     if torch.cuda.is_available():
@@ -91,8 +94,59 @@ def join_world() -> World:
         device = torch.device("cpu")
         keep_freed_memory()
     backend = "nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, timeout=datetime.timedelta(minutes=10))
+    timeout = datetime.timedelta(seconds=timeout_seconds)
+    if os.environ["MASTER_ADDR"] == "127.0.0.1" and "TORCHELASTIC_RUN_ID" not in os.environ:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+        store = _loopback_store(rank, size, timeout)
+        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
+    else:
+        dist.init_process_group(backend, timeout=timeout)
     return World(rank, local_rank, size, device)
+
+
+def _loopback_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.TCPStore:
+    """Where the ranks of one host meet. torch's own would listen on every interface."""
+    port, listening = int(os.environ["MASTER_PORT"]), None
+    if rank == 0:
+        with socket.create_server(("127.0.0.1", port), backlog=max(128, size)) as server:
+            listening = server.detach()  # the store closes it
+    return dist.TCPStore(
+        "127.0.0.1", port, size, rank == 0, timeout, multi_tenant=True, master_listen_fd=listening
+    )
+
+
+def limit_waiting(seconds: float) -> None:
+    """Let no collective wait longer for another rank, in whatever groups there are by now.
+
+    ZeRO's clone of the world group has 30 minutes of its own, whatever the world group has.
+    """
+    for group in list(distributed_c10d._world.pg_map):
+        distributed_c10d._set_pg_timeout(datetime.timedelta(seconds=seconds), group)
+
+
+def lost_peer(error: BaseException) -> str | None:
+    """One line about an error that another rank's end or silence caused; None for any other."""
+    text = str(error).partition("\n")[0]
+    if not isinstance(error, dist.DistError) and "/gloo/" not in text:
+        return None
+    what = re.sub(r"^\[/\S+\] ", "", text).partition(". This is")[0]  # no source line, no advice
+    rank, _, _ = read_environment()
+    return f"rank {rank} on {socket.gethostname()}: another rank is lost or hangs ({what})"
+
+
+def end_with_launcher() -> None:
+    """End this rank when `sparse-gpt train` ends, even by SIGKILL: it holds our standard input.
+
+    DeepSpeed's launchers pass no death on. Elsewhere standard input says nothing of a launcher.
+    """
+    if os.environ.get("SPARSE_GPT_HOLDS_STDIN") == "1":
+
+        def wait() -> None:
+            while os.read(0, 1):
+                pass
+            os._exit(1)
+
+        threading.Thread(target=wait, daemon=True).start()
 
 
 def keep_freed_memory() -> None:

@@ -5,6 +5,7 @@ import os
 import socket
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,15 +28,19 @@ def sparse_gpt(*arguments: str | Path, timeout: float = 300) -> subprocess.Compl
 
 
 def start_ranks(
-    run_file: Path, *overrides: str, world_size: int = 2
+    run_file: Path, *overrides: str, world_size: int = 2, odd: Sequence[str] = ()
 ) -> list[subprocess.Popen[str]]:
-    """Start train.py once a rank, as any launcher does, without the launcher's start-up time."""
+    """Start train.py once a rank, as any launcher does, without the launcher's start-up time.
+
+    The last rank has the overrides `odd` besides.
+    """
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
+    command = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(run_file)]
     return [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "launch/train.py"), "--config", str(run_file), *overrides],
+            [*command, *overrides, *(odd if rank == world_size - 1 else ())],
             env={
                 **ENVIRONMENT,
                 "RANK": str(rank),

@@ -113,7 +113,7 @@ def run(
     import signal
 
     from launch.cluster import interrupt
-    from launch.sweep.execute import Trainer, run_sweep, submit
+    from launch.sweep.execute import Trainer, run_sweep, submit_array
     from launch.sweep.grid import read_sweep
     from launch.sweep.plots import check_plots
     from launch.sweep.report import draw_points
@@ -121,7 +121,7 @@ def run(
     check_plots()
     sweep = read_sweep(file, out)
     if slurm:
-        print(submit(sweep, jobs, devices))
+        print(submit_array(sweep, jobs, devices))
         return
     signal.signal(signal.SIGTERM, interrupt)
     problems = run_sweep(sweep, Trainer(jobs, devices), chain, lambda: draw_points(sweep))

@@ -7,7 +7,6 @@ so, and the rest goes on.
 
 import os
 import shlex
-import shutil
 import subprocess
 import sys
 import threading
@@ -24,6 +23,7 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 from launch.cluster import cores
 from launch.config import ConfigError
 from launch.run_dir import finished, fork, held, read_metrics
+from launch.slurm import submit
 from launch.sweep.collect import computed_flops, log_path, loss, state
 from launch.sweep.grid import Cell, Sweep, write_configs
 
@@ -74,7 +74,7 @@ class Trainer:
             self._free.put(share)
 
     def stop(self) -> None:
-        """End every run now; each ends its own ranks."""
+        """End every run; each saves a checkpoint before and ends its own ranks."""
         self.stopping.set()
         for process in list(self._processes):
             process.terminate()
@@ -185,15 +185,7 @@ exec {shlex.join(command)} --chain "$SLURM_ARRAY_TASK_ID"
 """
 
 
-def submit(sweep: Sweep, jobs: int, devices: int) -> str:
+def submit_array(sweep: Sweep, jobs: int, devices: int) -> str:
     """Write the array's script into the sweep's folder and give it to Slurm; returns its answer."""
-    sbatch = shutil.which("sbatch")
-    if sbatch is None:
-        raise ConfigError("--slurm: there is no sbatch here; run this on a login node of Slurm")
     (sweep.out / "logs").mkdir(parents=True, exist_ok=True)
-    script = sweep.out / "sweep.sbatch"
-    script.write_text(slurm_script(sweep, jobs, devices))
-    done = subprocess.run([sbatch, str(script)], capture_output=True, text=True)
-    if done.returncode:
-        raise ConfigError(f"{script}: sbatch refused it: {done.stderr.strip()}")
-    return done.stdout.strip()
+    return submit(sweep.out / "sweep.sbatch", slurm_script(sweep, jobs, devices))

@@ -184,24 +184,6 @@ def test_torchrun_and_srun_train_as_any_launcher(run_file, tmp_path):
     assert exact(metrics(tmp_path / "srun")) == plain
 
 
-def test_interrupting_the_command_ends_every_rank(run_file):
-    command = [sys.executable, "-m", "launch", "train", str(run_file), "--devices", "2"]
-    command.append("duration.steps=100000")
-    process = subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT, stdout=subprocess.PIPE)
-    log, deadline = run_file.parent / "run/metrics.jsonl", time.monotonic() + 300
-    try:  # the first run on a machine waits for DeepSpeed's extensions to be compiled
-        while not (log.exists() and log.read_text().count("\n") > 2):
-            assert process.poll() is None
-            assert time.monotonic() < deadline
-            time.sleep(0.05)
-        process.send_signal(signal.SIGTERM)
-        assert process.wait(timeout=60) == 130
-    finally:
-        process.terminate()
-    left = subprocess.run(["pgrep", "-f", str(run_file)], capture_output=True, text=True).stdout
-    assert left == ""
-
-
 @pytest.mark.parametrize("zero_stage", [1, 3])
 def test_fused_kernels_train_as_the_eager_chain_does(run_file, tmp_path, monkeypatch, zero_stage):
     """In Triton's interpreter; ZeRO-3 must gather what the kernels read past the modules."""
