@@ -12,7 +12,7 @@ import json
 import os
 import shutil
 import sys
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -29,6 +29,7 @@ class TrainState:
 
     step: int = 0  # completed optimizer steps
     samples: int = 0  # sequences consumed; the next batch starts here
+    guard: dict[str, Any] = field(default_factory=dict)  # `Guard.state()`
 
 
 def tag_of(step: int) -> str:

@@ -96,6 +96,18 @@ class EvalConfig(Section):
     max_tokens: int | None = Field(None, gt=0)  # of the held-out split; None = all of it
 
 
+class GuardConfig(Section):
+    """What `launch.guard` does about bad steps. NaN and Inf are always skipped."""
+
+    # A loss or gradient norm far above those before: `skip` leaves the step out, `rollback` also
+    # goes back to the newest checkpoint and on with the data that follow the bad step's.
+    spike: Literal["ignore", "skip", "rollback"] = "ignore"
+    threshold: float = Field(6.0, gt=0)  # a spike: so many standard deviations above the mean of
+    window: int = Field(100, gt=1)  # the last so many good steps; before those, there is no spike
+    stop_after: int = Field(5, gt=0)  # bad steps in a row; their last one goes to incidents/
+    checksum_every: int = Field(0, ge=0)  # steps between comparisons of the ranks' weights; 0 = off
+
+
 class RunConfig(Section):
     """Everything about a run; the same config gives the same losses."""
 
@@ -112,6 +124,7 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
+    guard: GuardConfig = GuardConfig()
     seed: int = 0
 
     @model_validator(mode="after")

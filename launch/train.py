@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,18 +20,22 @@ from data import Batch, Batches, DataError, Dataset, evaluation, open_shards
 from launch.checkpoint import Checkpoints, TrainState
 from launch.config import ConfigError, RunConfig, load_config
 from launch.engine import Engine, check_compiler, deepspeed_config
+from launch.guard import Rollback, RunStopped
+from launch.incident import rng_state, write_incident
 from launch.probe import Probe
 from launch.run_dir import check_run_dir, hold, open_run_dir
 from launch.telemetry import Telemetry
-from launch.world import join_world, read_environment
+from launch.world import World, join_world, read_environment
 from sparse_gpt import GPT, count_flops
 from sparse_gpt.ffn.kernels import available
+from sparse_gpt.flops import FlopReport
 
 
 def train(config: RunConfig) -> None:
     """Train as `config` says, from the newest checkpoint of its run directory if there is one.
 
-    Raises ConfigError or DataError, before anything is written, if it cannot be done.
+    Raises ConfigError or DataError, before anything is written, if it cannot be done, and
+    RunStopped if the guard finds that the run must not go on.
     """
     dataset = check(config, read_environment()[2])
     if read_environment()[0] == 0:
@@ -46,7 +51,34 @@ def train(config: RunConfig) -> None:
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
 
     checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", engine)
+    past = 0
+    while True:
+        try:
+            return _go_on(config, dataset, world, engine, probe, report, checkpoints, past)
+        except Rollback as rollback:
+            past = rollback.samples
+
+
+def _go_on(
+    config: RunConfig,
+    dataset: Dataset,
+    world: World,
+    engine: Engine,
+    probe: Probe,
+    report: FlopReport,
+    checkpoints: Checkpoints,
+    past: int,
+) -> None:
+    """From the newest checkpoint to the end, with no sample before the number `past`.
+
+    Raises RunStopped, or Rollback to be called again.
+    """
+    total_steps = engine.total_steps
     state = checkpoints.load_newest()
+    if past:  # the guard knows more than the checkpoint
+        state = replace(state, samples=past)
+    elif state.guard:
+        engine.guard.load(state.guard)
     run_dir = open_run_dir(config, world, dataset.manifest.hash, state.step)
     batches = iter(train_batches(config, dataset, world.size, world.rank, state.samples))
     with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
@@ -56,19 +88,25 @@ def train(config: RunConfig) -> None:
         while state.step < total_steps:
             with telemetry.data_wait():
                 batch = next(batches).to(world.device)
+            rng = rng_state(world.device)
             sampled = state.step % config.log.profile_every == 0
             with probe.attached(sampled):
                 loss, learning_rate, grad_norm = engine.step(
                     batch.tokens, batch.targets, state.step
                 )
-            state = TrainState(state.step + 1, state.samples + config.global_batch)
+            state = TrainState(
+                state.step + 1, state.samples + config.global_batch, engine.guard.state()
+            )
+            if engine.guard.trouble:
+                _answer_trouble(engine, checkpoints, run_dir, batch, rng, state)
 
             last = state.step == total_steps
             metrics = {}
             if last or sampled or state.step % config.log.every == 0:
-                metrics["train/loss"] = world.mean(loss).item()  # waits for the device
+                metrics["train/loss"] = loss.item()  # waits for the device
                 metrics["train/learning_rate"] = learning_rate
-                metrics["train/grad_norm"] = float(grad_norm)
+                metrics["train/grad_norm"] = grad_norm.item()
+                metrics["guard/skipped"] = engine.guard.skipped
                 metrics |= telemetry.speed(state.step) | probe.metrics()
             with telemetry.untimed():
                 if last or state.step % config.eval.every == 0:
@@ -80,6 +118,38 @@ def train(config: RunConfig) -> None:
                 )
                 if last or due:
                     checkpoints.save(state)
+
+
+def _answer_trouble(
+    engine: Engine,
+    checkpoints: Checkpoints,
+    run_dir: Path,
+    batch: Batch,
+    rng: dict[str, torch.Tensor],
+    state: TrainState,
+) -> None:
+    """Say that the step before `state` was skipped; stop or roll back if it is time to. Collective.
+
+    Raises RunStopped or Rollback.
+    """
+    guard, world = engine.guard, engine.world
+    first = state.samples - engine.config.global_batch
+    line = f"step {state.step}: skipped, {guard.trouble}; samples {first} to {state.samples - 1}"
+    if guard.in_a_row >= guard.config.stop_after:
+        place = write_incident(run_dir, engine, batch, rng, state.step)
+        raise RunStopped(
+            f"{line}; {guard.in_a_row} bad steps in a row. See sparse-gpt replay {place}"
+        )
+    back = (
+        guard.spiked
+        and guard.config.spike == "rollback"
+        and world.from_rank_0((checkpoints.root / "latest").exists)
+    )
+    if world.rank == 0:
+        then = "; going back to the newest checkpoint" if back else ""
+        print(f"{line}{then}", flush=True)
+    if back:
+        raise Rollback(state.samples)
 
 
 def check(config: RunConfig, world_size: int) -> Dataset:
@@ -161,6 +231,11 @@ def main() -> None:
         if read_environment()[0] == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
+    except RunStopped as stop:
+        if read_environment()[0] == 0:
+            print(f"error: {stop}", file=sys.stderr, flush=True)
+        dist.barrier()  # a rank that ends sooner would have the launcher end rank 0
+        os._exit(1)
     dist.barrier()
     sys.stdout.flush()
     os._exit(0)  # DeepSpeed's threads abort about 1 in 200 ordinary exits
