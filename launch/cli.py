@@ -186,6 +186,22 @@ def train(
     sys.exit(launch.run())
 
 
+@app.command(epilog="Example: sparse-gpt replay runs/tiny-sparse/incidents/step-00000012")
+def replay(
+    incident: Annotated[Path, typer.Argument(help="A folder incidents/step-N of a run.")],
+    as_json: Json = False,
+) -> None:
+    """Run the step that stopped a run again, here: does it go wrong, and for which samples."""
+    from launch.incident import replay, replay_json, replay_table
+
+    found = replay(incident)
+    if as_json:
+        print(json.dumps(replay_json(found), indent=1))
+        return
+    show(replay_table(found))
+    print(found.verdict)
+
+
 @app.command(epilog="Example: sparse-gpt compare runs/tiny-dense runs/tiny-sparse")
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; ratios are to the first.")],

@@ -12,15 +12,17 @@ The folder appears whole or not at all.
 import json
 import math
 import shutil
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.distributed as dist
+from rich.markup import escape
+from rich.table import Table
 from torch import nn
 
-from data import Batch
+from data import Batch, load_tokenizer
 from launch.checkpoint import tag_of
 from launch.config import ConfigError, RunConfig, load_config, to_yaml
 from launch.engine import Engine
@@ -122,6 +124,9 @@ class SampleResult:
         return math.isfinite(self.loss + self.grad_norm)
 
 
+_SHOWN = 20  # samples in the table
+
+
 @dataclass(frozen=True)
 class Replay:
     """What a step did then and does now; `samples` has the worst first."""
@@ -132,6 +137,21 @@ class Replay:
     replayed: tuple[float, float]
     samples: list[SampleResult]
     config: RunConfig
+
+    @property
+    def verdict(self) -> str:
+        """In a few lines: then, now, and what follows."""
+        then, now = (
+            f"loss {loss:.4g}, gradient norm {norm:.4g}"
+            for loss, norm in (self.recorded, self.replayed)
+        )
+        meaning = (
+            "the step reproduces: the weights or the samples above are the cause"
+            if self.reproduced
+            else "the step does not reproduce: suspect a device, or what this process does not "
+            "share with the ranks (kernels, communication)"
+        )
+        return f"then  {then}\nnow   {now}\n{meaning}"
 
     @property
     def reproduced(self) -> bool:
@@ -228,3 +248,47 @@ def _backward(
     loss = model(tokens.to(device), targets.to(device))
     loss.backward()
     return float(loss)
+
+
+def replay_json(found: Replay) -> dict[str, Any]:
+    """A replay as `--json` prints it; every sample, without its tokens."""
+    keys = ("loss", "grad_norm")
+    rows = [{**asdict(result), "finite": result.finite} for result in found.samples]
+    return {
+        "step": found.step,
+        "trouble": found.trouble,
+        "reproduced": found.reproduced,
+        "recorded": dict(zip(keys, found.recorded, strict=True)),
+        "replayed": dict(zip(keys, found.replayed, strict=True)),
+        "samples": [{k: v for k, v in row.items() if k != "tokens"} for row in rows],
+    }
+
+
+def replay_table(found: Replay) -> Table:
+    """The worst samples, with how each begins: as text if its ids are GPT-2's."""
+    tokenizer = load_tokenizer()
+    more = len(found.samples) - _SHOWN
+    table = Table(
+        "sample",
+        "rank",
+        "micro-batch",
+        "loss",
+        "gradient norm",
+        "begins",
+        title=f"step {found.step}: {found.trouble}",
+        caption=f"and {more} more, less suspect" if more > 0 else None,
+        box=None,
+    )
+    for result in found.samples[:_SHOWN]:
+        first = result.tokens[:16]
+        is_gpt2 = found.config.model.vocab_size == tokenizer.vocab_size
+        text = repr(tokenizer.decode(first)) if is_gpt2 else " ".join(map(str, first))
+        numbers = (result.sample, result.rank, result.micro_batch)
+        table.add_row(
+            *map(str, numbers),
+            f"{result.loss:.4g}",
+            f"{result.grad_norm:.4g}",
+            escape(text),
+            style=None if result.finite else "red",
+        )
+    return table

@@ -27,7 +27,10 @@ def sparse_gpt(*arguments: str | Path, timeout: float = 300) -> subprocess.Compl
 
 
 def start_ranks(
-    run_file: Path, *overrides: str, world_size: int = 2
+    run_file: Path,
+    *overrides: str,
+    world_size: int = 2,
+    script: Path = ROOT / "launch/train.py",
 ) -> list[subprocess.Popen[str]]:
     """Start train.py once a rank, as any launcher does, without the launcher's start-up time."""
     with socket.socket() as free:
@@ -35,7 +38,7 @@ def start_ranks(
         port = free.getsockname()[1]
     return [
         subprocess.Popen(
-            [sys.executable, str(ROOT / "launch/train.py"), "--config", str(run_file), *overrides],
+            [sys.executable, str(script), "--config", str(run_file), *overrides],
             env={
                 **ENVIRONMENT,
                 "RANK": str(rank),
