@@ -1,26 +1,33 @@
-"""Checkpoints that are whole or not there.
+"""Checkpoints that are whole or not there, written while training goes on.
 
-    checkpoints/step-00000100/   DeepSpeed's files, rng-rank-N.pt, manifest.json
-    checkpoints/latest           names the newest, as DeepSpeed's own tools expect
+    checkpoints/step-00000100/   rank-0.pt … one a rank, manifest.json
+    checkpoints/latest           names the newest
 
-All ranks write into a hidden folder; rank 0 then hashes every file into `manifest.json`, fsyncs,
-and renames the folder. What has no valid manifest is not loaded: the one before it is.
+A save copies this rank's fragments and goes on; a thread writes the copy into a hidden folder,
+hashes it and fsyncs. When every rank's is there, rank 0 writes the manifest and renames the folder.
+What has no valid manifest is not loaded: the one before it is. Files hold tensors and numbers only,
+and are read as such (`weights_only`). A run of another world size, ZeRO stage or micro-batch reads
+them too.
 """
 
-import hashlib
 import json
 import os
 import shutil
 import sys
+from collections.abc import Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
+import xxhash
 
 from launch.config import ConfigError
 from launch.engine import Engine
+from launch.fragments import restore, snapshot
+from launch.votes import Votes
 
 
 @dataclass(frozen=True)
@@ -30,6 +37,10 @@ class TrainState:
     step: int = 0  # completed optimizer steps
     samples: int = 0  # sequences consumed; the next batch starts here
     guard: dict[str, Any] = field(default_factory=dict)  # `Guard.state()`
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint that had to be written was not; the message is one line for the user."""
 
 
 def tag_of(step: int) -> str:
@@ -43,106 +54,222 @@ def step_of(tag: str) -> int:
 
 
 class Checkpoints:
-    """The `checkpoints/` folder of a run."""
+    """The `checkpoints/` folder of a run. What is said to be collective is called by every rank.
 
-    def __init__(self, root: Path, engine: Engine) -> None:
-        self.root, self.engine, self.config = root, engine, engine.config.checkpoint
-        self.world = engine.world
+    origin: what the manifest says of where a checkpoint came from, besides its position.
+    """
+
+    def __init__(self, root: Path, engine: Engine, origin: Mapping[str, Any]) -> None:
+        self.root, self.engine, self.origin = root, engine, origin
+        self.config, self.world = engine.config.checkpoint, engine.world
+        self.votes = Votes(self.world)
+        self.retry_at: int | None = None  # the step of the next try after a failed one
+        self._threads = ThreadPoolExecutor(1, "checkpoint")
+        self._writing: tuple[TrainState, Future[None]] | None = None
+
+    def after_step(self, state: TrainState, last: bool, stop: bool) -> bool:
+        """Publish what has been written and save what is due. Collective, after every step.
+
+        stop: whether this rank was told to. Returns whether the run stops here, before its end,
+        on all ranks alike, its checkpoint published. Raises CheckpointError if the checkpoint of
+        the last step, or of a stop, could not be written.
+        """
+        busy = self._writing is not None and not self._writing[1].done()
+        # The answer is to the votes of the step before; none where a save began since.
+        anyone_stops, anyone_busy = self.votes.cast(stop, busy) or (False, True)
+        if not anyone_busy:
+            self.publish()
+        if anyone_stops or last or self._due(state.step):
+            self.save(state)
+        if anyone_stops or last:
+            self.finish()
+        return anyone_stops and not last
+
+    def _due(self, step: int) -> bool:
+        return step % self.config.every == 0 or step in self.config.at or step == self.retry_at
 
     def save(self, state: TrainState) -> None:
-        """Save all ranks' states under `step-N`. Collective: every rank calls it."""
-        tag = tag_of(state.step)
-        aside = self.root / f".writing-{tag}"
+        """Copy the state and begin to write it, once the save before is done. Collective."""
+        self.publish()
+        self.retry_at = None
+        copy = {
+            **snapshot(self.engine.deepspeed, self.world.rank, self.world.size),
+            "rng": rng_state(self.world.device),
+            "engine": self.engine.statistics_and_scale(),
+        }
+        folder = self._aside(state)
         if self.world.rank == 0:
             for leftover in self.root.glob(".writing-*"):
                 shutil.rmtree(leftover)
-            (aside / tag).mkdir(parents=True)
-        dist.barrier()
-        self.engine.deepspeed.save_checkpoint(aside, tag=tag, save_latest=False)
-        torch.save(_rng_state(self.world.device), aside / tag / f"rng-rank-{self.world.rank}.pt")
-        dist.barrier()
+        self.votes.now()
+        path = folder / f"rank-{self.world.rank}.pt"
+        self._writing = state, self._threads.submit(_write_file, path, copy)
+
+    def publish(self) -> None:
+        """Wait for what is being written and make it the newest checkpoint. Collective.
+
+        Where a rank could not write, the try is dropped, said loudly, and made again later; the
+        checkpoints before stay.
+        """
+        if self._writing is None:
+            return
+        state, writing = self._writing
+        self._writing = None
+        error = writing.exception()
+        (failed,) = self.votes.now(error is not None)
+        if not failed and self.world.rank == 0:
+            try:
+                self._publish(state)
+            except OSError as problem:
+                error = problem
+        (failed,) = self.votes.now(failed or error is not None)
+        if not failed:
+            return
+        if error is not None:
+            reason = str(error).splitlines()[0]
+            print(
+                f"warning: {self.root / tag_of(state.step)} could not be written by rank "
+                f"{self.world.rank} ({reason}); training goes on, the checkpoints before are kept. "
+                "Free some disk space",
+                file=sys.stderr,
+                flush=True,
+            )
         if self.world.rank == 0:
-            self._publish(aside / tag, state)
-            shutil.rmtree(aside)  # DeepSpeed left a script of its own there
-        dist.barrier()
+            shutil.rmtree(self._aside(state), ignore_errors=True)
+        self.retry_at = state.step + max(1, self.config.every // 10)
+
+    def finish(self) -> None:
+        """Publish the save that must not be lost. Collective. Raises CheckpointError."""
+        if self._writing is None:
+            return
+        state = self._writing[0]
+        self.publish()
+        if self.retry_at is not None:
+            raise CheckpointError(
+                f"{self.root / tag_of(state.step)}: the last checkpoint could not be written; free "
+                "some disk space and start the run again: it goes on from the one before"
+            )
 
     def load_newest(self) -> TrainState:
         """Restore the newest whole checkpoint; TrainState() where there is none. Collective.
 
-        Raises ConfigError if it was saved by another number of ranks.
+        Raises ConfigError for a checkpoint of another model.
         """
-        found = self.world.from_rank_0(self._newest_whole)
-        if found is None:
-            return TrainState()
-        tag, manifest = found
-        if manifest["world_size"] != self.world.size:
-            raise ConfigError(
-                f"{self.root / tag}: was saved by {manifest['world_size']} ranks, this run has "
-                f"{self.world.size}; resume it with {manifest['world_size']}"
-            )
-        # The rank's own optimizer state is a pickle; the manifest says it is the one we wrote.
-        self.engine.deepspeed.load_checkpoint(self.root, tag=tag)
-        rng = torch.load(self.root / tag / f"rng-rank-{self.world.rank}.pt", weights_only=True)
-        _set_rng_state(rng, self.world.device)
-        return TrainState(**manifest["state"])
+        while (tag := self.world.from_rank_0(self._newest)) is not None:
+            folder = self.root / tag
+            manifest = self.world.from_rank_0(partial(_read_manifest, folder))
+            damage = "has no valid manifest" if manifest is None else self._damage(folder, manifest)
+            if self.votes.now(damage is not None) == [False]:
+                return self._load(folder, manifest)
+            if damage:
+                said = f"{folder}: {damage}; set aside, trying the one before"
+                print(said, file=sys.stderr, flush=True)
+            if self.world.rank == 0:
+                folder.rename(self.root / f"damaged-{tag}")
+        return TrainState()
 
-    def _publish(self, folder: Path, state: TrainState) -> None:
-        files = sorted(path for path in folder.rglob("*") if path.is_file())
+    def _load(self, folder: Path, manifest: Mapping[str, Any]) -> TrainState:
+        files = [
+            torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+            for name in manifest["files"]
+        ]
+        try:
+            restore(self.engine.deepspeed, files)
+            self.engine.set_statistics_and_scale(files[0]["engine"])
+        except (KeyError, ValueError) as error:
+            raise ConfigError(f"{folder}: is not of this model: {error}") from None
+        if len(files) == self.world.size:
+            set_rng_state(files[self.world.rank]["rng"], self.world.device)
+        else:  # no rank's numbers can go on: new ones, the same whenever this is done
+            torch.manual_seed(torch.initial_seed() * 1_000_003 + manifest["step"])
+        return TrainState(manifest["step"], manifest["samples"], manifest["guard"])
+
+    def _aside(self, state: TrainState) -> Path:
+        return self.root / f".writing-{tag_of(state.step)}"
+
+    def _publish(self, state: TrainState) -> None:
+        aside = self._aside(state)
+        names = [f"rank-{rank}.pt" for rank in range(self.world.size)]
         manifest = {
-            "state": asdict(state),
+            **asdict(state),
+            **self.origin,
             "world_size": self.world.size,
-            "files": {str(path.relative_to(folder)): _sync_and_hash(path) for path in files},
+            "zero_stage": self.engine.deepspeed.zero_optimization_stage(),
+            "files": {name: (aside / f"{name}.xxh3").read_text() for name in names},
         }
-        _write_synced(folder / "manifest.json", json.dumps(manifest, indent=1))
-        _sync_folder(folder)
-        target = self.root / folder.name
-        folder.rename(target)
-        _sync_folder(self.root)
-        _write_synced(self.root / "latest.tmp", folder.name)
+        for name in names:
+            (aside / f"{name}.xxh3").unlink()
+        _write_synced(aside / "manifest.json", json.dumps(manifest, indent=1))
+        _sync_folder(aside)
+        aside.rename(self.root / tag_of(state.step))
+        _write_synced(self.root / "latest.tmp", tag_of(state.step))
         (self.root / "latest.tmp").rename(self.root / "latest")
         _sync_folder(self.root)
         for old in self._tags()[self.config.keep_last :]:
-            if step_of(old) not in self.config.at:
-                shutil.rmtree(self.root / old)
+            if not self._kept(step_of(old)):
+                self._threads.submit(shutil.rmtree, self.root / old, ignore_errors=True)
+
+    def _kept(self, step: int) -> bool:
+        every = self.config.keep_every
+        return step in self.config.at or (every is not None and step % every == 0)
 
     def _tags(self) -> list[str]:
         """Newest first."""
         return sorted((path.name for path in self.root.glob("step-*")), reverse=True)
 
-    def _newest_whole(self) -> tuple[str, dict[str, Any]] | None:
-        for tag in self._tags():
-            damage, manifest = _read_manifest(self.root / tag)
-            if damage is None:
-                return tag, manifest
-            print(f"{self.root / tag}: {damage}; set aside, trying the one before", file=sys.stderr)
-            (self.root / tag).rename(self.root / f"damaged-{tag}")
+    def _newest(self) -> str | None:
+        return next(iter(self._tags()), None)
+
+    def _damage(self, folder: Path, manifest: Mapping[str, Any]) -> str | None:
+        """What is wrong with this rank's share of a checkpoint's files."""
+        for name, expected in list(manifest["files"].items())[self.world.rank :: self.world.size]:
+            try:
+                if _hash(folder / name) != expected:
+                    return f"{name} is damaged"
+            except OSError as error:
+                return f"{name}: {error.strerror}"
         return None
 
 
-def _read_manifest(folder: Path) -> tuple[str | None, dict[str, Any]]:
-    """(what is wrong or None, the manifest)"""
+def load_weights(folder: Path) -> dict[str, torch.Tensor]:
+    """The fp32 weights of a checkpoint by parameter name, flattened: `(numel,)` each.
+
+    Raises OSError, ValueError or KeyError where `folder` holds no whole checkpoint.
+    """
+    parts: dict[str, list[tuple[int, torch.Tensor]]] = {}
+    for name in json.loads((folder / "manifest.json").read_text())["files"]:
+        file = torch.load(folder / name, map_location="cpu", weights_only=True, mmap=True)
+        for key, saved in file["fragments"].items():
+            parts.setdefault(key, []).append((saved["start"], saved["master"]))
+    return {
+        key: torch.cat([tensor for _, tensor in sorted(found, key=lambda part: part[0])])
+        for key, found in parts.items()
+    }
+
+
+def _read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        for name, expected in manifest["files"].items():
-            if _hash(folder / name) != expected:
-                return f"{name} is damaged", {}
-        return None, manifest
-    except (OSError, ValueError, KeyError) as error:
-        return f"is not whole ({error})", {}
+        return manifest if {"step", "samples", "guard", "files"} <= manifest.keys() else None
+    except (OSError, ValueError, AttributeError):
+        return None
+
+
+def _write_file(path: Path, content: Any) -> None:
+    """Write a rank's file and its hash, both on the disk when this returns."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save(content, path)
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+    _write_synced(path.with_name(f"{path.name}.xxh3"), _hash(path))
 
 
 def _hash(path: Path) -> str:
-    digest = hashlib.sha256()
+    digest = xxhash.xxh3_128()
     with path.open("rb") as file:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _sync_and_hash(path: Path) -> str:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    return _hash(path)
 
 
 def _write_synced(path: Path, text: str) -> None:
@@ -160,14 +287,16 @@ def _sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """This rank's random state; reading it does not wait for the device."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """The inverse of `rng_state`."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

@@ -202,6 +202,46 @@ def replay(
     print(found.verdict)
 
 
+@app.command(
+    "prove-resume",
+    epilog="Example: sparse-gpt prove-resume configs/tiny-sparse.yaml --steps 10 --devices 2",
+)
+def prove(
+    config: Config,
+    overrides: Overrides = None,
+    steps: Annotated[
+        int, typer.Option(min=2, help="N: the run is killed after N of 2N steps.")
+    ] = 10,
+    devices: Annotated[int, typer.Option(min=1, help="w: ranks of the run.")] = 2,
+    other_devices: Annotated[int, typer.Option(min=1, help="w′: ranks that take it over.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="A new folder for the runs.")] = None,
+) -> None:
+    """Kill a run and resume it, on as many ranks and on others; exit 1 unless nothing changed."""
+    from launch.prove_resume import TOLERANCE, prove_resume
+
+    folder = out or Path("runs") / f"{config.stem}-resume-proof"
+    found = prove_resume(config, overrides or [], folder, steps, devices, other_devices)
+    table = Table(
+        "run", "ranks", "same tokens", "first difference", "loss", "weights", "", box=None
+    )
+    for one in found:
+        table.add_row(
+            one.name,
+            " → ".join(map(str, one.ranks)),
+            "yes" if one.same_tokens else "NO",
+            "none" if one.first_difference is None else f"step {one.first_difference}",
+            f"{one.loss:.1e}",
+            f"{one.weights:.1e}",
+            "[green]✓[/]" if one.holds else "[red]✗[/]",
+        )
+    show(table)
+    if all(one.holds for one in found):
+        print(f"proved: exact on {devices} ranks, within {TOLERANCE:g} on {other_devices}")
+    else:
+        print("not proved: the resumed run is another one")
+        sys.exit(1)
+
+
 @app.command(epilog="Example: sparse-gpt compare runs/tiny-dense runs/tiny-sparse")
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Run directories; ratios are to the first.")],

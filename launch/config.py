@@ -83,12 +83,14 @@ class ScheduleConfig(Section):
 class CheckpointConfig(Section):
     every: int = Field(1000, gt=0)  # steps; the last step is always saved
     keep_last: int = Field(2, gt=0)
+    keep_every: int | None = Field(None, gt=0)  # steps whose multiples are kept for good
     at: Annotated[tuple[int, ...], Strict(False)] = ()  # further steps to save, kept for good
 
 
 class LogConfig(Section):
     every: int = Field(1, gt=0)  # steps
     profile_every: int = Field(100, gt=0)  # steps between samples of time/ and sparsity/
+    batch_hash: bool = False  # data/batch_hash: of a step's token ids, the same on any ranks
 
 
 class EvalConfig(Section):

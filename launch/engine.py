@@ -173,7 +173,7 @@ class Engine:
                 # every batch has the same shape.
                 block.compile(dynamic=False)
         # Buffers that are saved: running scalars. (DeepSpeed has moved them only now.)
-        self.statistics = [b for name, b in self.module.named_buffers() if name in saved]
+        self.statistics = {name: b for name, b in self.module.named_buffers() if name in saved}
         self.guard = Guard(config.guard, world, self.deepspeed)
 
     def step(
@@ -193,7 +193,8 @@ class Engine:
         size = self.config.batch.micro_batch
         micro_batches = list(zip(tokens.split(size), targets.split(size), strict=True))
         loss = torch.zeros((), device=self.world.device)
-        before = torch.stack(self.statistics) if self.statistics else None
+        statistics = list(self.statistics.values())
+        before = torch.stack(statistics) if statistics else None
         for micro_tokens, micro_targets in micro_batches:
             micro_loss = self.deepspeed(micro_tokens, micro_targets)
             self.deepspeed.backward(micro_loss)
@@ -204,8 +205,8 @@ class Engine:
             self.deepspeed.step()
         applied = self.guard.after_update(step)
         if before is not None:  # each rank saw other tokens, and a checkpoint holds one copy
-            now = self.world.mean(torch.stack(self.statistics)) if applied else before
-            torch._foreach_copy_(self.statistics, list(now.unbind()))
+            now = self.world.mean(torch.stack(statistics)) if applied else before
+            torch._foreach_copy_(statistics, list(now.unbind()))
         return loss, lr, self.guard.norm
 
     @torch.no_grad()
@@ -225,6 +226,25 @@ class Engine:
         self.deepspeed.train()
         loss_sum, count = self.world.sum(total).tolist()
         return loss_sum / count
+
+    def statistics_and_scale(self) -> dict[str, dict[str, Any]]:
+        """A copy of what a checkpoint holds once: running scalars, and fp16's loss scale."""
+        scaler = vars(self.deepspeed.optimizer.loss_scaler) if self._scales_loss else {}
+        numbers = {key: value for key, value in scaler.items() if isinstance(value, int | float)}
+        copies = {name: b.to("cpu", copy=True) for name, b in self.statistics.items()}
+        return {"statistics": copies, "loss_scale": numbers}
+
+    @torch.no_grad()
+    def set_statistics_and_scale(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
+        """Take over what `statistics_and_scale` copied. Raises KeyError for another model's."""
+        for name, buffer in self.statistics.items():
+            buffer.copy_(saved["statistics"][name])
+        if self._scales_loss:
+            vars(self.deepspeed.optimizer.loss_scaler).update(saved["loss_scale"])
+
+    @property
+    def _scales_loss(self) -> bool:
+        return self.config.precision == "fp16"
 
 
 def parameter_groups(model: GPT, settings: OptimizerConfig) -> list[dict[str, Any]]:

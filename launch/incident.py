@@ -23,20 +23,12 @@ from rich.table import Table
 from torch import nn
 
 from data import Batch, load_tokenizer
-from launch.checkpoint import tag_of
+from launch.checkpoint import set_rng_state, tag_of
 from launch.config import ConfigError, RunConfig, load_config, to_yaml
 from launch.engine import Engine
 from sparse_gpt import GPT
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
-    """This rank's random state; reading it does not wait for the device."""
-    state = {"cpu": torch.get_rng_state()}
-    if device.type == "cuda":
-        state["cuda"] = torch.cuda.get_rng_state(device)
-    return state
 
 
 def write_incident(
@@ -96,9 +88,8 @@ def _whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     from deepspeed.zero import GatheredParameters
 
     kept = {}
-    statistics = dict(engine.module.named_buffers())
     for name in engine.module.state_dict():
-        tensor = statistics.get(name)
+        tensor = engine.statistics.get(name)
         if tensor is None:
             tensor = engine.module.get_parameter(name)
         with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
@@ -206,9 +197,8 @@ def _as_the_ranks(
     losses = []
     for rank in ranks:
         model.load_state_dict(weights)  # running statistics move within a step
-        torch.set_rng_state(rank["rng"]["cpu"])
-        if device.type == "cuda" and "cuda" in rank["rng"]:
-            torch.cuda.set_rng_state(rank["rng"]["cuda"], device)
+        if device.type in rank["rng"]:  # else dropout, if any, drops others
+            set_rng_state(rank["rng"], device)
         for tokens, targets in zip(
             rank["tokens"].split(micro_batch), rank["targets"].split(micro_batch), strict=True
         ):

@@ -11,6 +11,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+import xxhash
+
 from launch.checkpoint import step_of, tag_of
 from launch.config import ConfigError, RunConfig, load_config, to_yaml
 from launch.costs import model_report
@@ -18,7 +20,7 @@ from launch.provenance import provenance
 from launch.world import World
 
 # What says how long, how loudly or how fast a run goes on, not what a good step computes (but for
-# rounding).
+# rounding). Micro-batches and ZeRO's options may change too.
 _MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "guard", "run_dir", "compile"}
 
 
@@ -28,7 +30,7 @@ def check_run_dir(config: RunConfig, data_manifest_hash: str) -> None:
     saved = folder / "config.yaml"
     if not saved.exists():
         return
-    before, now = load_config(saved).model_dump(), config.model_dump()
+    before, now = (_what_computes(run) for run in (load_config(saved), config))
     changed = [key for key in now if before[key] != now[key] and key not in _MAY_CHANGE]
     if changed:
         raise ConfigError(
@@ -40,6 +42,22 @@ def check_run_dir(config: RunConfig, data_manifest_hash: str) -> None:
             f"{config.data.path}: is not the data that {folder} was trained on; "
             "choose another run_dir, or give the data of before"
         )
+
+
+def _what_computes(config: RunConfig) -> dict[str, Any]:
+    """The sections of a run, without the keys in them that may change."""
+    native = {key: v for key, v in config.deepspeed.items() if key != "zero_optimization"}
+    return {
+        **config.model_dump(mode="json"),
+        "batch": config.batch.global_tokens,
+        "deepspeed": native,
+    }
+
+
+def config_hash(config: RunConfig) -> str:
+    """A hash of what the run computes: equal for runs that may resume each other."""
+    kept = {k: v for k, v in _what_computes(config).items() if k not in _MAY_CHANGE}
+    return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())
 
 
 def finished(config: RunConfig) -> bool:

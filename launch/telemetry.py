@@ -1,12 +1,5 @@
-"""What a run says: `metrics.jsonl` (the record), TensorBoard (drawn from it) and one line a step.
+"""What a run says, on rank 0: rows for the record and TensorBoard, and one line a step."""
 
-`metrics.jsonl` holds one object a logged step, its keys being TensorBoard's tags. TensorBoard's
-files are a function of it: on resume the rows after the checkpoint are dropped and the rest is
-drawn again, so that neither shows a step twice. Only rank 0 writes.
-"""
-
-import json
-import shutil
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -21,7 +14,7 @@ from torch.utils.tensorboard.summary import hparams
 
 from launch.config import RunConfig
 from launch.costs import flops_scalars
-from launch.run_dir import read_metrics
+from launch.record import Record, Row
 from launch.world import World
 from sparse_gpt.flops import FlopReport
 
@@ -63,20 +56,9 @@ class Telemetry:
         self._mark = time.perf_counter()
         self._marked_step = resume_step
         self._data_wait = 0.0
+        self._settings = _flat(config.model_dump(mode="json", include=_HYPERPARAMETERS))
         if world.rank == 0:
-            rows = [row for row in read_metrics(run_dir) if row["step"] <= resume_step]
-            kept = run_dir / "metrics.tmp"
-            kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
-            kept.rename(run_dir / "metrics.jsonl")
-            self._file = (run_dir / "metrics.jsonl").open("a", buffering=1)
-            shutil.rmtree(run_dir / "tensorboard", ignore_errors=True)
-            self._writer = SummaryWriter(str(run_dir / "tensorboard"), flush_secs=5)
-            self._writer.add_custom_scalars(_LAYOUT)
-            settings = _flat(config.model_dump(mode="json", include=_HYPERPARAMETERS))
-            for summary in hparams(settings, {"val/loss": 0, "train/loss": 0})[:2]:
-                self._writer._get_file_writer().add_summary(summary)  # add_hparams adds points
-            for row in rows:
-                self._draw(row)
+            self._record = Record(run_dir, resume_step, self._begin, self._draw)
 
     def __enter__(self) -> "Telemetry":
         return self
@@ -88,8 +70,7 @@ class Telemetry:
         trace: TracebackType | None,
     ) -> None:
         if self.world.rank == 0:
-            self._file.close()
-            self._writer.close()
+            self._record.close()
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
@@ -132,22 +113,26 @@ class Telemetry:
                 **metrics,
                 **_memory(self.world.device),
             }
-            self._file.write(json.dumps(row) + "\n")
-            self._draw(row)
+            self._record.add(row)
             print(self._line(row), flush=True)
 
-    def _draw(self, row: Mapping[str, Any]) -> None:
+    def _begin(self, board: SummaryWriter) -> None:
+        board.add_custom_scalars(_LAYOUT)
+        for summary in hparams(self._settings, {"val/loss": 0, "train/loss": 0})[:2]:
+            board._get_file_writer().add_summary(summary)  # add_hparams adds points
+
+    def _draw(self, board: SummaryWriter, row: Row) -> None:
         step, when = row["step"], row["time"]
         for tag, value in row.items():
             if "/" in tag:
-                self._writer.add_scalar(tag, value, step, when)
+                board.add_scalar(tag, value, step, when)
         for tag, against_compute in _AGAINST_COMPUTE.items():
             if tag in row:
                 gflops = round(row["gflops"])
-                self._writer.add_scalar(against_compute, row[tag], gflops, when)
+                board.add_scalar(against_compute, row[tag], gflops, when)
         if any(tag.startswith("time/") for tag in row):
             for tag, flops in self._flops.items():
-                self._writer.add_scalar(tag, flops, step, when)
+                board.add_scalar(tag, flops, step, when)
 
     def _line(self, row: Mapping[str, Any]) -> str:
         width = len(str(self.total_steps))

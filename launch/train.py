@@ -15,17 +15,19 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+import xxhash
 
 from data import Batch, Batches, DataError, Dataset, evaluation, open_shards
-from launch.checkpoint import Checkpoints, TrainState
+from launch.checkpoint import CheckpointError, Checkpoints, TrainState, rng_state
 from launch.config import ConfigError, RunConfig, load_config
 from launch.engine import Engine, check_compiler, deepspeed_config
 from launch.guard import Rollback, RunStopped
-from launch.incident import rng_state, write_incident
+from launch.incident import write_incident
+from launch.preemption import Preempted, Preemption
 from launch.probe import Probe
-from launch.run_dir import check_run_dir, hold, open_run_dir
+from launch.run_dir import check_run_dir, config_hash, hold, open_run_dir
 from launch.telemetry import Telemetry
-from launch.world import World, join_world, read_environment
+from launch.world import PREEMPTED, World, join_world, read_environment
 from sparse_gpt import GPT, count_flops
 from sparse_gpt.ffn.kernels import available
 from sparse_gpt.flops import FlopReport
@@ -38,6 +40,7 @@ def train(config: RunConfig) -> None:
     RunStopped if the guard finds that the run must not go on.
     """
     dataset = check(config, read_environment()[2])
+    preemption = Preemption()
     if read_environment()[0] == 0:
         hold(Path(config.run_dir))
     world = join_world()
@@ -50,11 +53,14 @@ def train(config: RunConfig) -> None:
     engine = Engine(config, model, world, total_steps)
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
 
-    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", engine)
+    origin = {"config_hash": config_hash(config), "data_manifest_hash": dataset.manifest.hash}
+    checkpoints = Checkpoints(Path(config.run_dir) / "checkpoints", engine, origin)
     past = 0
     while True:
         try:
-            return _go_on(config, dataset, world, engine, probe, report, checkpoints, past)
+            return _go_on(
+                config, dataset, world, engine, probe, report, checkpoints, preemption, past
+            )
         except Rollback as rollback:
             past = rollback.samples
 
@@ -67,15 +73,18 @@ def _go_on(
     probe: Probe,
     report: FlopReport,
     checkpoints: Checkpoints,
+    preemption: Preemption,
     past: int,
 ) -> None:
     """From the newest checkpoint to the end, with no sample before the number `past`.
 
-    Raises RunStopped, or Rollback to be called again.
+    Raises RunStopped, Preempted, CheckpointError, or Rollback to be called again.
     """
     total_steps = engine.total_steps
     state = checkpoints.load_newest()
     if past:  # the guard knows more than the checkpoint
+        if state.step == 0:
+            raise RunStopped(f"{checkpoints.root}: has no whole checkpoint to go back to")
         state = replace(state, samples=past)
     elif state.guard:
         engine.guard.load(state.guard)
@@ -108,16 +117,15 @@ def _go_on(
                 metrics["train/grad_norm"] = grad_norm.item()
                 metrics["guard/skipped"] = engine.guard.skipped
                 metrics |= telemetry.speed(state.step) | probe.metrics()
+                if config.log.batch_hash:
+                    metrics["data/batch_hash"] = batch_hash(batch, world)
             with telemetry.untimed():
                 if last or state.step % config.eval.every == 0:
                     metrics |= validate(config, engine, dataset)
                 if metrics:
                     telemetry.log(state.step, metrics)
-                due = (
-                    state.step % config.checkpoint.every == 0 or state.step in config.checkpoint.at
-                )
-                if last or due:
-                    checkpoints.save(state)
+                if checkpoints.after_step(state, last, preemption.requested):
+                    raise Preempted(state.step)
 
 
 def _answer_trouble(
@@ -135,16 +143,16 @@ def _answer_trouble(
     guard, world = engine.guard, engine.world
     first = state.samples - engine.config.global_batch
     line = f"step {state.step}: skipped, {guard.trouble}; samples {first} to {state.samples - 1}"
-    if guard.in_a_row >= guard.config.stop_after:
+    stop = guard.in_a_row >= guard.config.stop_after
+    back = guard.spiked and guard.config.spike == "rollback"
+    if stop or back:
+        checkpoints.publish()
+    if stop:
         place = write_incident(run_dir, engine, batch, rng, state.step)
         raise RunStopped(
             f"{line}; {guard.in_a_row} bad steps in a row. See sparse-gpt replay {place}"
         )
-    back = (
-        guard.spiked
-        and guard.config.spike == "rollback"
-        and world.from_rank_0((checkpoints.root / "latest").exists)
-    )
+    back = back and world.from_rank_0((checkpoints.root / "latest").exists)
     if world.rank == 0:
         then = "; going back to the newest checkpoint" if back else ""
         print(f"{line}{then}", flush=True)
@@ -196,6 +204,13 @@ def train_batches(
     )
 
 
+def batch_hash(batch: Batch, world: World) -> int:
+    """A hash of the global batch's token ids, whatever ranks hold them; JSON numbers hold it."""
+    rows = batch.windows.cpu().numpy()
+    own = sum(xxhash.xxh3_64_intdigest(row.tobytes()) % 2**43 for row in rows)
+    return int(world.sum(torch.tensor(own, device=world.device)).item()) % 2**53
+
+
 def validate(config: RunConfig, engine: Engine, dataset: Dataset) -> dict[str, float]:
     """`val/loss` over the held-out split; nothing where the data have none."""
     world = engine.world
@@ -231,10 +246,19 @@ def main() -> None:
         if read_environment()[0] == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(2)
+    except Preempted as preempted:
+        dist.barrier()  # a rank that ends alone would have the launcher end the others
+        if read_environment()[0] == 0:
+            print(preempted, flush=True)
+        os._exit(PREEMPTED)
     except RunStopped as stop:
         if read_environment()[0] == 0:
             print(f"error: {stop}", file=sys.stderr, flush=True)
-        dist.barrier()  # a rank that ends sooner would have the launcher end rank 0
+        dist.barrier()
+        os._exit(1)
+    except CheckpointError as error:
+        if read_environment()[0] == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
         os._exit(1)
     dist.barrier()
     sys.stdout.flush()

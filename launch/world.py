@@ -23,6 +23,9 @@ PEAK_FLOPS = {
 }
 
 
+PREEMPTED = 75  # exit code of a run that saved and stopped because it was told to (EX_TEMPFAIL)
+
+
 @dataclass(frozen=True)
 class World:
     """This process among the ranks of a job."""

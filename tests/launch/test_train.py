@@ -86,7 +86,7 @@ def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage):
 
     ranks = start_ranks(run_file, *options, f"run_dir={cut}")
     log, deadline = cut / "metrics.jsonl", time.monotonic() + 120
-    while not (log.exists() and log.read_text().count("\n") > 11):
+    while not (cut / "checkpoints/step-00000008").exists():
         assert time.monotonic() < deadline, ranks[0].communicate()[0]
         time.sleep(0.002)
     for rank in ranks:
@@ -101,7 +101,7 @@ def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage):
     assert [row["step"] for row in metrics(cut)] == list(range(25))
     starts = json.loads((cut / "provenance.json").read_text())["starts"]
     assert starts[0]["step"] == 0
-    assert starts[1]["step"] in (8, 16)  # a row is logged before its checkpoint is saved
+    assert starts[1]["step"] in (8, 16)  # the second may be whole by then
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run_file):

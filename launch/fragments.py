@@ -1,0 +1,133 @@
+"""A rank's part of the training state, by parameter name, whatever way ZeRO lays it out.
+
+Every ZeRO stage keeps fp32 master weights and AdamW's moments in flat tensors of its own; a
+fragment says which stretch of which parameter lies where in them. Checkpoints hold fragments, so
+that a run resumes at any stage and world size: each rank copies what overlaps its own. DeepSpeed's
+own checkpoints would override the configuration's hyper-parameters; these hold none.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+KINDS = ("master", "exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements `start` to `start + numel` of a flattened parameter, held at `offset` of `base`.
+
+    base: the fp32 tensor that the optimizer updates, on this rank.
+    """
+
+    name: str
+    start: int
+    numel: int
+    base: torch.Tensor
+    offset: int
+
+    def part(self, whole: torch.Tensor) -> torch.Tensor:
+        """This fragment, `(numel,)`, of `base` or of a tensor shaped like it."""
+        return whole.view(-1).narrow(0, self.offset, self.numel)
+
+
+def fragments(engine: Any) -> list[Fragment]:
+    """What this rank holds, of a DeepSpeedEngine: all of every parameter at ZeRO-0."""
+    parameters = engine.module.named_parameters()
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    if stage == 0:
+        return [Fragment(name, 0, p.numel(), p, 0) for name, p in parameters]
+    found = []
+    if stage == 3:
+        for name, p in parameters:
+            group, offset, numel = zero.grad_position[zero.get_param_id(p)]
+            start = engine.global_rank * numel
+            numel = min(numel, p.ds_numel - start)  # the last partition is padded
+            if numel > 0:
+                base = zero.fp32_partitioned_groups_flat[group]
+                found.append(Fragment(name, start, numel, base, offset))
+        return found
+    bases = [group["params"][0] for group in zero.optimizer.param_groups]
+    for name, p in parameters:
+        if (at := p._hp_mapping) is not None:
+            lp, hp = at.lp_fragment_address, at.hp_fragment_address
+            found.append(Fragment(name, lp.start, lp.numel, bases[at.param_group_index], hp.start))
+    return found
+
+
+def snapshot(engine: Any, rank: int, world_size: int) -> dict[str, Any]:
+    """A copy, on the CPU, of what this rank saves; at ZeRO-0 the ranks share the work.
+
+    `{"step": AdamW's count, "fragments": {name: {"start": int, kind: (numel,) float32}}}`
+    """
+    adam = _adam(engine)
+    own = fragments(engine)
+    if engine.zero_optimization_stage() == 0:
+        own = [share for f in own for share in _share(f, rank, world_size)]
+    step = 0.0
+    saved: dict[str, Any] = {}
+    for f in own:
+        state = adam.state[f.base]
+        step = float(state["step"])
+        tensors = {"master": f.base.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
+        copies = {kind: f.part(tensors[kind]).to("cpu", copy=True) for kind in KINDS}
+        saved[f.name] = {"start": f.start, **copies}
+    return {"step": step, "fragments": saved}
+
+
+@torch.no_grad()
+def restore(engine: Any, files: Sequence[Mapping[str, Any]]) -> None:
+    """Fill this rank's fragments from the snapshots of all ranks that saved.
+
+    Collective at ZeRO 1 to 3 (the low-precision weights are gathered). Raises KeyError or
+    ValueError where the files do not cover a fragment: they are of another model.
+    """
+    stage, zero = engine.zero_optimization_stage(), engine.optimizer
+    adam, step = _adam(engine), max(file["step"] for file in files)
+    if stage == 3:
+        zero.checkpoint_event_prologue()
+    for f in fragments(engine):
+        state = adam.state[f.base]
+        if not state:
+            state["step"] = torch.zeros((), dtype=torch.float32, device=f.base.device)
+            for kind in KINDS[1:]:
+                state[kind] = torch.zeros_like(f.base, memory_format=torch.preserve_format)
+        state["step"].fill_(step)
+        into = {"master": f.base.data, **{kind: state[kind] for kind in KINDS[1:]}}
+        covered = 0
+        for file in files:
+            saved = file["fragments"].get(f.name)
+            if saved is None:
+                continue
+            low = max(f.start, saved["start"])
+            high = min(f.start + f.numel, saved["start"] + len(saved["master"]))
+            if low < high:
+                covered += high - low
+                for kind in KINDS:
+                    source = saved[kind][low - saved["start"] : high - saved["start"]]
+                    f.part(into[kind])[low - f.start : high - f.start].copy_(source)
+        if covered != f.numel:
+            raise ValueError(f"{f.name}: {covered} of {f.numel} elements are in the checkpoint")
+    if stage == 3:
+        for group in range(len(zero.fp32_partitioned_groups_flat)):
+            zero._reassign_or_swap_out_partitioned_parameters(group)
+        zero.checkpoint_event_epilogue()
+    elif stage:
+        zero.update_lp_params()
+
+
+def _share(f: Fragment, rank: int, world_size: int) -> Iterator[Fragment]:
+    """The rank's share of a fragment that every rank holds; nothing where it is too small."""
+    low, high = (f.numel * r // world_size for r in (rank, rank + 1))
+    if low < high:
+        yield Fragment(f.name, f.start + low, high - low, f.base, f.offset + low)
+
+
+def _adam(engine: Any) -> torch.optim.Optimizer:
+    """The optimizer that was given to DeepSpeed, which wraps it but at ZeRO-0 in fp32."""
+    adam: torch.optim.Optimizer = getattr(engine.optimizer, "optimizer", engine.optimizer)
+    return adam
