@@ -16,7 +16,7 @@ import shutil
 import sys
 from collections.abc import Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -36,6 +36,7 @@ class TrainState:
 
     step: int = 0  # completed optimizer steps
     samples: int = 0  # sequences consumed; the next batch starts here
+    guard: dict[str, Any] = field(default_factory=dict)  # `Guard.state()`
 
 
 class CheckpointError(RuntimeError):
@@ -97,7 +98,7 @@ class Checkpoints:
         self.retry_at = None
         copy = {
             **snapshot(self.engine.deepspeed, self.world.rank, self.world.size),
-            "rng": _rng_state(self.world.device),
+            "rng": rng_state(self.world.device),
             "engine": self.engine.statistics_and_scale(),
         }
         folder = self._aside(state)
@@ -182,10 +183,10 @@ class Checkpoints:
         except (KeyError, ValueError) as error:
             raise ConfigError(f"{folder}: is not of this model: {error}") from None
         if len(files) == self.world.size:
-            _set_rng_state(files[self.world.rank]["rng"], self.world.device)
+            set_rng_state(files[self.world.rank]["rng"], self.world.device)
         else:  # no rank's numbers can go on: new ones, the same whenever this is done
             torch.manual_seed(torch.initial_seed() * 1_000_003 + manifest["step"])
-        return TrainState(manifest["step"], manifest["samples"])
+        return TrainState(manifest["step"], manifest["samples"], manifest["guard"])
 
     def _aside(self, state: TrainState) -> Path:
         return self.root / f".writing-{tag_of(state.step)}"
@@ -253,7 +254,7 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
 def _read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = json.loads((folder / "manifest.json").read_text())
-        return manifest if {"step", "samples", "files"} <= manifest.keys() else None
+        return manifest if {"step", "samples", "guard", "files"} <= manifest.keys() else None
     except (OSError, ValueError, AttributeError):
         return None
 
@@ -290,14 +291,16 @@ def _sync_folder(path: Path) -> None:
         os.close(handle)
 
 
-def _rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+def rng_state(device: torch.device) -> dict[str, torch.Tensor]:
+    """This rank's random state; reading it does not wait for the device."""
     state = {"cpu": torch.get_rng_state()}
     if device.type == "cuda":
         state["cuda"] = torch.cuda.get_rng_state(device)
     return state
 
 
-def _set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+def set_rng_state(state: dict[str, torch.Tensor], device: torch.device) -> None:
+    """The inverse of `rng_state`."""
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda":
         torch.cuda.set_rng_state(state["cuda"], device)

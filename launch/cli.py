@@ -241,6 +241,22 @@ def _submit(
     print(script if dry_run else submit(run_dir / "train.sbatch", script))
 
 
+@app.command(epilog="Example: sparse-gpt replay runs/tiny-sparse/incidents/step-00000012")
+def replay(
+    incident: Annotated[Path, typer.Argument(help="A folder incidents/step-N of a run.")],
+    as_json: Json = False,
+) -> None:
+    """Run the step that stopped a run again, here: does it go wrong, and for which samples."""
+    from launch.incident import replay, replay_json, replay_table
+
+    found = replay(incident)
+    if as_json:
+        print(json.dumps(replay_json(found), indent=1))
+        return
+    show(replay_table(found))
+    print(found.verdict)
+
+
 @app.command(
     "prove-resume",
     epilog="Example: sparse-gpt prove-resume configs/tiny-sparse.yaml --steps 10 --devices 2",

@@ -102,6 +102,18 @@ class FaultConfig(Section):
     timeout_seconds: float = Field(600, gt=0)  # a rank that is silent for so long ends the run
 
 
+class GuardConfig(Section):
+    """What `launch.guard` does about bad steps. NaN and Inf are always skipped."""
+
+    # A loss or gradient norm far above those before: `skip` leaves the step out, `rollback` also
+    # goes back to the newest checkpoint and on with the data that follow the bad step's.
+    spike: Literal["ignore", "skip", "rollback"] = "ignore"
+    threshold: float = Field(6.0, gt=0)  # a spike: so many standard deviations above the mean of
+    window: int = Field(100, gt=1)  # the last so many good steps; before those, there is no spike
+    stop_after: int = Field(5, gt=0)  # bad steps in a row; their last one goes to incidents/
+    checksum_every: int = Field(0, ge=0)  # steps between comparisons of the ranks' weights; 0 = off
+
+
 class RunConfig(Section):
     """Everything about a run; the same config gives the same losses."""
 
@@ -119,6 +131,7 @@ class RunConfig(Section):
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
     fault: FaultConfig = FaultConfig()
+    guard: GuardConfig = GuardConfig()
     seed: int = 0
 
     @model_validator(mode="after")

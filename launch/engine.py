@@ -17,6 +17,7 @@ from torch import nn
 
 from data import Batch
 from launch.config import ConfigError, OptimizerConfig, RunConfig
+from launch.guard import Guard
 from launch.schedule import learning_rate
 from launch.world import World
 from sparse_gpt import GPT, UltraEfficientSparseFFN
@@ -71,6 +72,19 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "zero_allow_untested_optimizer": True,
     }
     merged = merge(merge(defaults, config.deepspeed), run)
+    for section, key in (
+        ("zero_optimization", "compute_grad_norm"),
+        ("bf16", "check_grad_overflow"),
+    ):
+        if not config.deepspeed.get(section, {}).get(key, True):
+            raise ConfigError(
+                f"deepspeed.{section}.{key}: false would let NaN into the weights; leave it out"
+            )
+    if merged["zero_optimization"]["stage"] == 3 and config.guard.checksum_every:
+        raise ConfigError(
+            "guard.checksum_every: ZeRO-3 keeps one copy of the weights, so there are no replicas "
+            "to compare; use 0, or deepspeed.zero_optimization.stage: 2"
+        )
     if merged["zero_optimization"]["stage"] == 3 and config.compile:
         raise ConfigError(
             "compile: ZeRO-3 gathers the weights of each part in hooks that a compiled block "
@@ -160,15 +174,17 @@ class Engine:
                 block.compile(dynamic=False)
         # Buffers that are saved: running scalars. (DeepSpeed has moved them only now.)
         self.statistics = {name: b for name, b in self.module.named_buffers() if name in saved}
+        self.guard = Guard(config.guard, world, self.deepspeed)
 
     def step(
         self, tokens: torch.Tensor, targets: torch.Tensor, step: int
-    ) -> tuple[torch.Tensor, float, torch.Tensor | float]:
+    ) -> tuple[torch.Tensor, float, torch.Tensor]:
         """The update that follows `step` completed ones, on this rank's share of a global batch.
 
-        tokens, targets: `(global_batch / world_size, seq)` int64, on the device. Returns this
-        rank's mean loss (float32 scalar, on the device), the schedule's learning rate, and the
-        gradient norm over all ranks before clipping.
+        tokens, targets: `(global_batch / world_size, seq)` int64, on the device. Returns the mean
+        loss of all ranks (float32 scalar, on the device), the schedule's learning rate, and the
+        gradient norm over all ranks before clipping. `guard` knows whether the update was made.
+        Raises RunStopped if the ranks' weights were compared and differ.
         """
         lr = learning_rate(step, self.total_steps, self.config.optimizer.lr, self.config.schedule)
         groups = self.deepspeed.optimizer.param_groups
@@ -177,27 +193,21 @@ class Engine:
         size = self.config.batch.micro_batch
         micro_batches = list(zip(tokens.split(size), targets.split(size), strict=True))
         loss = torch.zeros((), device=self.world.device)
+        statistics = list(self.statistics.values())
+        before = torch.stack(statistics) if statistics else None
         for micro_tokens, micro_targets in micro_batches:
             micro_loss = self.deepspeed(micro_tokens, micro_targets)
             self.deepspeed.backward(micro_loss)
             loss += micro_loss.detach()
             if self.deepspeed.is_gradient_accumulation_boundary():
-                norm = self._unsharded_norm()
+                loss = self.world.mean(loss / len(micro_batches))
+                self.guard.before_update(loss, step)
             self.deepspeed.step()
-        if self.statistics:  # each rank saw other tokens, and a checkpoint holds one copy
-            statistics = list(self.statistics.values())
-            means = self.world.mean(torch.stack(statistics))
-            torch._foreach_copy_(statistics, list(means.unbind()))
-        if norm is None:
-            norm = self.deepspeed.get_global_grad_norm()
-        return loss / len(micro_batches), lr, norm
-
-    def _unsharded_norm(self) -> torch.Tensor | None:
-        """DeepSpeed keeps no gradient norm for ZeRO-0 in fp32, where the gradients are all here."""
-        if not isinstance(self.deepspeed.optimizer, torch.optim.AdamW):
-            return None
-        grads = [p.grad for p in self.module.parameters() if p.grad is not None]
-        return torch.nn.utils.get_total_norm(grads)
+        applied = self.guard.after_update(step)
+        if before is not None:  # each rank saw other tokens, and a checkpoint holds one copy
+            now = self.world.mean(torch.stack(statistics)) if applied else before
+            torch._foreach_copy_(statistics, list(now.unbind()))
+        return loss, lr, self.guard.norm
 
     @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:

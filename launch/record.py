@@ -36,14 +36,22 @@ class Record:
         draw: Callable[[SummaryWriter, Row], None],
     ) -> None:
         self.run_dir, self._begin, self._draw = run_dir, begin, draw
-        before = read_metrics(run_dir) if resume_step else []
-        kept = run_dir / "metrics.tmp"
+        self._open(resume_step)
+
+    def _open(self, resume_step: int) -> None:
+        before = read_metrics(self.run_dir) if resume_step else []
+        kept = self.run_dir / "metrics.tmp"
         rows = [row for row in before if row["step"] <= resume_step]
         kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        kept.rename(run_dir / "metrics.jsonl")
-        self._file = (run_dir / "metrics.jsonl").open("ab", buffering=0)
+        kept.rename(self.run_dir / "metrics.jsonl")
+        self._file = (self.run_dir / "metrics.jsonl").open("ab", buffering=0)
         self._waiting: list[Row] = []
         self._board: SummaryWriter | None = self._draw_all()
+
+    def rewind(self, step: int) -> None:
+        """Drop what came after `step`, whose state the run goes on from."""
+        self.close()
+        self._open(step)
 
     def add(self, row: Row) -> None:
         """Append and draw a row, with those that had to wait for room on the disk."""

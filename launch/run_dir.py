@@ -1,6 +1,6 @@
 """The folder of a run: its resolved config and where it came from.
 
-config.yaml  provenance.json  metrics.jsonl  tensorboard/  checkpoints/
+config.yaml  provenance.json  metrics.jsonl  tensorboard/  checkpoints/  incidents/
 """
 
 import fcntl
@@ -19,9 +19,9 @@ from launch.costs import model_report
 from launch.provenance import git_commit, provenance
 from launch.world import World
 
-# What says how long, how loudly or how fast a run goes on, not what it computes (but for rounding).
-# Micro-batches and ZeRO's options may change too.
-_MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "fault", "run_dir", "compile"}
+# What says how long, how loudly or how fast a run goes on, not what a good step computes (but for
+# rounding). Micro-batches and ZeRO's options may change too.
+_MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "fault", "guard", "run_dir", "compile"}
 
 
 def check_run_dir(config: RunConfig, data_manifest_hash: str) -> None:

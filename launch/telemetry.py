@@ -86,6 +86,12 @@ class Telemetry:
         yield
         self._mark += time.perf_counter() - start
 
+    def rewind(self, step: int) -> None:
+        """The run goes on from the state after `step`: what came later is dropped."""
+        self._mark, self._marked_step, self._data_wait = time.perf_counter(), step, 0.0
+        if self.world.rank == 0:
+            self._record.rewind(step)
+
     def speed(self, step: int) -> dict[str, float]:
         """`perf/...` since the last call. The device must have finished: read a value from it."""
         now = time.perf_counter()

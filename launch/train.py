@@ -10,6 +10,7 @@ import os
 import sys
 import warnings
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -17,9 +18,11 @@ import torch.distributed as dist
 import xxhash
 
 from data import Batch, Batches, DataError, Dataset, evaluation, open_shards
-from launch.checkpoint import CheckpointError, Checkpoints, TrainState
+from launch.checkpoint import CheckpointError, Checkpoints, TrainState, rng_state
 from launch.config import ConfigError, RunConfig, load_config
 from launch.engine import Engine, check_compiler, deepspeed_config
+from launch.guard import RunStopped
+from launch.incident import write_incident
 from launch.preemption import Preempted, Preemption
 from launch.preflight import preflight
 from launch.probe import Probe
@@ -41,7 +44,8 @@ from sparse_gpt.ffn.kernels import available
 def train(config: RunConfig) -> None:
     """Train as `config` says, from the newest checkpoint of its run directory if there is one.
 
-    Raises ConfigError or DataError, before anything is written, if it cannot be done.
+    Raises ConfigError or DataError, before anything is written, if it cannot be done, and
+    RunStopped if the guard finds that the run must not go on.
     """
     dataset = check(config, read_environment()[2])
     preemption = Preemption()
@@ -64,6 +68,8 @@ def train(config: RunConfig) -> None:
     )
     limit_waiting(config.fault.timeout_seconds)  # all groups exist now
     state = checkpoints.load_newest()
+    if state.guard:
+        engine.guard.load(state.guard)
     run_dir = open_run_dir(config, world, dataset.manifest.hash, state.step, found)
     batches = iter(train_batches(config, dataset, world.size, world.rank, state.samples))
     with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
@@ -73,19 +79,30 @@ def train(config: RunConfig) -> None:
         while state.step < total_steps:
             with telemetry.data_wait():
                 batch = next(batches).to(world.device)
+            rng = rng_state(world.device)
             sampled = state.step % config.log.profile_every == 0
             with probe.attached(sampled):
                 loss, learning_rate, grad_norm = engine.step(
                     batch.tokens, batch.targets, state.step
                 )
-            state = TrainState(state.step + 1, state.samples + config.global_batch)
+            state = TrainState(
+                state.step + 1, state.samples + config.global_batch, engine.guard.state()
+            )
+            if engine.guard.trouble and go_back(engine, checkpoints, run_dir, batch, rng, state):
+                state = replace(checkpoints.load_newest(), samples=state.samples)
+                batches = iter(
+                    train_batches(config, dataset, world.size, world.rank, state.samples)
+                )
+                telemetry.rewind(state.step)
+                continue
 
             last = state.step == total_steps
             metrics = {}
             if last or sampled or state.step % config.log.every == 0:
-                metrics["train/loss"] = world.mean(loss).item()  # waits for the device
+                metrics["train/loss"] = loss.item()  # waits for the device
                 metrics["train/learning_rate"] = learning_rate
-                metrics["train/grad_norm"] = float(grad_norm)
+                metrics["train/grad_norm"] = grad_norm.item()
+                metrics["guard/skipped"] = engine.guard.skipped
                 metrics |= telemetry.speed(state.step) | probe.metrics()
                 if config.log.batch_hash:
                     metrics["data/batch_hash"] = batch_hash(batch, world)
@@ -96,6 +113,37 @@ def train(config: RunConfig) -> None:
                     telemetry.log(state.step, metrics)
                 if checkpoints.after_step(state, last, preemption.requested):
                     raise Preempted(state.step)
+
+
+def go_back(
+    engine: Engine,
+    checkpoints: Checkpoints,
+    run_dir: Path,
+    batch: Batch,
+    rng: dict[str, torch.Tensor],
+    state: TrainState,
+) -> bool:
+    """Say that the step before `state` was skipped; whether to go back to the newest checkpoint.
+
+    Collective. Raises RunStopped, an incident written, if it is time to stop.
+    """
+    guard, world = engine.guard, engine.world
+    first = state.samples - engine.config.global_batch
+    line = f"step {state.step}: skipped, {guard.trouble}; samples {first} to {state.samples - 1}"
+    stop = guard.in_a_row >= guard.config.stop_after
+    back = guard.spiked and guard.config.spike == "rollback"
+    if stop or back:
+        checkpoints.publish()
+    if stop:
+        place = write_incident(run_dir, engine, batch, rng, state.step)
+        raise RunStopped(
+            f"{line}; {guard.in_a_row} bad steps in a row. See sparse-gpt replay {place}"
+        )
+    back = back and world.from_rank_0((checkpoints.root / "latest").exists)
+    if world.rank == 0:
+        then = "; going back to the newest checkpoint" if back else ""
+        print(f"{line}{then}", flush=True)
+    return back
 
 
 def check(config: RunConfig, world_size: int) -> Dataset:
@@ -190,6 +238,11 @@ def main() -> None:
         if read_environment()[0] == 0:
             print(preempted, flush=True)
         os._exit(PREEMPTED)
+    except RunStopped as stop:
+        if read_environment()[0] == 0:
+            print(f"error: {stop}", file=sys.stderr, flush=True)
+        dist.barrier()
+        os._exit(1)
     except CheckpointError as error:
         if read_environment()[0] == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -28,7 +28,11 @@ def sparse_gpt(*arguments: str | Path, timeout: float = 300) -> subprocess.Compl
 
 
 def start_ranks(
-    run_file: Path, *overrides: str, world_size: int = 2, odd: Sequence[str] = ()
+    run_file: Path,
+    *overrides: str,
+    world_size: int = 2,
+    odd: Sequence[str] = (),
+    script: Path = ROOT / "launch/train.py",
 ) -> list[subprocess.Popen[str]]:
     """Start train.py once a rank, as any launcher does, without the launcher's start-up time.
 
@@ -37,7 +41,7 @@ def start_ranks(
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    command = [sys.executable, str(ROOT / "launch/train.py"), "--config", str(run_file)]
+    command = [sys.executable, str(script), "--config", str(run_file)]
     return [
         subprocess.Popen(
             [*command, *overrides, *(odd if rank == world_size - 1 else ())],

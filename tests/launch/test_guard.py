@@ -1,0 +1,152 @@
+"""Bad steps under real ranks, of which one errs: see faulty_train.py."""
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+from ranks import finish, metrics, sparse_gpt, start_ranks
+
+FAULTY = Path(__file__).with_name("faulty_train.py")
+
+
+def options(zero_stage, precision="fp32", **guard):
+    section = ", ".join(f"{key}: {value}" for key, value in guard.items())
+    return (
+        f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}",
+        f"precision={precision}",
+        f"guard={{{section}}}",
+    )
+
+
+def faults(*pairs):
+    return [word for kind, step in pairs for word in ("--fault", kind, str(step))]
+
+
+def stopped(ranks):
+    """The one error line of ranks that must all stop."""
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [1] * len(ranks), outputs
+    [error] = [line for line in outputs[0].splitlines() if line.startswith("error: ")]
+    assert "Traceback" not in "".join(outputs)
+    return error
+
+
+@pytest.mark.parametrize(
+    ("zero_stage", "precision"), [(0, "fp32"), (1, "bf16"), (2, "fp32"), (3, "fp32")]
+)
+def test_a_step_that_is_not_finite_on_one_rank_changes_nothing(run_file, zero_stage, precision):
+    """Neither weights, nor moments, nor running statistics."""
+    outputs = finish(
+        start_ranks(
+            run_file,
+            *faults(("loss", 5), ("grad", 9)),
+            *options(zero_stage, precision),
+            *("model.ffn.feedback={}", "eval={every: 1, max_tokens: 512}", "duration.steps=14"),
+            script=FAULTY,
+        )
+    )
+    rows = {row["step"]: row for row in metrics(run_file.parent / "run")}
+    skipped = [row.get("guard/skipped") for row in rows.values()][1:]
+    assert skipped == [0] * 5 + [1] * 4 + [2] * 5
+    assert math.isnan(rows[6]["train/loss"])
+    assert math.isfinite(rows[10]["train/loss"])
+    assert not math.isfinite(rows[10]["train/grad_norm"])
+    val = [row["val/loss"] for row in rows.values()]
+    same = [step for step in range(1, 15) if val[step] == val[step - 1]]
+    assert same == [6, 10]
+    assert val[14] < val[0] - 0.3
+    assert "step 6: skipped, loss nan" in outputs[0]
+    assert "samples 80 to 95" in outputs[0]
+
+
+def test_a_diverged_run_stops_and_its_last_step_can_be_replayed(run_file):
+    error = stopped(
+        start_ranks(run_file, *options(3, stop_after=3), "optimizer.lr=1e20", "duration.steps=12")
+    )
+    assert "3 bad steps in a row" in error
+    [incident] = (run_file.parent / "run/incidents").iterdir()
+    assert str(incident) in error
+    step = json.loads((incident / "incident.json").read_text())["step"]
+    done = sparse_gpt("replay", incident, "--json")
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found["reproduced"]
+    assert not any(sample["finite"] for sample in found["samples"])
+    numbers = sorted(sample["sample"] for sample in found["samples"])
+    assert numbers == list(range((step - 1) * 16, step * 16))
+
+    (incident / "weights.pt").write_bytes(b"")
+    broken = sparse_gpt("replay", incident)
+    assert broken.returncode == 2
+    assert "is no whole incident" in broken.stderr
+
+
+def test_a_fault_of_the_machine_does_not_reproduce(run_file):
+    """And bf16 weights, dropout and its random numbers come back as they were."""
+    stopped(
+        start_ranks(
+            run_file,
+            *faults(("grad", 7)),
+            *options(1, "bf16", stop_after=1),
+            "model.dropout=0.1",
+            script=FAULTY,
+        )
+    )
+    [incident] = (run_file.parent / "run/incidents").iterdir()
+    done = sparse_gpt("replay", incident)
+    assert done.returncode == 0, done.stderr
+    assert "does not reproduce" in done.stdout
+    found = json.loads(sparse_gpt("replay", incident, "--json").stdout)
+    assert found["replayed"]["loss"] == pytest.approx(found["recorded"]["loss"], rel=1e-6)
+    assert math.isfinite(found["replayed"]["grad_norm"])
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), [(0, "fp32"), (2, "bf16")])
+def test_a_flipped_bit_stops_the_run_before_it_is_learnt(run_file, zero_stage, precision):
+    error = stopped(
+        start_ranks(
+            run_file,
+            *faults(("flip", 7)),
+            *options(zero_stage, precision, checksum_every=4),
+            script=FAULTY,
+        )
+    )
+    assert "step 8: blocks.1.attention.qkv.weight differ" in error
+    assert metrics(run_file.parent / "run")[-1]["step"] == 7
+
+
+def test_a_spike_is_skipped_or_rolled_back(run_file, tmp_path):
+    guard = {"window": 6, "threshold": 50}
+    for policy, zero_stage, world in (("skip", 3, 2), ("rollback", 0, 2)):
+        outputs = finish(
+            start_ranks(
+                run_file,
+                *faults(("spike", 13)),
+                *options(zero_stage, spike=policy, **guard),
+                f"run_dir={tmp_path / policy}",
+                script=FAULTY,
+                world_size=world,
+            )
+        )
+        assert "step 14: skipped, loss" in outputs[0]
+        rows = metrics(tmp_path / policy)
+        assert [row["step"] for row in rows] == list(range(17))
+        assert rows[-1]["guard/skipped"] == 1
+        manifest = tmp_path / policy / "checkpoints/step-00000016/manifest.json"
+        state = json.loads(manifest.read_text())["state"]
+        # A rollback to step 12 leaves the samples of steps 13 and 14 out.
+        assert state["samples"] == 16 * (18 if policy == "rollback" else 16)
+        assert state["guard"]["skipped"] == 1
+
+
+def test_spikes_that_come_back_after_each_rollback_end_the_run(run_file):
+    error = stopped(
+        start_ranks(
+            run_file,
+            *faults(("spike", 13), ("spike", 13), ("spike", 13)),
+            *options(2, spike="rollback", window=6, threshold=50, stop_after=3),
+            script=FAULTY,
+        )
+    )
+    assert "3 bad steps in a row" in error
