@@ -126,6 +126,7 @@ class RunConfig(Section):
     schedule: ScheduleConfig = ScheduleConfig()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     compile: bool = False  # torch.compile each block: equal but for rounding and dropout's draws
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # see GPT.recompute
     deepspeed: dict[str, Any] = {}
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()

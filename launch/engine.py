@@ -26,7 +26,6 @@ from sparse_gpt.width import lr_multipliers, transfer_width
 
 # DeepSpeed ignores an unknown key at the top level, so a typing error would train another run.
 _NATIVE_KEYS = {
-    "activation_checkpointing",
     "aio",
     "checkpoint",
     "comms_logger",
@@ -70,6 +69,8 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         "data_types": {"grad_accum_dtype": "fp32"},
         "steps_per_print": 2**31,  # the run's own log says it better
         "zero_allow_untested_optimizer": True,
+        # Offloaded too the optimizer stays torch's: DeepSpeed's own does not resume exactly.
+        "zero_force_ds_cpu_optimizer": False,
     }
     merged = merge(merge(defaults, config.deepspeed), run)
     for section, key in (
@@ -89,6 +90,11 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
         raise ConfigError(
             "compile: ZeRO-3 gathers the weights of each part in hooks that a compiled block "
             "cannot run; use deepspeed.zero_optimization.stage: 2, or compile: false"
+        )
+    if config.compile and config.activation_checkpointing == "selective":
+        raise ConfigError(
+            "activation_checkpointing: selective recomputes inside a block, which compile makes "
+            "one piece; use full, or compile: false"
         )
     if merged["zero_optimization"]["stage"] == 0 and config.precision != "fp32":
         # DeepSpeed 0.19.8 takes a phantom AdamW step at initialisation in this combination.
@@ -114,7 +120,7 @@ def check_compiler(config: RunConfig) -> None:
 
 
 def _check_native(key: str, value: Any, run: Mapping[str, Any]) -> None:
-    if key in ("optimizer", "scheduler", "compile"):
+    if key in ("optimizer", "scheduler", "compile", "activation_checkpointing"):
         ours = "schedule" if key == "scheduler" else key
         raise ConfigError(f"deepspeed.{key}: is the run's own; set `{ours}` of the run instead")
     if key in run:
@@ -152,6 +158,7 @@ class Engine:
         saved = model.state_dict().keys()
         if config.optimizer.width_transfer:
             transfer_width(model)
+        model.recompute(config.activation_checkpointing)
         groups = parameter_groups(model, config.optimizer)
         # Not read from the optimizer's groups later: those of a checkpoint replace them.
         self.lr_multipliers = [group["lr_multiplier"] for group in groups]

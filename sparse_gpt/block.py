@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from sparse_gpt.attention import CausalSelfAttention, KVCache
 from sparse_gpt.config import DenseFFNConfig, ModelConfig, SparseFFNConfig
 from sparse_gpt.ffn import DenseFFN, UltraEfficientSparseFFN
+from sparse_gpt.recompute import recomputed
 
 
 class DenseBlock(nn.Module):
@@ -23,11 +24,13 @@ class DenseBlock(nn.Module):
         self.attention = CausalSelfAttention(config)
         self.ln_2 = nn.LayerNorm(config.d_model)
         self.ffn = DenseFFN(config.d_model, config.ffn, config.n_layer)
+        self.recompute_ffn = False
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """The residual stream after this block; `cache` as in CausalSelfAttention."""
         x = x + self.attention(self.ln_1(x), cache)
-        return x + self.ffn(self.ln_2(x))
+        h = self.ln_2(x)
+        return x + (recomputed(self.ffn, h) if self.recompute_ffn else self.ffn(h))
 
 
 class SparseBlock(nn.Module):
@@ -43,8 +46,9 @@ class SparseBlock(nn.Module):
         self.ln_1 = nn.LayerNorm(config.d_model)
         self.attention = CausalSelfAttention(config)
         self.ffn = UltraEfficientSparseFFN(config.d_model, config=config.ffn)
+        self.recompute_ffn = False
 
     def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
         """The residual stream after this block; `cache` as in CausalSelfAttention."""
         x = x + self.attention(self.ln_1(x), cache)
-        return x + self.ffn(x)
+        return x + (recomputed(self.ffn, x) if self.recompute_ffn else self.ffn(x))

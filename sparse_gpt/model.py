@@ -2,15 +2,30 @@
 
 from __future__ import annotations
 
+from typing import Literal
+
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from sparse_gpt.attention import KVCache
 from sparse_gpt.block import DenseBlock, SparseBlock
 from sparse_gpt.config import ModelConfig
+from sparse_gpt.loss import head_cross_entropy
+from sparse_gpt.recompute import recomputed
 
 VOCAB_MULTIPLE = 64  # matrix units want the head's width a multiple of it
+
+
+class Head(nn.Linear):
+    """Hidden states to logits, or with targets to their mean loss, chunk by chunk."""
+
+    def forward(
+        self, hidden: Tensor, targets: Tensor | None = None, vocab_size: int | None = None
+    ) -> Tensor:
+        """Logits `(..., out_features)`, or the loss over the first `vocab_size` ids, `()`."""
+        if targets is None or vocab_size is None:
+            return super().forward(hidden)
+        return head_cross_entropy(hidden.flatten(0, 1), self.weight, targets.flatten(), vocab_size)
 
 
 class GPT(nn.Module):
@@ -32,10 +47,21 @@ class GPT(nn.Module):
         self.blocks = nn.ModuleList(block(config) for _ in range(config.n_layer))
         self.ln_f = nn.LayerNorm(config.d_model)
         # On meta: its own weight would only be thrown away.
-        self.lm_head = nn.Linear(config.d_model, padded, bias=False, device="meta")
+        self.lm_head = Head(config.d_model, padded, bias=False, device="meta")
         self.lm_head.weight = self.wte.weight
         nn.init.normal_(self.wte.weight, std=0.02)
         nn.init.normal_(self.wpe.weight, std=0.02)
+        self._recompute_blocks = False
+
+    def recompute(self, what: Literal["none", "selective", "full"]) -> None:
+        """Choose which activations training computes again in the backward, to save memory.
+
+        `full`: each block, of which its input alone is kept. `selective`: each block's FFN, whose
+        activations are most of a block's; attention keeps no scores and costs most to repeat.
+        """
+        self._recompute_blocks = what == "full"
+        for block in self.blocks:
+            block.recompute_ffn = what == "selective"
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """Logits, or with targets the loss.
@@ -45,12 +71,10 @@ class GPT(nn.Module):
         the real vocabulary and the targets that are not -100.
         Raises ValueError when seq exceeds max_seq_len.
         """
-        logits = self.lm_head(self._hidden(tokens))
+        hidden, vocab_size = self._hidden(tokens), self.config.vocab_size
         if targets is None:
-            return logits[..., : self.config.vocab_size]
-        # In place: slicing the padding off would copy all logits again.
-        logits[..., self.config.vocab_size :] = float("-inf")
-        return F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), ignore_index=-100)
+            return self.lm_head(hidden)[..., :vocab_size]
+        return self.lm_head(hidden, targets, vocab_size).float()
 
     def _hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
         """What the head reads, `(batch, seq, d_model)`; tokens continue the cached ones."""
@@ -61,7 +85,10 @@ class GPT(nn.Module):
         x = self.wte(tokens) + self.wpe(torch.arange(start, end, device=tokens.device))
         x = self.dropout(x)
         for i, block in enumerate(self.blocks):
-            x = block(x, caches[i] if caches else None)
+            if self._recompute_blocks:
+                x = recomputed(block, x, caches[i] if caches else None)
+            else:
+                x = block(x, caches[i] if caches else None)
         return self.ln_f(x)
 
     @torch.no_grad()
