@@ -51,9 +51,10 @@ class Guard:
         self._sharded = not isinstance(self.optimizer, torch.optim.Optimizer)
         if self._sharded:
             self._join_norm()
-            scaler = self.optimizer.loss_scaler
-            if scaler.dynamic:
-                scaler.raise_error_at_min_scale = False  # that is counted here
+            self._scaler = getattr(self.optimizer, "loss_scaler", None)  # ZeRO-1 in bf16 has none
+            self._scale = 1.0
+            if self._scaler is not None and self._scaler.dynamic:
+                self._scaler.raise_error_at_min_scale = False  # that is counted here
 
     def state(self) -> dict[str, Any]:
         """What a resumed run goes on with, as JSON holds it exactly."""
@@ -79,7 +80,8 @@ class Guard:
         self.loss, self.spiked = loss, False
         self.norm = loss.new_tensor(math.inf)  # fp16 overflow: DeepSpeed then computes none
         if self._sharded:
-            self._scale = self.optimizer.loss_scale
+            if self._scaler is not None:
+                self._scale = self._scaler.loss_scale
         else:
             grads = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(grads)
@@ -113,8 +115,10 @@ class Guard:
 
     def _overflow_is_usual(self) -> bool:
         """In fp16 the scale is found by trying: an overflow lowers it, unless it is the lowest."""
-        scaler = self.optimizer.loss_scaler
-        return scaler.dynamic and not self.spiked and self._scale > scaler.min_scale
+        scaler = self._scaler
+        if scaler is None or not scaler.dynamic:
+            return False
+        return not self.spiked and self._scale > scaler.min_scale
 
     def _join_norm(self) -> None:
         """Put the guard's penalty into the norm by which DeepSpeed decides."""
@@ -127,6 +131,21 @@ class Guard:
                 return norm + self._penalty(norm / self._scale)
 
             optimizer.scaled_global_norm = judged_norm
+        elif hasattr(optimizer, "get_grads_for_norm"):  # ZeRO-1 in bf16
+            from deepspeed.runtime.utils import get_global_norm_of_tensors
+
+            grads_for_norm = optimizer.get_grads_for_norm
+
+            def judged_grads(for_clipping: bool = False) -> Any:
+                found = grads_for_norm(for_clipping)
+                if for_clipping:
+                    return found
+                grads, of_experts = found
+                # Its norm is hidden in its step: taken here once more.
+                norm = get_global_norm_of_tensors(input_tensors=grads, mpu=optimizer.mpu)
+                return [*grads, self._penalty(norm).reshape(1)], of_experts
+
+            optimizer.get_grads_for_norm = judged_grads
         else:
             from deepspeed.runtime.utils import combine_grad_norm_groups
 
