@@ -105,7 +105,7 @@ class Checkpoints:
         if self.world.rank == 0:
             for leftover in self.root.glob(".writing-*"):
                 shutil.rmtree(leftover)
-        self.votes.now()
+        self.votes.wait_for_all()
         path = folder / f"rank-{self.world.rank}.pt"
         self._writing = state, self._threads.submit(_write_file, path, copy)
 

@@ -141,8 +141,9 @@ class Guard:
                 if for_clipping:
                     return found
                 grads, of_experts = found
-                # Its norm is hidden in its step: taken here once more.
+                # Its norm is hidden in its step: taken here once more. -1 stands for NaN and Inf.
                 norm = get_global_norm_of_tensors(input_tensors=grads, mpu=optimizer.mpu)
+                norm = torch.where(norm < 0, torch.inf, norm)
                 return [*grads, self._penalty(norm).reshape(1)], of_experts
 
             optimizer.get_grads_for_norm = judged_grads

@@ -35,6 +35,10 @@ class Votes:
         self._reduce(box, wait=True)
         return [bool(flag) for flag in box.tolist()]
 
+    def wait_for_all(self) -> None:
+        """Return when every rank has come here; what was open before is dropped."""
+        self.now(False)  # without a flag gloo would return at once
+
     def _settle(self) -> list[bool] | None:
         if self._open is None:
             return None
