@@ -27,7 +27,6 @@ from sparse_gpt.width import lr_multipliers, transfer_width
 # DeepSpeed ignores an unknown key at the top level, so a typing error would train another run.
 _NATIVE_KEYS = {
     "aio",
-    "checkpoint",
     "comms_logger",
     "communication_data_type",
     "data_types",
