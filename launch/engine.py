@@ -119,7 +119,7 @@ def check_compiler(config: RunConfig) -> None:
 
 
 def _check_native(key: str, value: Any, run: Mapping[str, Any]) -> None:
-    if key in ("optimizer", "scheduler", "compile", "activation_checkpointing"):
+    if key in ("optimizer", "scheduler", "compile", "checkpoint", "activation_checkpointing"):
         ours = "schedule" if key == "scheduler" else key
         raise ConfigError(f"deepspeed.{key}: is the run's own; set `{ours}` of the run instead")
     if key in run:
