@@ -85,7 +85,7 @@ def write_incident(
 
 def _whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """The module's saved state on the CPU of rank 0, nothing on the others."""
-    from deepspeed.zero import GatheredParameters
+    from deepspeed.runtime.zero import GatheredParameters
 
     kept = {}
     for name in engine.module.state_dict():
