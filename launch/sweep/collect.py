@@ -17,9 +17,21 @@ def state(cell: Cell) -> str:
     """One of STATES; `stopped` is a run that failed or was killed, and that `run` would resume."""
     if held(cell.run_dir):
         return "running"
+    if gave_up(cell):
+        return "diverged"
     if finished(cell.config):
         return "diverged" if math.isnan(loss(read_metrics(cell.run_dir))) else "done"
     return "stopped" if log_path(cell).exists() else "waiting"
+
+
+def gave_up(cell: Cell) -> bool:
+    """Whether the guard stopped the run for bad steps, as it would again."""
+    return any((cell.run_dir / "incidents").glob("step-*"))
+
+
+def ended(cell: Cell) -> bool:
+    """Whether there is nothing left to train."""
+    return finished(cell.config) or gave_up(cell)
 
 
 def log_path(cell: Cell) -> Path:
@@ -34,8 +46,8 @@ def loss(rows: list[dict[str, Any]]) -> float:
 
 
 def computed_flops(cell: Cell) -> float:
-    """Training FLOPs that a run has done itself until now."""
-    if finished(cell.config):
+    """Training FLOPs that a run has done itself until now; all of them once it has ended."""
+    if ended(cell):
         return cell.own_flops
     rows = read_metrics(cell.run_dir)
     inherited = cell.training_flops - cell.own_flops
@@ -43,8 +55,8 @@ def computed_flops(cell: Cell) -> float:
 
 
 def point_rows(sweep: Sweep) -> list[dict[str, Any]]:
-    """One row a finished run, as `sparse_gpt.scaling.Points.from_rows` takes them."""
-    return [_row(cell) for cell in sweep.cells if finished(cell.config)]
+    """One row a run that has ended, as `sparse_gpt.scaling.Points.from_rows` takes them."""
+    return [_row(cell) for cell in sweep.cells if ended(cell)]
 
 
 def _row(cell: Cell) -> dict[str, Any]:
@@ -68,6 +80,6 @@ def _row(cell: Cell) -> dict[str, Any]:
         "training_flops": cell.training_flops,
         "training_flops_without_logits": without_logits.training / seq * cell.tokens,
         "tokens": cell.tokens,
-        "loss": loss(rows),
+        "loss": math.nan if gave_up(cell) else loss(rows),
         "device_seconds": statistics.median(step_ms) / 1e3 * cell.steps * devices,
     }

@@ -22,9 +22,9 @@ from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, T
 
 from launch.cluster import cores
 from launch.config import ConfigError
-from launch.run_dir import finished, fork, held, read_metrics
+from launch.run_dir import fork, held, read_metrics
 from launch.slurm import submit
-from launch.sweep.collect import computed_flops, log_path, loss, state
+from launch.sweep.collect import computed_flops, ended, log_path, loss, state
 from launch.sweep.grid import Cell, Sweep, write_configs
 
 _POLL = 1.0  # seconds
@@ -110,9 +110,9 @@ def run_sweep(
         try:
             while True:
                 if not bar.disable:
-                    ended = sum(finished(cell.config) for cell in cells)
+                    count = sum(map(ended, cells))
                     flops = sum(map(computed_flops, cells))
-                    bar.update(task, completed=flops, description=f"{ended}/{len(cells)} runs")
+                    bar.update(task, completed=flops, description=f"{count}/{len(cells)} runs")
                 if not todo:
                     return problems
                 done, todo = wait(todo, timeout=_POLL, return_when=FIRST_COMPLETED)
@@ -164,7 +164,7 @@ def _train(trunk: Cell, cell: Cell, trainer: Trainer) -> str | None:
         code = trainer.train(cell.config_path, log_path(cell))
         if trainer.stopping.is_set():
             return None
-        if code and not held(cell.run_dir):
+        if code and state(cell) not in ("running", "diverged"):
             return f"{cell.name}: failed with exit code {code}; see {log_path(cell)}"
 
 
