@@ -134,7 +134,7 @@ def test_a_spike_is_skipped_or_rolled_back(run_file, tmp_path):
         assert [row["step"] for row in rows] == list(range(17))
         assert rows[-1]["guard/skipped"] == 1
         manifest = tmp_path / policy / "checkpoints/step-00000016/manifest.json"
-        state = json.loads(manifest.read_text())["state"]
+        state = json.loads(manifest.read_text())
         # A rollback to step 12 leaves the samples of steps 13 and 14 out.
         assert state["samples"] == 16 * (18 if policy == "rollback" else 16)
         assert state["guard"]["skipped"] == 1
