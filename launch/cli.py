@@ -276,7 +276,7 @@ def prove(
 
     folder = out or Path("runs") / f"{config.stem}-resume-proof"
     proof = Proof(config, overrides or [], folder, steps, devices)
-    proof.whole()
+    proof.train()
     found = [proof.resumed("cut", devices), proof.resumed("elastic", other_devices)]
     table = Table(
         "run", "ranks", "same tokens", "first difference", "loss", "weights", "", box=None

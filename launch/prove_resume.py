@@ -1,12 +1,14 @@
 """Does a run that was killed go on as if nothing had happened? Trains it both ways and compares.
 
     whole     2N steps on w ranks, undisturbed
-    cut       killed after the checkpoint of step N, started again on w ranks: equal to the bit
-    elastic   killed likewise, started again on w′ ranks: equal but for the order of additions
+    killed    N steps on w ranks: SIGKILL of every process after the checkpoint
+    cut       the killed run, started again on w ranks: equal to the bit
+    elastic   the killed run, started again on w′ ranks: equal but for the order of additions
 
 Compared are losses, gradient norms and a hash of the token ids, step by step, and the last weights.
 """
 
+import shutil
 import subprocess
 import sys
 import time
@@ -73,19 +75,20 @@ class Proof:
             raise ConfigError(f"{out}: is not empty; give a new folder with --out, or remove it")
         out.mkdir(parents=True, exist_ok=True)
 
-    def whole(self) -> None:
-        """Train the run that the others are compared with."""
+    def train(self) -> None:
+        """Train the run that others are compared with, and the one that they go on from."""
         self._finish("whole", self.ranks)
+        self._kill_after(self._start("killed", self.ranks), self.out / "killed" / "checkpoints")
 
     def resumed(
         self, name: str, ranks: int, between: Callable[[Path], None] = lambda run_dir: None
     ) -> Comparison:
-        """Train, kill after the checkpoint of step `steps`, go on with `ranks` ranks, compare.
+        """Go on from the killed run with `ranks` ranks, in a folder `name` of its own; compare.
 
-        between: called with the run's folder while the run is dead.
+        between: called with that folder before the run is started again.
         """
         folder = self.out / name
-        self._kill_after(self._start(name, self.ranks), folder / "checkpoints")
+        shutil.copytree(self.out / "killed", folder)
         between(folder)
         self._finish(name, ranks)
         return _compare(name, (self.ranks, ranks), self.steps, self.out / "whole", folder)

@@ -6,16 +6,18 @@ import pytest
 import yaml
 from ranks import ROOT
 
-from data import prepare
+from data import prepare, train_vocab
 
 
 @pytest.fixture(scope="session")
 def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The novels, tokenized by chapter with a tenth held out."""
-    out = tmp_path_factory.mktemp("data") / "novels"
-    novels = sorted((ROOT / "data/samples").glob("*.txt"))
-    prepare([str(novel) for novel in novels], out, separator="\nChapter ", held_out=0.1)
-    return out
+    """The novels, tokenized by chapter with a tenth held out, in a vocabulary of 1,024 ids."""
+    folder = tmp_path_factory.mktemp("data")
+    novels = sorted(map(str, (ROOT / "data/samples").glob("*.txt")))
+    chapters = {"separator": "\nChapter ", "held_out": 0.1}
+    train_vocab(novels, folder / "bpe", size=1024, **chapters, progress=False)
+    prepare(novels, folder / "novels", vocab=folder / "bpe", **chapters)
+    return folder / "novels"
 
 
 @pytest.fixture
@@ -30,6 +32,7 @@ def run_file(tmp_path: Path, shards: Path) -> Path:
             "n_layer": 2,
             "n_head": 2,
             "max_seq_len": 32,
+            "vocab_size": 1024,
         },
         "data": {"path": str(shards)},
         "batch": {"global_tokens": 512, "micro_batch": 4},

@@ -73,10 +73,10 @@ def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(ru
 
 @pytest.mark.parametrize(
     ("zero_stage", "precision", "every"),
-    [(0, "fp32", 8), (1, "bf16", 3)],  # bfloat16 is slow on most CPUs
+    [(0, "fp32", 8), (1, "bf16", 8), (3, "fp32", 8)],
 )
 def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage, precision, every):
-    """Dropout and running statistics included. The other stages: test_resume.py."""
+    """Dropout and running statistics included. ZeRO-2: test_resume.py."""
     options = (
         f"precision={precision}",
         f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}",
