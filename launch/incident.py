@@ -14,6 +14,7 @@ import math
 import shutil
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any
 
 import torch
@@ -169,8 +170,8 @@ def replay(folder: Path) -> Replay:
         ]
         model = GPT(config.model).to(device, _DTYPES[config.precision])
         model.load_state_dict(weights)
-    except (OSError, ValueError, KeyError, RuntimeError) as error:
-        reason = str(error).splitlines()[0]
+    except (OSError, EOFError, UnpicklingError, ValueError, KeyError, RuntimeError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
         raise ConfigError(
             f"{folder}: is no whole incident ({reason}); give a folder incidents/step-N of a run"
         ) from None

@@ -138,7 +138,8 @@ def test_train_refuses_more_ranks_than_samples(refused, run_file, tmp_path):
     done = sparse_gpt("prepare", tmp_path / "short.txt", "--held-out", "0", "--out", out)
     assert done.returncode == 0, done.stderr
     message = refused(
-        "train", run_file, "--devices", "16", f"data.path={out}", "batch.micro_batch=1"
+        *("train", run_file, "--devices", "16", f"data.path={out}"),
+        *("batch.micro_batch=1", "model.vocab_size=50257"),
     )
     assert "16" in message
     assert not (tmp_path / "run").exists()
