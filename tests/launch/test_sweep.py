@@ -61,6 +61,7 @@ def comparable(sweep):
 
 
 def test_the_grid_shares_trunks_and_says_what_it_leaves_out(sweep_tree, tmp_path):
+    sweep_tree["run"]["model"]["vocab_size"] = 50257
     sweep_tree["sizes"]["d512"] = {"model.d_model": 512, "model.n_head": 32}
     sweep_tree["seeds"] = [0, 1]
     sweep = read_sweep(write(sweep_tree, tmp_path / "s.yaml"), tmp_path / "out")
