@@ -164,7 +164,7 @@ def test_losses_do_not_depend_on_world_size_or_grad_accum(run_file, tmp_path):
 def test_half_precision_trains(run_file):
     finish(start_ranks(run_file, "precision=bf16", "deepspeed={zero_optimization: {stage: 2}}"))
     rows = metrics(run_file.parent / "run")
-    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.5
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.3
 
 
 def test_torchrun_and_srun_train_as_any_launcher(run_file, tmp_path):
