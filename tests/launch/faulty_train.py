@@ -2,7 +2,8 @@
 
     faulty_train.py --fault KIND STEP [--fault KIND STEP ...] ARGUMENTS OF train.py
 
-Each fault happens once, in the step that follows STEP completed ones. KIND is one of
+Each fault happens once, in the step that follows STEP completed ones; given twice, it happens again
+when the step is. KIND is one of
     loss   what the first block puts out is NaN          flip   a bit of a weight turns over
     grad   its gradient is Inf                           spike  its gradient is 10,000 times itself
 """
@@ -30,7 +31,7 @@ class FaultyEngine(Engine):
             self.module.blocks[0].register_forward_hook(self.err)
 
     def step(self, tokens: torch.Tensor, targets: torch.Tensor, step: int) -> Any:
-        self.kinds = [kind for kind, when in faults if when == step]
+        self.kinds = list(dict.fromkeys(kind for kind, when in faults if when == step))
         for kind in self.kinds:
             faults.remove((kind, step))
         if self.world.rank == 1 and "flip" in self.kinds:
