@@ -173,34 +173,33 @@ def estimate(
     plain = trace(model, config.precision, "none", fused)
     activations = size * (kept.ends + model.n_layer * kept.block + plain.block - kept.block)
 
-    tokens = size * model.max_seq_len
-    vocabulary = padded_vocabulary(model)
-    chunk = chunk_size(tokens, vocabulary, torch.device(device))
-    logits = chunk * vocabulary * (4 + width) + head * (4 if width == 4 else 4 + width)
-    backward = head * width + 2 * size * plain.widest  # the head's gradient waits for wte's
+    tokens, rows = size * model.max_seq_len, padded_vocabulary(model)
+    chunk = chunk_size(tokens, rows, torch.device(device))
+    head_gradient = head * width  # waits for the embedding's, to the backward's end
+    logits = chunk * rows * (4 + width) + 4 * head + (head_gradient if width < 4 else 0)
+    inside = 2 * size * plain.widest  # gradients within a block
 
-    static = held * width + (0 if offload else optimizer)
-    early = buckets if device == "cuda" or stage == 3 else 0  # a CPU writes to them at the end
-    at_loss = Memory(
-        parameters=held * width,
-        gradients=between if accumulates else 0,
-        optimizer=0 if offload else optimizer,
-        activations=activations,
-        logits=max(logits, backward + early) - early,
-        buffers=early,
-        host=optimizer + flat if offload else 0,
+    def moment(gradients: int, activations: int, logits: int, buffers: int) -> Memory:
+        return Memory(
+            parameters=held * width,
+            gradients=gradients,
+            optimizer=0 if offload else optimizer,
+            activations=activations,
+            logits=logits,
+            buffers=buffers,
+            host=optimizer + flat if offload else 0,
+        )
+
+    before = between if accumulates else 0
+    # A CPU gives pages to a buffer as it is written, so to buckets when activations are gone.
+    early = buckets if device == "cuda" else 0
+    moments = (
+        moment(before, activations, logits, early if stage == 3 else 0),
+        moment(before, activations + inside, head_gradient, early),
+        moment(between, size * kept.ends, 2 * head_gradient, buckets),
+        moment(between + (0 if offload else flat), 0, 0, buckets if stage == 3 else 0),
     )
-    at_step = Memory(
-        parameters=held * width,
-        gradients=(whole if stage < 2 else 4 * share) + (0 if offload else flat),
-        optimizer=at_loss.optimizer,
-        activations=size * kept.ends,
-        logits=head * width,
-        buffers=buckets if stage != 1 or device == "cuda" else 0,
-        host=at_loss.host,
-    )
-    assert at_loss.total >= static
-    return max(at_loss, at_step, key=lambda memory: memory.total)
+    return max(moments, key=lambda memory: memory.total)
 
 
 def _on_host(zero: dict[str, Any], part: str) -> bool:

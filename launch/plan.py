@@ -1,6 +1,7 @@
 """`sparse-gpt plan`: what a run would need and cost on given GPUs, before anything starts."""
 
 import difflib
+from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
@@ -25,7 +26,8 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, mfu: float) -> dict[str, A
     device = _known(gpu)
     grad_accum = config.grad_accum(gpus)
     stage = deepspeed_config(config, gpus)["zero_optimization"]["stage"]
-    stages = {str(number): _stage(config, gpus, number, device) for number in range(4)}
+    first = 0 if config.precision == "fp32" else 1  # DeepSpeed's ZeRO-0 trains in fp32 alone
+    stages = {str(number): _stage(config, gpus, number, device) for number in range(first, 4)}
     report = model_report(config.model)
     per_token = report.training / report.seq
     steps = config.total_steps(per_token)
@@ -62,9 +64,8 @@ def _stage(config: RunConfig, gpus: int, stage: int, device: Gpu) -> dict[str, A
     memory = estimate(config, gpus, stage)
     best = largest_micro_batch(config, gpus, stage, device.memory)
     return {
-        **{part: getattr(memory, part) for part in _PARTS},
+        **asdict(memory),
         "total": memory.total,
-        "host": memory.host,
         "fits": _fits(memory, device.memory),
         "largest_micro_batch": best,
     }
@@ -126,8 +127,6 @@ def _warnings(
             found.append("the sparse FFN has no kernels here and keeps many activations")
         elif config.activation_checkpointing == "selective":
             found.append("activation_checkpointing: the FFN's kernels recompute already; use none")
-    if stage == 0 and config.precision != "fp32":
-        found.append("ZeRO-0 trains in fp32 only")
     return found
 
 

@@ -66,6 +66,7 @@ class GPT(nn.Module):
         """
         self._recompute_blocks = what == "full"
         for block in self.blocks:
+            assert isinstance(block, DenseBlock | SparseBlock)
             block.recompute_ffn = what == "selective"
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
