@@ -5,11 +5,13 @@
     python scripts/check_plan.py --json FILE A.yaml model.n_layer=2 + B.yaml + C.yaml
 
 One process for each run (separated by `+`), one rank. On a CPU what is measured is the growth of
-resident memory over a process that has trained a minute model, so that libraries do not count; on a
-GPU torch's own peak of allocated memory.
+resident memory over a process that has trained a minute model, so that libraries do not count, with
+freed memory handed back (training keeps it, for speed, and so has holes); on a GPU torch's own peak
+of allocated memory.
 """
 
 import argparse
+import ctypes
 import json
 import os
 import resource
@@ -32,6 +34,16 @@ from launch.world import World, join_world
 from sparse_gpt import GPT
 
 GIB = 2**30
+
+
+def hand_back_freed_memory() -> None:
+    """Undo `launch.world.keep_freed_memory`."""
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        m_trim_threshold, m_mmap_threshold, m_mmap_max = -1, -3, -4  # malloc.h
+        mallopt(m_mmap_max, 65_536)
+        mallopt(m_mmap_threshold, 2**17)
+        mallopt(m_trim_threshold, 2**17)
 
 
 def steps(config: RunConfig, world: World, count: int) -> None:
@@ -57,6 +69,7 @@ def measure(arguments: list[str]) -> dict[str, Any]:
     """One run, in this process."""
     config = load_config(arguments[0], arguments[1:])
     world = join_world()
+    hand_back_freed_memory()
     steps(minute(config), world, 1)
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
