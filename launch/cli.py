@@ -324,6 +324,30 @@ def flops(config: Config, overrides: Overrides = None, as_json: Json = False) ->
         show(costs_table(model))
 
 
+@app.command(epilog="Example: sparse-gpt plan configs/124m.yaml --gpus 8 --gpu H100")
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Ranks of the run, one a GPU.")] = 1,
+    gpu: Annotated[str, typer.Option(help="Which: A100-80GB, H100, H200, ...")] = "H100",
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the peak that will be reached.")
+    ] = 0.4,
+    as_json: Json = False,
+) -> None:
+    """Memory of a rank by ZeRO stage, FLOPs, days and warnings, before anything starts."""
+    from launch.config import load_config
+    from launch.plan import make_plan, plan_table
+
+    made = make_plan(load_config(config, overrides or []), gpus, gpu, mfu)
+    if as_json:
+        print(json.dumps(made, indent=1))
+        return
+    show(plan_table(made))
+    for warning in made["warnings"]:
+        print(f"warning: {warning}")
+
+
 @app.command(epilog="Example: sparse-gpt doctor")
 def doctor(as_json: Json = False) -> None:
     """What this machine has, and what will not work, with the fix."""

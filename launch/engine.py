@@ -90,6 +90,13 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
             "compile: ZeRO-3 gathers the weights of each part in hooks that a compiled block "
             "cannot run; use deepspeed.zero_optimization.stage: 2, or compile: false"
         )
+    for part in ("offload_optimizer", "offload_param"):
+        offload = merged["zero_optimization"].get(part) or {}
+        if offload.get("device", "none") not in ("none", "cpu"):
+            raise ConfigError(
+                f"deepspeed.zero_optimization.{part}.device: {offload['device']} has not been "
+                "tried with exact resume; use cpu"
+            )
     if config.compile and config.activation_checkpointing == "selective":
         raise ConfigError(
             "activation_checkpointing: selective recomputes inside a block, which compile makes "

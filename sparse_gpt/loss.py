@@ -79,6 +79,7 @@ class _SummedLoss(torch.autograd.Function):
                     torch.addmm(d_weight, d_logits.t(), h, out=d_weight)
                 else:
                     d_weight += d_logits.t() @ h
+                del d_logits  # or the next chunk would find no room in its place
         if differentiate:
             ctx.save_for_backward(d_hidden, d_weight)
             ctx.dtype = weight.dtype

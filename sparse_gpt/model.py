@@ -16,6 +16,11 @@ from sparse_gpt.recompute import recomputed
 VOCAB_MULTIPLE = 64  # matrix units want the head's width a multiple of it
 
 
+def padded_vocabulary(config: ModelConfig) -> int:
+    """Rows of the embedding, and of the head that shares it."""
+    return -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+
+
 class Head(nn.Linear):
     """Hidden states to logits, or with targets to their mean loss, chunk by chunk."""
 
@@ -39,7 +44,7 @@ class GPT(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        padded = -(-config.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+        padded = padded_vocabulary(config)
         self.wte = nn.Embedding(padded, config.d_model)
         self.wpe = nn.Embedding(config.max_seq_len, config.d_model)
         self.dropout = nn.Dropout(config.dropout)

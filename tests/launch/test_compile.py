@@ -76,6 +76,7 @@ def test_a_dense_model_compiles_in_half_precision(compiling, run_file, tmp_path)
     [
         (["compile=maybe"], "compile: input should be a valid boolean, got 'maybe'"),
         (["compile=true", "deepspeed={zero_optimization: {stage: 3}}"], "compile: ZeRO-3 gathers"),
+        (["compile=true", "activation_checkpointing=selective"], "selective recomputes inside"),
         (["deepspeed={compile: {deepcompile: true}}"], "set `compile` of the run instead"),
     ],
 )

@@ -33,6 +33,7 @@ def test_the_batch_is_the_runs_and_native_keys_lie_over_our_defaults(run_file):
         ({"gradient_clipping": 5.0}, "contradicts the run, which has 1.0"),
         ({"optimizer": {"type": "Adam"}}, "set `optimizer` of the run instead"),
         ({"scheduler": {"type": "WarmupLR"}}, "set `schedule` of the run instead"),
+        ({"activation_checkpointing": {}}, "set `activation_checkpointing` of the run instead"),
     ],
 )
 def test_what_deepspeed_would_ignore_or_override_is_refused(run_file, keys, message):
@@ -49,6 +50,36 @@ def test_the_stage_that_trains_wrongly_in_half_precision_is_refused(run_file):
     assert native(run_file, stage_0)
     with pytest.raises(ConfigError, match="0 trains wrongly in bf16; use 1"):
         native(run_file, stage_0, "precision=bf16")
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ("{stage: 3, offload_param: {device: nvme}}", "offload_param.device: nvme has not been"),
+        ("{stage: 2, offload_optimizer: {device: nvme}}", "offload_optimizer.device: nvme"),
+    ],
+)
+def test_offload_to_disk_is_refused(run_file, zero, message):
+    config = load_config(run_file, [f"deepspeed={{zero_optimization: {zero}}}"])
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_config(config, world_size=1)
+
+
+def test_what_memory_is_saved_changes_no_loss(run_file, tmp_path):
+    """Offload and recomputation, with dropout, at two ranks in ZeRO-3: the run without them."""
+    dropout = ("model.dropout=0.1", "model.ffn.dropout=0.1", "duration.steps=3")
+    savings = {
+        "plain": ("deepspeed={zero_optimization: {stage: 3}}",),
+        "saved": (
+            "deepspeed={zero_optimization: {stage: 3, offload_optimizer: {device: cpu}}}",
+            "activation_checkpointing=full",
+        ),
+    }
+    runs = []
+    for name, own in savings.items():
+        finish(start_ranks(run_file, *dropout, *own, f"run_dir={tmp_path / name}"))
+        runs.append(rows(tmp_path / name))
+    assert runs[0] == runs[1]
 
 
 def test_groups_decay_matrices_alone_and_alike_at_every_width(run_file):
