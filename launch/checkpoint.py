@@ -148,6 +148,7 @@ class Checkpoints:
             return
         state = self._writing[0]
         self.publish()
+        self._threads.submit(int).result()  # what is removed is gone when the process ends
         if self.retry_at is not None:
             raise CheckpointError(
                 f"{self.root / tag_of(state.step)}: the last checkpoint could not be written; free "
