@@ -13,8 +13,6 @@ import yaml
 from ranks import ENVIRONMENT, ROOT, finish, metrics, sparse_gpt, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.checkpoint import tag_of
-
 EXACT = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
 
 
@@ -71,12 +69,9 @@ def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(ru
     assert metrics(run_dir) == rows
 
 
-@pytest.mark.parametrize(
-    ("zero_stage", "precision", "every"),
-    [(0, "fp32", 8), (1, "bf16", 8), (3, "fp32", 8)],
-)
-def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage, precision, every):
-    """Dropout and running statistics included. ZeRO-2: test_resume.py."""
+@pytest.mark.parametrize(("zero_stage", "precision"), [(1, "bf16"), (2, "fp32")])
+def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage, precision):
+    """Dropout and running statistics included. ZeRO 3: test_resume.py."""
     options = (
         f"precision={precision}",
         f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}",
@@ -84,15 +79,15 @@ def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage, precisio
         "model.ffn.dropout=0.1",
         "model.ffn.feedback={}",
         "batch={global_tokens: 256, micro_batch: 2}",
-        f"duration.steps={3 * every}",
-        f"checkpoint.every={every}",
+        "duration.steps=24",
+        "checkpoint.every=8",
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     finish(start_ranks(run_file, *options, f"run_dir={whole}"))
 
     ranks = start_ranks(run_file, *options, f"run_dir={cut}")
     log, deadline = cut / "metrics.jsonl", time.monotonic() + 120
-    while not (cut / f"checkpoints/{tag_of(every)}").exists():
+    while not (cut / "checkpoints/step-00000008").exists():
         assert time.monotonic() < deadline, ranks[0].communicate()[0]
         time.sleep(0.002)
     for rank in ranks:
@@ -100,14 +95,14 @@ def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage, precisio
     for rank in ranks:
         rank.communicate()
     reached = log.read_text().count("\n") - 1
-    assert every < reached < 3 * every, "it should have been killed between checkpoints"
+    assert 8 < reached < 24, "it should have been killed between checkpoints"
 
     finish(start_ranks(run_file, *options, f"run_dir={cut}"))
     assert exact(metrics(cut)) == exact(metrics(whole))
-    assert [row["step"] for row in metrics(cut)] == list(range(3 * every + 1))
+    assert [row["step"] for row in metrics(cut)] == list(range(25))
     starts = json.loads((cut / "provenance.json").read_text())["starts"]
     assert starts[0]["step"] == 0
-    assert starts[1]["step"] in (every, 2 * every)  # the second may be whole by then
+    assert starts[1]["step"] in (8, 16)  # the second may be whole by then
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run_file):
@@ -189,10 +184,9 @@ def test_torchrun_and_srun_train_as_any_launcher(run_file, tmp_path):
     assert exact(metrics(tmp_path / "srun")) == plain
 
 
-@pytest.mark.parametrize("zero_stage", [1, 3])
-def test_fused_kernels_train_as_the_eager_chain_does(run_file, tmp_path, monkeypatch, zero_stage):
+def test_fused_kernels_train_as_the_eager_chain_does(run_file, tmp_path, monkeypatch):
     """In Triton's interpreter; ZeRO-3 must gather what the kernels read past the modules."""
-    options = [f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}", "duration={steps: 3}"]
+    options = ["deepspeed={zero_optimization: {stage: 3}}", "duration={steps: 3}"]
     options += ["batch={global_tokens: 128, micro_batch: 2}", "eval.max_tokens=64"]
     losses = []
     for backend in ("eager", "triton"):
