@@ -79,7 +79,10 @@ def test_what_memory_is_saved_changes_no_loss(run_file, tmp_path):
     for name, own in savings.items():
         finish(start_ranks(run_file, *dropout, *own, f"run_dir={tmp_path / name}"))
         runs.append(rows(tmp_path / name))
-    assert runs[0] == runs[1]
+    for plain, saved in zip(*runs, strict=True):
+        assert plain[::2] + plain[3:] == saved[::2] + saved[3:]
+        # An offloaded optimizer adds the norm up in another order; at these norms nothing is cut.
+        assert plain[1] == saved[1] or plain[1] == pytest.approx(saved[1], rel=1e-6)
 
 
 def test_groups_decay_matrices_alone_and_alike_at_every_width(run_file):
