@@ -139,6 +139,7 @@ def test_a_spike_is_skipped_or_rolled_back(run_file, tmp_path):
         assert state["guard"]["skipped"] == 1
 
 
+@pytest.mark.long
 def test_spikes_that_come_back_after_each_rollback_end_the_run(run_file):
     error = stopped(
         start_ranks(

@@ -67,6 +67,7 @@ def forgotten_moments(content):
         fragment["exp_avg"].zero_()
 
 
+@pytest.mark.long
 def test_resume_is_proved_and_tampering_found(run_file, tmp_path, monkeypatch):
     """ZeRO 1 and 2: test_train.py, without the launcher; ZeRO 0: test_sweep.py."""
     monkeypatch.setattr("os.environ", ENVIRONMENT)

@@ -67,7 +67,9 @@ def end(process, run_file, seconds):
     return process.returncode, errors.splitlines()
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)]
+)
 def test_a_signal_saves_a_checkpoint_and_ends_with_75(run_file, number):
     process = start(run_file, "checkpoint.every=100000")
     process.send_signal(number)

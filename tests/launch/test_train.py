@@ -69,9 +69,12 @@ def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(ru
     assert metrics(run_dir) == rows
 
 
-@pytest.mark.parametrize(("zero_stage", "precision"), [(1, "bf16"), (2, "fp32")])
+@pytest.mark.parametrize(
+    ("zero_stage", "precision"),
+    [(1, "bf16"), pytest.param(2, "fp32", marks=pytest.mark.long)],
+)
 def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage, precision):
-    """Dropout and running statistics included. ZeRO 3: test_resume.py."""
+    """Dropout and running statistics included. All stages: test_engine.py."""
     options = (
         f"precision={precision}",
         f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}",

@@ -125,6 +125,7 @@ def job(run_file):
     return found
 
 
+@pytest.mark.long
 def test_two_hosts_train_as_one_and_stop_on_a_signal(cluster, run_file, tmp_path):
     finish(start_ranks(run_file, f"run_dir={tmp_path / 'one'}"))
     process = start(cluster, run_file)
@@ -137,6 +138,7 @@ def test_two_hosts_train_as_one_and_stop_on_a_signal(cluster, run_file, tmp_path
     assert ours == [row.get("train/loss") for row in metrics(tmp_path / "one")][: len(ours)]
 
 
+@pytest.mark.long
 def test_a_cut_cable_ends_both_hosts_within_the_set_time(cluster, run_file, tmp_path):
     process = start(cluster, run_file, "fault.timeout_seconds=6", "duration.steps=100000")
     until_step(tmp_path / "run/metrics.jsonl", 2)
