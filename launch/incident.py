@@ -223,7 +223,7 @@ def _one_by_one(
         for row, sample in enumerate(part["samples"].tolist()):
             tokens, targets = part["tokens"][row : row + 1], part["targets"][row : row + 1]
             loss = _backward(model, tokens, targets, device)
-            grads = [p.grad for p in model.parameters() if p.grad is not None]
+            grads = [p.grad.float() for p in model.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(grads).item()
             results.append(
                 SampleResult(sample, rank, row // micro_batch, loss, norm, tokens[0].tolist())
@@ -238,7 +238,7 @@ def _backward(
     model.zero_grad()
     loss = model(tokens.to(device), targets.to(device))
     loss.backward()
-    return float(loss)
+    return loss.item()
 
 
 def replay_json(found: Replay) -> dict[str, Any]:
