@@ -109,7 +109,7 @@ def test_any_stage_and_world_size_take_over_from_any_other(run_file, tmp_path):
         )
     one, other = metrics(tmp_path / "one"), metrics(moved)
     assert [row["step"] for row in other] == list(range(61))
-    for a, b in zip(one, other, strict=True):
+    for a, b in zip(one[1:], other[1:], strict=True):
         assert a.get("data/batch_hash") == b.get("data/batch_hash")
         assert a.get("train/loss") == pytest.approx(b.get("train/loss"), rel=1e-4)
     weights = [load_weights(run / "checkpoints/step-00000060") for run in (tmp_path / "one", moved)]

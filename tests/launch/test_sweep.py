@@ -44,7 +44,7 @@ def sweep_tree(run_file):
         },
         "baseline": "dense",
         "sizes": {"d32": {"model.d_model": 32}},
-        "budgets": [5e10, 1e11],
+        "budgets": [2e9, 4e9],
         "lr": [3e-3],
     }
 
@@ -62,6 +62,7 @@ def comparable(sweep):
 
 def test_the_grid_shares_trunks_and_says_what_it_leaves_out(sweep_tree, tmp_path):
     sweep_tree["run"]["model"]["vocab_size"] = 50257
+    sweep_tree["budgets"] = [5e10, 1e11]
     sweep_tree["sizes"]["d512"] = {"model.d_model": 512, "model.n_head": 32}
     sweep_tree["seeds"] = [0, 1]
     sweep = read_sweep(write(sweep_tree, tmp_path / "s.yaml"), tmp_path / "out")
@@ -182,12 +183,12 @@ def test_what_fails_or_diverges_is_said_and_the_rest_goes_on(sweep_tree, tmp_pat
     }
     sweep_tree["families"]["refused"]["model.ffn"] = "default"
     sweep_tree["lr"] = {"dense": [3e-3], "refused": [3e-3], "wild": [1e18]}
-    sweep_tree["budgets"] = [5e10]
+    sweep_tree["budgets"] = [2e9]
     path = write(sweep_tree, tmp_path / "s.yaml")
     done = sparse_gpt("sweep", "run", path, "--out", tmp_path / "out", "--jobs", "3")
     assert done.returncode == 1
-    assert "refused-d32-lr0.003-s0-5e10: failed with exit code 2; see" in done.stderr
-    assert "wild-d32-lr1e+18-s0-5e10: diverged; it is left out of the fit" in done.stderr
+    assert "refused-d32-lr0.003-s0-2e09: failed with exit code 2; see" in done.stderr
+    assert "wild-d32-lr1e+18-s0-2e09: diverged; it is left out of the fit" in done.stderr
     states = json.loads(
         sparse_gpt("sweep", "status", path, "--out", tmp_path / "out", "--json").stdout
     )
