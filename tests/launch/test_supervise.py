@@ -80,6 +80,7 @@ def test_a_signal_saves_a_checkpoint_and_ends_with_75(run_file, number):
     assert (run_file.parent / "run/checkpoints/latest").read_text() == f"step-{last:08}"
 
 
+@pytest.mark.long
 def test_a_second_signal_or_control_c_ends_even_a_hung_job_at_once(run_file):
     process = start(run_file)
     job(run_file)[1].suspend()
@@ -90,6 +91,7 @@ def test_a_second_signal_or_control_c_ends_even_a_hung_job_at_once(run_file):
     assert end(process, run_file, 5)[0] == 130
 
 
+@pytest.mark.long
 def test_ranks_listen_on_loopback_only_and_none_outlives_a_killed_command(run_file):
     process = start(run_file)
     sockets = [socket for rank in (0, 1) for socket in job(run_file)[rank].net_connections()]
@@ -99,6 +101,7 @@ def test_ranks_listen_on_loopback_only_and_none_outlives_a_killed_command(run_fi
     assert end(process, run_file, 10)[0] == -signal.SIGKILL
 
 
+@pytest.mark.long
 def test_a_killed_launcher_leaves_no_ranks(run_file):
     process = start(run_file)
     job(run_file)["launcher"].kill()
@@ -134,6 +137,7 @@ def test_no_restart_where_it_cannot_help(tmp_path, capfd, code, starts):
         )
 
 
+@pytest.mark.long
 def test_a_hung_rank_ends_the_run_within_the_set_time(run_file):
     process = start(run_file, "fault.timeout_seconds=5")
     stopped = time.monotonic()
