@@ -9,7 +9,8 @@
     DataError     bad input, in one line for its user
 
 The files, from text to tensor: documents, tokenizer, units, workers, prepare; shards, manifest,
-reader; order, batches. Only reading documents imports `datasets`, and only batches imports torch.
+reader; order, batches; and files, by which all are published. Only reading documents imports
+`datasets`, and only batches imports torch.
 """
 
 from typing import TYPE_CHECKING, Any

@@ -21,7 +21,8 @@ from pathlib import Path
 from typing import Any
 
 from data.errors import DataError
-from data.shards import DTYPES, FileEntry, ShardEntry, Vocabulary, publish, temporary
+from data.files import publish_text
+from data.shards import DTYPES, FileEntry, ShardEntry, Vocabulary
 
 MANIFEST = "manifest.json"
 FORMAT = "sparse-gpt shards 1"
@@ -33,8 +34,7 @@ def write_sealed(path: Path, fields: dict[str, Any]) -> str:
     """Publish `fields` as a sealed JSON file; the hash it got."""
     content = json.dumps({"hash": _ZEROS, **fields}, indent=1) + "\n"
     digest = hashlib.sha256(content.encode()).hexdigest()
-    temporary(path).write_bytes(content.replace(_ZEROS, digest, 1).encode())
-    publish(path)
+    publish_text(path, content.replace(_ZEROS, digest, 1))
     return digest
 
 

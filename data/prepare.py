@@ -26,6 +26,7 @@ import numpy.typing as npt
 
 from data.documents import Slice, cut, find_files, read
 from data.errors import DataError
+from data.files import TEMPORARY
 from data.manifest import (
     FORMAT,
     MANIFEST,
@@ -36,7 +37,7 @@ from data.manifest import (
     write_sealed,
 )
 from data.progress import Progress
-from data.shards import INDEX, TEMPORARY, content_hash, dtype_for
+from data.shards import INDEX, content_hash, dtype_for
 from data.tokenizer import load_tokenizer
 from data.units import (
     Options,

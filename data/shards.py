@@ -28,7 +28,6 @@ therefore always a whole file.
 """
 
 import hashlib
-import os
 import struct
 from dataclasses import dataclass
 from pathlib import Path
@@ -39,6 +38,7 @@ import numpy.typing as npt
 import xxhash
 
 from data.errors import DataError
+from data.files import publish, temporary
 
 LAYOUT = 1
 HEADER_BYTES = 1024
@@ -49,7 +49,6 @@ DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtyp
 _HEADER = struct.Struct("<iiiI8sQQIII4x32s")
 _LLM_C = {2: (20240520, 1), 4: (20240801, 7)}
 _TAG = b"sprsgpt\0"
-TEMPORARY = ".tmp-"
 
 
 def dtype_for(vocab_size: int) -> str:
@@ -112,23 +111,6 @@ def file_entry(path: Path) -> FileEntry:
             blocks.append(xxhash.xxh3_64_hexdigest(block))
             size += len(block)
     return FileEntry(size, whole.hexdigest(), "".join(blocks))
-
-
-def temporary(path: Path) -> Path:
-    """The name under which `path` is written."""
-    return path.with_name(TEMPORARY + path.name)
-
-
-def publish(path: Path) -> None:
-    """Give the whole, flushed temporary file its name, and make the name last."""
-    with open(temporary(path), "rb") as file:
-        os.fsync(file.fileno())
-    os.replace(temporary(path), path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 class ShardWriter:

@@ -6,8 +6,9 @@ from pathlib import Path
 
 from data.documents import cut, find_files, read
 from data.errors import DataError
+from data.files import publish, temporary
 from data.prepare import split_of
-from data.shards import content_hash, publish, temporary
+from data.shards import content_hash
 from data.tokenizer import PATTERN
 from data.units import Options
 

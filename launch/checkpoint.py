@@ -11,7 +11,6 @@ them too.
 """
 
 import json
-import os
 import shutil
 import sys
 from collections.abc import Mapping
@@ -24,6 +23,7 @@ from typing import Any
 import torch
 import xxhash
 
+from data.files import publish_text, sync
 from launch.config import ConfigError
 from launch.engine import Engine
 from launch.fragments import restore, snapshot
@@ -204,12 +204,9 @@ class Checkpoints:
         }
         for name in names:
             (aside / f"{name}.xxh3").unlink()
-        _write_synced(aside / "manifest.json", json.dumps(manifest, indent=1))
-        _sync_folder(aside)
+        publish_text(aside / "manifest.json", json.dumps(manifest, indent=1))
         aside.rename(self.root / tag_of(state.step))
-        _write_synced(self.root / "latest.tmp", tag_of(state.step))
-        (self.root / "latest.tmp").rename(self.root / "latest")
-        _sync_folder(self.root)
+        publish_text(self.root / "latest", tag_of(state.step))
         for old in self._tags()[self.config.keep_last :]:
             if not self._kept(step_of(old)):
                 self._threads.submit(shutil.rmtree, self.root / old, ignore_errors=True)
@@ -264,9 +261,8 @@ def _write_file(path: Path, content: Any) -> None:
     """Write a rank's file and its hash, both on the disk when this returns."""
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-    _write_synced(path.with_name(f"{path.name}.xxh3"), _hash(path))
+    sync(path)
+    publish_text(path.with_name(f"{path.name}.xxh3"), _hash(path))
 
 
 def _hash(path: Path) -> str:
@@ -275,21 +271,6 @@ def _hash(path: Path) -> str:
         while block := file.read(1 << 22):
             digest.update(block)
     return digest.hexdigest()
-
-
-def _write_synced(path: Path, text: str) -> None:
-    with path.open("w") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync_folder(path: Path) -> None:
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 def rng_state(device: torch.device) -> dict[str, torch.Tensor]:

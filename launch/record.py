@@ -16,6 +16,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
+from data.files import publish_text
 from launch.run_dir import read_metrics
 
 Row = Mapping[str, Any]
@@ -40,11 +41,10 @@ class Record:
 
     def _open(self, resume_step: int) -> None:
         before = read_metrics(self.run_dir) if resume_step else []
-        kept = self.run_dir / "metrics.tmp"
         rows = [row for row in before if row["step"] <= resume_step]
-        kept.write_text("".join(json.dumps(row) + "\n" for row in rows))
-        kept.rename(self.run_dir / "metrics.jsonl")
-        self._file = (self.run_dir / "metrics.jsonl").open("ab", buffering=0)
+        path = self.run_dir / "metrics.jsonl"
+        publish_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = path.open("ab", buffering=0)
         self._waiting: list[Row] = []
         self._board: SummaryWriter | None = self._draw_all()
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import xxhash
 
+from data.files import publish_text
 from launch.checkpoint import step_of, tag_of
 from launch.config import ConfigError, RunConfig, load_config, to_yaml
 from launch.costs import model_report
@@ -94,8 +95,8 @@ def open_run_dir(
                 {"step": step, **_this_start(world), "preflight": preflight},
             ],
         }
-        _write(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
-        _write(folder / "config.yaml", to_yaml(config))
+        publish_text(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
+        publish_text(folder / "config.yaml", to_yaml(config))
     return folder
 
 
@@ -155,19 +156,13 @@ def fork(trunk: Path, step: int, folder: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl"):  # rows after the step go when it starts
         shutil.copy(trunk / name, aside / name)
     record = {**_read_provenance(trunk), "forked_from": {"run": str(trunk), "step": step}}
-    _write(aside / "provenance.json", json.dumps(record, indent=1) + "\n")
+    publish_text(aside / "provenance.json", json.dumps(record, indent=1) + "\n")
     aside.rename(folder)
 
 
 def _read_provenance(folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = json.loads((folder / "provenance.json").read_text())
     return found
-
-
-def _write(path: Path, text: str) -> None:
-    aside = path.with_name(f".{path.name}.tmp")
-    aside.write_text(text)
-    aside.rename(path)
 
 
 def _this_start(world: World) -> dict[str, Any]:
