@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 KINDS = ("master", "exp_avg", "exp_avg_sq")
+BYTES_PER_PARAMETER = 4 * len(KINDS)  # of a checkpoint
 
 
 @dataclass(frozen=True)
@@ -68,14 +69,12 @@ def snapshot(engine: Any, rank: int, world_size: int) -> dict[str, Any]:
     own = fragments(engine)
     if engine.zero_optimization_stage() == 0:
         own = [share for f in own for share in _share(f, rank, world_size)]
-    step = 0.0
     saved: dict[str, Any] = {}
     for f in own:
-        state = adam.state[f.base]
-        step = float(state["step"])
-        tensors = {"master": f.base.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
+        tensors = _tensors(adam, f.base)
         copies = {kind: f.part(tensors[kind]).to("cpu", copy=True) for kind in KINDS}
         saved[f.name] = {"start": f.start, **copies}
+    step = float(adam.state[own[0].base]["step"]) if own else 0.0  # all count alike
     return {"step": step, "fragments": saved}
 
 
@@ -91,13 +90,8 @@ def restore(engine: Any, files: Sequence[Mapping[str, Any]]) -> None:
     if stage == 3:
         zero.checkpoint_event_prologue()
     for f in fragments(engine):
-        state = adam.state[f.base]
-        if not state:
-            state["step"] = torch.zeros((), dtype=torch.float32, device=f.base.device)
-            for kind in KINDS[1:]:
-                state[kind] = torch.zeros_like(f.base, memory_format=torch.preserve_format)
-        state["step"].fill_(step)
-        into = {"master": f.base.data, **{kind: state[kind] for kind in KINDS[1:]}}
+        into = _tensors(adam, f.base)
+        adam.state[f.base]["step"].fill_(step)
         covered = 0
         for file in files:
             saved = file["fragments"].get(f.name)
@@ -118,6 +112,16 @@ def restore(engine: Any, files: Sequence[Mapping[str, Any]]) -> None:
         zero.checkpoint_event_epilogue()
     elif stage:
         zero.update_lp_params()
+
+
+def _tensors(adam: torch.optim.Optimizer, base: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The base and its moments by kind; before AdamW's first step they are made as it would."""
+    state = adam.state[base]
+    if not state:
+        state["step"] = torch.zeros((), dtype=torch.float32, device=base.device)
+        for kind in KINDS[1:]:
+            state[kind] = torch.zeros_like(base, memory_format=torch.preserve_format)
+    return {"master": base.detach(), **{kind: state[kind] for kind in KINDS[1:]}}
 
 
 def _share(f: Fragment, rank: int, world_size: int) -> Iterator[Fragment]:

@@ -21,10 +21,10 @@ import torch
 import torch.distributed as dist
 
 from launch.config import ConfigError, RunConfig, to_yaml
+from launch.fragments import BYTES_PER_PARAMETER
 from launch.world import World
 
 _SOURCES = ("launch", "data", "sparse_gpt")
-_BYTES_PER_PARAMETER = 12  # of a checkpoint: fp32 weight and two moments
 _MEGABYTES = 4  # of the all-reduce that is timed
 
 
@@ -96,7 +96,7 @@ def odd_one_out(facts: Sequence[Facts]) -> str | None:
 
 def full_disk(facts: Sequence[Facts], run_dir: str, parameters: int) -> str | None:
     """One line about the first rank whose disk takes no whole checkpoint, or None."""
-    needed = parameters * _BYTES_PER_PARAMETER
+    needed = parameters * BYTES_PER_PARAMETER
     for rank, each in enumerate(facts):
         if each.disk_free < needed:
             return (
