@@ -166,8 +166,6 @@ class Engine:
             transfer_width(model)
         model.recompute(config.activation_checkpointing)
         groups = parameter_groups(model, config.optimizer)
-        # Not read from the optimizer's groups later: those of a checkpoint replace them.
-        self.lr_multipliers = [group["lr_multiplier"] for group in groups]
         optimizer = torch.optim.AdamW(
             groups,
             lr=config.optimizer.lr,
@@ -200,9 +198,8 @@ class Engine:
         Raises RunStopped if the ranks' weights were compared and differ.
         """
         lr = learning_rate(step, self.total_steps, self.config.optimizer.lr, self.config.schedule)
-        groups = self.deepspeed.optimizer.param_groups
-        for group, multiplier in zip(groups, self.lr_multipliers, strict=True):
-            group["lr"] = lr * multiplier
+        for group in self.deepspeed.optimizer.param_groups:
+            group["lr"] = lr * group["lr_multiplier"]
         size = self.config.batch.micro_batch
         micro_batches = list(zip(tokens.split(size), targets.split(size), strict=True))
         loss = torch.zeros((), device=self.world.device)

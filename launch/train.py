@@ -238,14 +238,10 @@ def main() -> None:
         if read_environment()[0] == 0:
             print(preempted, flush=True)
         os._exit(PREEMPTED)
-    except RunStopped as stop:
-        if read_environment()[0] == 0:
-            print(f"error: {stop}", file=sys.stderr, flush=True)
-        dist.barrier()
-        os._exit(1)
-    except CheckpointError as error:
+    except (RunStopped, CheckpointError) as error:  # on all ranks
         if read_environment()[0] == 0:
             print(f"error: {error}", file=sys.stderr, flush=True)
+        dist.barrier()
         os._exit(1)
     except Exception as error:
         line = lost_peer(error)
