@@ -108,8 +108,3 @@ def _free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
-
-
-def interrupt(*_: object) -> None:
-    """A signal handler that ends as Ctrl-C does."""
-    raise KeyboardInterrupt

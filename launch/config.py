@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+import torch
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
 
@@ -112,6 +113,10 @@ class GuardConfig(Section):
     window: int = Field(100, gt=1)  # the last so many good steps; before those, there is no spike
     stop_after: int = Field(5, gt=0)  # bad steps in a row; their last one goes to incidents/
     checksum_every: int = Field(0, ge=0)  # steps between comparisons of the ranks' weights; 0 = off
+
+
+# The weights' dtype at each precision, between the updates of their fp32 masters.
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class RunConfig(Section):

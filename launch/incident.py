@@ -25,11 +25,9 @@ from torch import nn
 
 from data import Batch, load_tokenizer
 from launch.checkpoint import set_rng_state, tag_of
-from launch.config import ConfigError, RunConfig, load_config, to_yaml
+from launch.config import DTYPES, ConfigError, RunConfig, load_config, to_yaml
 from launch.engine import Engine
 from sparse_gpt import GPT
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def write_incident(
@@ -168,7 +166,7 @@ def replay(folder: Path) -> Replay:
             torch.load(folder / f"rank-{rank}.pt", weights_only=True)
             for rank in range(record["world_size"])
         ]
-        model = GPT(config.model).to(device, _DTYPES[config.precision])
+        model = GPT(config.model).to(device, DTYPES[config.precision])
         model.load_state_dict(weights)
     except (OSError, EOFError, UnpicklingError, ValueError, KeyError, RuntimeError) as error:
         reason = (str(error) or type(error).__name__).splitlines()[0]

@@ -16,15 +16,14 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from launch.config import RunConfig
+from launch.config import DTYPES, RunConfig
 from launch.costs import parameter_counts
 from sparse_gpt import GPT, ModelConfig, UltraEfficientSparseFFN
 from sparse_gpt.ffn.kernels import unsupported
 from sparse_gpt.loss import chunk_size
 from sparse_gpt.model import padded_vocabulary
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-_BUCKET, _PREFETCH = 500_000_000, 50_000_000  # DeepSpeed's defaults, in elements
+_PREFETCH = 50_000_000  # DeepSpeed's default, in elements, as of the bucket below
 
 Recompute = Literal["none", "selective", "full"]
 DeviceType = Literal["cpu", "cuda"]
@@ -160,7 +159,7 @@ def estimate(
     # Gradients between the micro-batches of a step, and when the backward is over.
     whole = parameters * (4 if stage else width)
     between = whole if stage < 2 else 4 * share
-    bucket = int(zero.get("reduce_bucket_size", _BUCKET))
+    bucket = bucket_size(config)
     if device == "cpu":
         bucket = min(bucket, parameters)
     double = zero.get("overlap_comm", stage == 3) and stage in (1, 2)
@@ -200,6 +199,11 @@ def estimate(
         moment(between + (0 if offload else flat), 0, 0, buckets if stage == 3 else 0),
     )
     return max(moments, key=lambda memory: memory.total)
+
+
+def bucket_size(config: RunConfig) -> int:
+    """Elements of one of DeepSpeed's reduction buckets."""
+    return int(config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", 500_000_000))
 
 
 def _on_host(zero: dict[str, Any], part: str) -> bool:

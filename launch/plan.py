@@ -9,7 +9,7 @@ from rich.table import Table
 from launch.config import ConfigError, RunConfig
 from launch.costs import ffn_cost, model_report, parameter_counts, total
 from launch.engine import deepspeed_config
-from launch.memory import Memory, estimate, fuses
+from launch.memory import Memory, bucket_size, estimate, fuses
 from launch.world import GPUS, Gpu
 
 RESERVED = 2 * 2**30
@@ -115,9 +115,8 @@ def _warnings(
             found.append("fits in no ZeRO stage: more GPUs, activation_checkpointing, or offload")
     if config.precision == "fp32":
         found.append("precision fp32: the days are those of half precision; use bf16")
-    zero = config.deepspeed.get("zero_optimization", {})
     parameters = parameter_counts(config.model)[0]
-    if stage and int(zero.get("reduce_bucket_size", 500_000_000)) > parameters:
+    if stage and bucket_size(config) > parameters:
         found.append(
             f"deepspeed.zero_optimization.reduce_bucket_size is larger than the model, "
             f"{own['buffers'] / 2**30:.1f} GiB a rank; set it to {max(parameters // 4, 1):,} or so"

@@ -36,6 +36,7 @@ from rich.console import Console
 from rich.table import Table
 from torch import Tensor, nn
 
+from launch.config import DTYPES
 from launch.provenance import provenance
 from launch.world import keep_freed_memory
 from sparse_gpt import DenseFFN, UltraEfficientSparseFFN, count_flops
@@ -43,7 +44,6 @@ from sparse_gpt.config import DenseFFNConfig, ffn_preset
 
 Call = Callable[[], Tensor | None]
 PASSES = ("forward", "backward", "both")
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class Clock:

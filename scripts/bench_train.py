@@ -29,11 +29,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from bench_ffn import DTYPES
 from rich.console import Console
 from rich.table import Table
 
-from launch.config import RunConfig, load_config
+from launch.config import DTYPES, RunConfig, load_config
 from launch.engine import Engine, check_compiler, parameter_groups
 from launch.provenance import provenance
 from launch.schedule import learning_rate

@@ -112,7 +112,6 @@ def run(
     """Train what is missing; run again after any interruption. Watch it in TensorBoard."""
     import signal
 
-    from launch.cluster import interrupt
     from launch.sweep.execute import Trainer, run_sweep, submit_array
     from launch.sweep.grid import read_sweep
     from launch.sweep.plots import check_plots
@@ -123,7 +122,7 @@ def run(
     if slurm:
         print(submit_array(sweep, jobs, devices))
         return
-    signal.signal(signal.SIGTERM, interrupt)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     problems = run_sweep(sweep, Trainer(jobs, devices), chain, lambda: draw_points(sweep))
     for problem in problems:
         print(problem, file=sys.stderr)
