@@ -115,7 +115,7 @@ class _Ranks:
     def __init__(self, runner: int, launch: Launch) -> None:
         self.alive: dict[int, psutil.Process] = {}
         self.failure: tuple[int, int] | None = None  # the first (rank, exit code) that is not 0
-        self.reaped: int | None = None  # the first rank whose exit code only the launcher knows
+        self.reaped: int | None = None  # one that ended before, its code known to its parent only
         self._runner, self._launch = psutil.Process(runner), launch
         self._told: set[int] = set()
 
@@ -129,9 +129,9 @@ class _Ranks:
             if code is None:
                 continue
             del self.alive[rank]
-            if code == _UNKNOWN:
-                self.reaped = rank if self.reaped is None else self.reaped
-            elif code:
+            if code == _UNKNOWN and self.failure is None and self.reaped is None:
+                self.reaped = rank
+            elif code not in (_DONE, _UNKNOWN):
                 failed.append((code, rank))
         if failed and self.failure is None:
             code, rank = min(failed)  # a signal's is negative: the others' ends follow from it

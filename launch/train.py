@@ -8,6 +8,7 @@ Started again on the same run directory it goes on from the newest whole checkpo
 import argparse
 import os
 import sys
+import time
 import warnings
 from collections.abc import Iterator
 from dataclasses import replace
@@ -30,6 +31,7 @@ from launch.run_dir import check_run_dir, hold, open_run_dir, origin
 from launch.telemetry import Telemetry
 from launch.world import (
     PREEMPTED,
+    WITNESS_WAITS,
     World,
     end_with_launcher,
     join_world,
@@ -248,6 +250,7 @@ def main() -> None:
         if line is None:
             raise
         print(f"error: {line}", file=sys.stderr, flush=True)
+        time.sleep(WITNESS_WAITS)
         os._exit(1)
     dist.barrier()
     sys.stdout.flush()

@@ -38,6 +38,9 @@ GPUS = {
 
 
 PREEMPTED = 75  # exit code of a run that saved and stopped because it was told to (EX_TEMPFAIL)
+# DeepSpeed's launcher looks at its ranks once a second and passes on the first failure that it
+# meets: a rank that another's end has stopped waits so long, lest it be taken for the cause.
+WITNESS_WAITS = 2.0  # seconds
 
 
 @dataclass(frozen=True)
