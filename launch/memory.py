@@ -166,11 +166,12 @@ def estimate(
     buckets = bucket * (4 if stage == 1 else width) * (2 if double else 1) if stage else 0
     flat = 4 * share if stage else 0  # the partition that the optimizer steps on
 
-    # Activations: at the loss all blocks' are there, and what one block computes again.
+    # Activations: at the loss all blocks' are there; then one block at a time computes its own again.
     fused = device == "cuda" and fuses(model, config.precision)
     kept = trace(model, config.precision, config.activation_checkpointing, fused)
     plain = trace(model, config.precision, "none", fused)
-    activations = size * (kept.ends + model.n_layer * kept.block + plain.block - kept.block)
+    activations = size * (kept.ends + model.n_layer * kept.block)
+    again = size * (plain.block - kept.block)
 
     tokens, rows = size * model.max_seq_len, padded_vocabulary(model)
     chunk = chunk_size(tokens, rows, torch.device(device))
@@ -194,7 +195,7 @@ def estimate(
     early = buckets if device == "cuda" else 0
     moments = (
         moment(before, activations, logits, early if stage == 3 else 0),
-        moment(before, activations + inside, head_gradient, early),
+        moment(before, activations + again + inside, head_gradient, early),
         moment(between, size * kept.ends, 2 * head_gradient, buckets),
         moment(between + (0 if offload else flat), 0, 0, buckets if stage == 3 else 0),
     )
