@@ -166,7 +166,7 @@ def estimate(
     buckets = bucket * (4 if stage == 1 else width) * (2 if double else 1) if stage else 0
     flat = 4 * share if stage else 0  # the partition that the optimizer steps on
 
-    # Activations: at the loss all blocks' are there; then one block at a time computes its own again.
+    # Activations: all blocks' at the loss; then each block in turn computes its own again.
     fused = device == "cuda" and fuses(model, config.precision)
     kept = trace(model, config.precision, config.activation_checkpointing, fused)
     plain = trace(model, config.precision, "none", fused)
