@@ -162,7 +162,7 @@ class Checkpoints:
         """
         while (tag := self.world.from_rank_0(self._newest)) is not None:
             folder = self.root / tag
-            manifest = self.world.from_rank_0(partial(_read_manifest, folder))
+            manifest = self.world.from_rank_0(partial(read_manifest, folder))
             damage = "has no valid manifest" if manifest is None else self._damage(folder, manifest)
             if self.votes.now(damage is not None) == [False]:
                 return self._load(folder, manifest)
@@ -204,7 +204,7 @@ class Checkpoints:
         }
         for name in names:
             (aside / f"{name}.xxh3").unlink()
-        publish_text(aside / "manifest.json", json.dumps(manifest, indent=1))
+        write_manifest(aside, manifest)
         aside.rename(self.root / tag_of(state.step))
         publish_text(self.root / "latest", tag_of(state.step))
         for old in self._tags()[self.config.keep_last :]:
@@ -249,12 +249,23 @@ def load_weights(folder: Path) -> dict[str, torch.Tensor]:
     }
 
 
-def _read_manifest(folder: Path) -> dict[str, Any] | None:
+def read_manifest(folder: Path) -> dict[str, Any] | None:
+    """What a checkpoint's `manifest.json` says; None if it is not as `write_manifest` left it."""
     try:
-        manifest = json.loads((folder / "manifest.json").read_text())
-        return manifest if {"step", "samples", "guard", "files"} <= manifest.keys() else None
-    except (OSError, ValueError, AttributeError):
+        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
+        return manifest if manifest.pop("hash") == _hash_of(manifest) else None
+    except (OSError, ValueError, AttributeError, TypeError, KeyError):
         return None
+
+
+def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
+    """Publish a checkpoint's `manifest.json`, with a hash of itself: a flipped bit is found."""
+    sealed = {**manifest, "hash": _hash_of(manifest)}
+    publish_text(folder / "manifest.json", json.dumps(sealed, indent=1))
+
+
+def _hash_of(manifest: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
 
 
 def _write_file(path: Path, content: Any) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 import xxhash
 
 from data.files import publish_text
-from launch.checkpoint import step_of, tag_of
+from launch.checkpoint import read_manifest, tag_of
 from launch.config import ConfigError, RunConfig, load_config, to_yaml
 from launch.costs import model_report
 from launch.provenance import git_commit, provenance
@@ -72,11 +72,13 @@ def origin(config: RunConfig, data_manifest_hash: str) -> dict[str, str | None]:
 
 def finished(config: RunConfig) -> bool:
     """Whether the newest checkpoint in `run_dir` is the last that this configuration asks for."""
-    latest = Path(config.run_dir) / "checkpoints/latest"
-    if not latest.exists():
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    newest = max(checkpoints.glob("step-*"), default=None)
+    manifest = read_manifest(newest) if newest else None
+    if manifest is None:
         return False
     report = model_report(config.model)
-    return step_of(latest.read_text()) >= config.total_steps(report.training / report.seq)
+    return bool(manifest["step"] >= config.total_steps(report.training / report.seq))
 
 
 def open_run_dir(

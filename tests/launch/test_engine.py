@@ -1,12 +1,17 @@
+import re
 import shutil
+from pathlib import Path
 
 import pytest
 import yaml
 from ranks import finish, metrics, start_ranks
 
 from launch.config import ConfigError, load_config
+from launch.costs import parameter_counts
 from launch.engine import deepspeed_config, parameter_groups
 from sparse_gpt import GPT
+
+COUNTING = Path(__file__).with_name("counting_train.py")
 
 
 def native(run_file, keys, *overrides, world_size=2):
@@ -83,6 +88,33 @@ def test_what_memory_is_saved_changes_no_loss(run_file, tmp_path):
         assert plain[::2] + plain[3:] == saved[::2] + saved[3:]
         # An offloaded optimizer adds the norm up in another order; at these norms nothing is cut.
         assert plain[1] == saved[1] or plain[1] == pytest.approx(saved[1], rel=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_accumulated_gradients_are_reduced_once_a_step(run_file, tmp_path, zero_stage):
+    counts = []
+    for micro_batch in (2, 8):  # 4 micro-batches a step, 1
+        run_dir = tmp_path / str(micro_batch)
+        own = [f"batch.micro_batch={micro_batch}", f"run_dir={run_dir}", "duration.steps=2"]
+        stage = f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}"
+        outputs = finish(start_ranks(run_file, *own, stage, script=COUNTING))
+        counts += [int(line.split()[1]) for line in re.findall("reduced .* elements", outputs[0])]
+    parameters = parameter_counts(load_config(run_file).model)[0]
+    assert parameters <= counts[-1] < 1.1 * parameters
+    assert len(set(counts)) == 1
+
+
+@pytest.mark.long
+def test_losses_of_every_zero_stage_agree_over_50_steps(run_file, tmp_path):
+    losses = []
+    for zero_stage in range(4):
+        stage = f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}"
+        run_dir = tmp_path / str(zero_stage)
+        finish(start_ranks(run_file, stage, "duration.steps=50", f"run_dir={run_dir}"))
+        losses.append([row["train/loss"] for row in metrics(run_dir)[1:]])
+        assert len(losses[-1]) == 50
+        assert losses[-1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_groups_decay_matrices_alone_and_alike_at_every_width(run_file):

@@ -1,6 +1,5 @@
 """Killed, stopped, moved to other ranks, out of disk: a run goes on as if nothing had happened."""
 
-import json
 import signal
 import subprocess
 import sys
@@ -12,7 +11,7 @@ import torch
 import xxhash
 from ranks import ENVIRONMENT, finish, metrics, start_ranks
 
-from launch.checkpoint import load_weights
+from launch.checkpoint import load_weights, read_manifest, write_manifest
 from launch.prove_resume import Proof
 from launch.run_dir import read_metrics
 
@@ -36,7 +35,7 @@ def rewrite(change, field=None):
 
     def tamper(run_dir: Path) -> None:
         folder = max((run_dir / "checkpoints").glob("step-*"))
-        manifest = json.loads((folder / "manifest.json").read_text())
+        manifest = read_manifest(folder)
         change(manifest)
         for name in manifest["files"]:
             content = torch.load(folder / name, weights_only=True)
@@ -45,7 +44,7 @@ def rewrite(change, field=None):
             torch.save(content, folder / name)
             digest = xxhash.xxh3_128_hexdigest((folder / name).read_bytes())
             manifest["files"][name] = digest
-        (folder / "manifest.json").write_text(json.dumps(manifest))
+        write_manifest(folder, manifest)
 
     return tamper
 
@@ -116,6 +115,19 @@ def test_any_stage_and_world_size_take_over_from_any_other(run_file, tmp_path):
     # By norm, of all together: a token near its threshold moves TokenFeedback's few weights.
     one, other = (torch.cat([found[name] for name in sorted(found)]) for found in weights)
     assert (one - other).norm() <= 1e-2 * one.norm()
+
+
+def test_a_flipped_bit_in_a_manifest_is_found(tmp_path):
+    manifest = {"step": 40, "samples": 640, "guard": {"norms": [0.5, 1.25]}, "files": {"a": "1f"}}
+    write_manifest(tmp_path, manifest)
+    assert read_manifest(tmp_path) == manifest
+    path = tmp_path / "manifest.json"
+    whole = path.read_bytes()
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        path.write_bytes(flipped)
+        assert read_manifest(tmp_path) is None, bit
 
 
 @pytest.fixture
