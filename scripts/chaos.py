@@ -24,6 +24,7 @@ from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import NoReturn
 
 import psutil
 import yaml
@@ -69,6 +70,7 @@ class Chaos:
         }
         if os.path.ismount(run_dir.parent):
             self.ways["full disk"] = self._fill_the_disk
+        self._deck: list[str] = []
 
     def start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "launch", "train", str(self.config)]
@@ -83,7 +85,9 @@ class Chaos:
     def strike(self) -> tuple[str, bool, int, int] | None:
         """One life and its end: (way, while writing, step, processes left); None if it finished."""
         process = self.start()
-        way = self.rng.choice(list(self.ways))
+        if not self._deck:  # each way comes once before any comes again
+            self._deck = self.rng.sample(list(self.ways), len(self.ways))
+        way = self._deck.pop()
         writing = self.rng.random() < 0.5
         inode = self._inode()
         while self._inode() == inode and process.poll() is None:
@@ -97,9 +101,7 @@ class Chaos:
             time.sleep(0.002)
         else:
             if process.returncode:
-                sys.exit(
-                    f"the run failed by itself with exit code {process.returncode}: {self.log}"
-                )
+                self.fail(process.returncode)
             return None
         step = self.step()
         self.ways[way](psutil.Process(process.pid))
@@ -111,6 +113,11 @@ class Chaos:
             orphan.kill()
         process.wait()
         return way, writing, step, len(left)
+
+    def fail(self, code: int) -> NoReturn:
+        """End, with the last lines that the run has said."""
+        said = "\n".join(self.log.read_text().splitlines()[-20:])
+        sys.exit(f"{said}\nthe run ended by itself with exit code {code}")
 
     def _inode(self) -> int | None:
         path = self.run_dir / "metrics.jsonl"
@@ -199,7 +206,7 @@ def main() -> None:
             exact = len(set(options.ranks)) == 1
             whole = Chaos(config, disk / "whole", [max(options.ranks)], rng)
             if code := whole.start().wait():
-                sys.exit(f"the undisturbed run failed with exit code {code}: {whole.log}")
+                whole.fail(code)
             chaos = Chaos(config, disk / "attacked", options.ranks, rng)
             strikes = []
             while len(strikes) < options.kills and (strike := chaos.strike()):
@@ -208,7 +215,7 @@ def main() -> None:
                 when = " while a checkpoint was written" if writing else ""
                 console.print(f"{len(strikes):3} step {step:4}: {way}{when}; {left} left behind")
             if code := chaos.start().wait():
-                sys.exit(f"the last start failed with exit code {code}: {chaos.log}")
+                chaos.fail(code)
             found, complaints = verdict(whole.run_dir, chaos.run_dir, exact)
         finally:
             if mounted:

@@ -5,6 +5,7 @@ fit/<family>/...      TensorBoard runs that overlay, with training GFLOPs for th
 """
 
 import csv
+import fcntl
 import json
 import math
 import shutil
@@ -115,13 +116,19 @@ def draw_points(sweep: Sweep) -> None:
 
 @contextmanager
 def _published(target: Path) -> Iterator[Path]:
-    """A folder made aside that takes the place of an old one when it is complete."""
-    aside = target.with_name(f".{target.name}.writing")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    yield aside
-    shutil.rmtree(target, ignore_errors=True)
-    aside.rename(target)
+    """A folder made aside that takes the place of an old one when it is complete.
+
+    By one process at a time: the tasks of a Slurm array share it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        aside = target.with_name(f".{target.name}.writing")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        yield aside
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
 
 
 def summarize(comparison: Comparison) -> list[str]:

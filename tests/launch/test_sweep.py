@@ -18,7 +18,7 @@ import yaml
 from ranks import ENVIRONMENT, ROOT, metrics, sparse_gpt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from launch.checkpoint import tag_of
+from launch.checkpoint import tag_of, write_manifest
 from launch.config import ConfigError
 from launch.run_dir import held, hold
 from launch.sweep.collect import point_rows
@@ -207,8 +207,9 @@ def law(family, m, d):
 
 def pretend(cell, loss):
     """The files of a finished run that reached `loss`, as training writes them."""
-    (cell.run_dir / "checkpoints").mkdir(parents=True)
-    (cell.run_dir / "checkpoints/latest").write_text(tag_of(cell.steps))
+    checkpoint = cell.run_dir / "checkpoints" / tag_of(cell.steps)
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint, {"step": cell.steps})
     rows = [
         {"step": 0, "gflops": 0, "val/loss": 9.0},
         {"step": cell.steps, "gflops": cell.training_flops / 1e9, "val/loss": loss,
@@ -263,7 +264,21 @@ def test_a_fit_finds_the_multiplier_and_draws_it(finished_sweep, tmp_path):
     value, low, high = ([e.step for e in band.Scalars(tag)] for tag in tags)
     assert value == low == high  # TensorBoard draws no band otherwise
     assert all(event.value > 1 for event in band.Scalars(tags[1]))
-    assert not list((tmp_path / "out").glob(".*"))
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".fit.lock"]
+
+
+def test_fits_at_the_same_time_take_turns(finished_sweep, tmp_path):
+    """As the tasks of a Slurm array draw, each when its chain is done."""
+    for cell in finished_sweep.cells:
+        pretend(cell, law(cell.family, cell.report.forward / cell.report.seq, cell.tokens))
+    draw = "from launch.sweep import grid, report; from pathlib import Path; import sys; " + (
+        "sweep = grid.read_sweep(*map(Path, sys.argv[1:]));"
+        "[report.draw_points(sweep) for _ in range(3)]"
+    )
+    command = [sys.executable, "-c", draw, finished_sweep.path, tmp_path / "out"]
+    drawing = [subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT) for _ in range(3)]
+    assert [process.wait(timeout=300) for process in drawing] == [0, 0, 0]
+    assert (tmp_path / "out/fit/fit.json").exists()
 
 
 @pytest.mark.parametrize(
