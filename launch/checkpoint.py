@@ -166,11 +166,13 @@ class Checkpoints:
             damage = "has no valid manifest" if manifest is None else self._damage(folder, manifest)
             if self.votes.now(damage is not None) == [False]:
                 return self._load(folder, manifest)
-            if damage:
+            if damage and (manifest or self.world.rank == 0):
                 said = f"{folder}: {damage}; set aside, trying the one before"
                 print(said, file=sys.stderr, flush=True)
             if self.world.rank == 0:
-                folder.rename(self.root / f"damaged-{tag}")
+                aside = self.root / f"damaged-{tag}"
+                shutil.rmtree(aside, ignore_errors=True)  # an earlier one of the same step
+                folder.rename(aside)
         return TrainState()
 
     def _load(self, folder: Path, manifest: Mapping[str, Any]) -> TrainState:

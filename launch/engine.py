@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping
 from typing import Any
 
 import torch
+from pydantic import ValidationError
 from torch import nn
 
 from data import Batch
@@ -173,10 +174,16 @@ class Engine:
             eps=config.optimizer.eps,
             fused=True,
         )
+        native = deepspeed_config(config, world.size)
         with contextlib.redirect_stdout(io.StringIO()):  # every rank would print what it compiled
-            self.deepspeed, *_ = deepspeed.initialize(
-                model=model, optimizer=optimizer, config=deepspeed_config(config, world.size)
-            )
+            try:
+                self.deepspeed, *_ = deepspeed.initialize(
+                    model=model, optimizer=optimizer, config=native
+                )
+            except ValidationError as error:
+                first = error.errors()[0]
+                key = ".".join(map(str, first["loc"]))
+                raise ConfigError(f"deepspeed: DeepSpeed refuses {key!r}: {first['msg']}") from None
         self.module: nn.Module = self.deepspeed.module
         if config.compile:
             for block in self.module.get_submodule("blocks").children():

@@ -148,13 +148,15 @@ def estimate(
     offload = _on_host(zero, "offload_optimizer") and stage > 0
     offload_param = _on_host(zero, "offload_param") and stage == 3
 
-    # States: float32 masters (in fp32 ZeRO-1 and 2 copy them, 0 and 3 do not) and two moments.
-    masters = 4 if width < 4 or stage in (1, 2) else 0
+    # States: float32 masters and two moments. In fp32 ZeRO-1 and 2 copy the masters, ZeRO-0 does
+    # not, ZeRO-3 does on a CPU (it takes "cpu" and "cpu:0" for two devices).
+    copied = stage in (1, 2) or (stage == 3 and device == "cpu")
+    masters = 4 if width < 4 or copied else 0
     optimizer = (masters + 8) * share if stage else (masters + 8) * parameters
     held = parameters if stage < 3 else share
     if stage == 3:
         live = head + int(zero.get("stage3_prefetch_bucket_size", _PREFETCH))
-        held = min(parameters, (0 if offload_param else share) + live)
+        held = (0 if offload_param else share) + min(parameters, live)  # gathered beside its share
 
     # Gradients between the micro-batches of a step, and when the backward is over.
     whole = parameters * (4 if stage else width)
@@ -190,7 +192,7 @@ def estimate(
             host=optimizer + flat if offload else 0,
         )
 
-    before = between if accumulates else 0
+    before = between if accumulates or stage == 3 else 0  # ZeRO-3 keeps them from the start
     # A CPU gives pages to a buffer as it is written, so to buckets when activations are gone.
     early = buckets if device == "cuda" else 0
     moments = (

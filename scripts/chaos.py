@@ -22,6 +22,7 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import NoReturn
@@ -89,14 +90,13 @@ class Chaos:
             self._deck = self.rng.sample(list(self.ways), len(self.ways))
         way = self._deck.pop()
         writing = self.rng.random() < 0.5
-        inode = self._inode()
-        while self._inode() == inode and process.poll() is None:
+        record, leftovers = self._inodes("metrics.jsonl"), self._inodes("checkpoints/.writing-*")
+        while self._inodes("metrics.jsonl") == record and process.poll() is None:
             time.sleep(0.005)  # until this life has opened the record
-        goal = self.step() + self.rng.randint(0, 7)
+        goal = self.step() + self.rng.randint(0, 9)
         while process.poll() is None:
-            if writing and any((self.run_dir / "checkpoints").glob(".writing-*")):
-                break
-            if not writing and self.step() >= goal:
+            there = self.step() >= goal
+            if there and (not writing or self._inodes("checkpoints/.writing-*") - leftovers):
                 break
             time.sleep(0.002)
         else:
@@ -119,9 +119,12 @@ class Chaos:
         said = "\n".join(self.log.read_text().splitlines()[-20:])
         sys.exit(f"{said}\nthe run ended by itself with exit code {code}")
 
-    def _inode(self) -> int | None:
-        path = self.run_dir / "metrics.jsonl"
-        return path.stat().st_ino if path.exists() else None
+    def _inodes(self, pattern: str) -> set[int]:
+        found = set()
+        for path in self.run_dir.glob(pattern):
+            with suppress(FileNotFoundError):
+                found.add(path.stat().st_ino)
+        return found
 
     def _processes(self) -> list[psutil.Process]:
         found = []
@@ -198,7 +201,7 @@ def main() -> None:
         settings = {"data": {"path": str(shards)}, "duration": {"steps": options.steps}}
         config.write_text(yaml.safe_dump({**CONFIG, **settings}))
         disk.mkdir()
-        mount = ["mount", "-t", "tmpfs", "-o", "size=128m", "tmpfs", str(disk)]
+        mount = ["mount", "-t", "tmpfs", "-o", "size=1g", "tmpfs", str(disk)]
         mounted = subprocess.run(mount, capture_output=True).returncode == 0
         if not mounted:
             console.print("no small disk can be mounted here: no disk will be full")

@@ -18,6 +18,7 @@ import resource
 import subprocess
 import sys
 import tempfile
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -107,10 +108,12 @@ def main() -> None:
         sys.stdout.flush()
         os._exit(0)  # as in launch/train.py
     results = []
-    for run in " ".join(args.runs).split(" + "):
+    for separator, run in groupby(args.runs, key="+".__eq__):
+        if separator:
+            continue
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "result.json"
-            subprocess.run([sys.executable, __file__, "--child", out, *run.split(" ")], check=True)
+            subprocess.run([sys.executable, __file__, "--child", out, *run], check=True)
             results.append(json.loads(out.read_text()))
         if args.json:
             args.json.write_text(json.dumps({"results": results}, indent=1) + "\n")

@@ -116,12 +116,14 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run_file):
     data = bytearray(victim.read_bytes())
     data[len(data) // 2] ^= 1
     victim.write_bytes(data)
+    (checkpoints / "damaged-step-00000016").mkdir()  # damaged before, and trained again since
+    (checkpoints / "damaged-step-00000016/rank-7.pt").touch()
     outputs = finish(start_ranks(run_file))
     assert f"{victim.name} is damaged; set aside" in "".join(outputs)  # the rank that read it
     assert "step 13/16" in outputs[0]
     assert "step 12/16" not in outputs[0]
     assert exact(metrics(run_file.parent / "run")) == exact(before)
-    assert (checkpoints / "damaged-step-00000016").is_dir()
+    assert (checkpoints / "damaged-step-00000016" / victim.name).read_bytes() == data
     assert (checkpoints / "latest").read_text() == "step-00000016"
 
 
