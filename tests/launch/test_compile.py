@@ -102,3 +102,15 @@ def test_where_nothing_can_be_compiled_a_run_is_refused(
     check_compiler(load_config(run_file))
     with pytest.raises(ConfigError, match=message):
         check_compiler(load_config(run_file, ["compile=true"]))
+
+
+@pytest.mark.long
+def test_compiled_blocks_may_be_recomputed(compiling, run_file, tmp_path):
+    full = ("compile=true", "activation_checkpointing=full", "model.dropout=0.1")
+    run(run_file, tmp_path / "plain", world_size=1)
+    run(run_file, tmp_path / "full", *full[:2], world_size=1)
+    assert losses(tmp_path / "full") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    # With dropout: the masks of the second forward must be those of the first.
+    run(run_file, tmp_path / "dropout", full[0], full[2], world_size=1)
+    run(run_file, tmp_path / "both", *full, world_size=1)
+    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "dropout"), rel=1e-4)

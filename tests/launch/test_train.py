@@ -69,15 +69,25 @@ def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(gp
     assert metrics(run_dir) == rows
 
 
-@pytest.mark.parametrize(
-    ("zero_stage", "precision"),
-    [(1, "bf16"), *(pytest.param(stage, "fp32", marks=pytest.mark.long) for stage in range(4))],
+LONG_ZERO = (
+    *(f"stage: {stage}" for stage in range(4)),
+    *(f"stage: {stage}, offload_optimizer: {{device: cpu}}" for stage in (1, 2)),
+    "stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}",
 )
-def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero_stage, precision):
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision"),
+    [
+        ("stage: 1", "bf16"),
+        *(pytest.param(zero, "fp32", marks=pytest.mark.long) for zero in LONG_ZERO),
+    ],
+)
+def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero, precision):
     """Dropout and running statistics included. All stages: test_engine.py."""
     options = (
         f"precision={precision}",
-        f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}",
+        f"deepspeed={{zero_optimization: {{{zero}}}}}",
         "model.dropout=0.1",
         "model.ffn.dropout=0.1",
         "model.ffn.feedback={}",
