@@ -61,6 +61,25 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing(run_file, zero_st
     assert "samples 80 to 95" in outputs[0]
 
 
+@pytest.mark.parametrize(
+    "zero_stage", [1, *(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 2, 3))]
+)
+def test_a_run_saved_before_its_first_update_goes_on_bit_equal(run_file, tmp_path, zero_stage):
+    """Its optimizer has no moments yet: the first step was skipped, and saved after."""
+    run = (*faults(("loss", 0)), *options(zero_stage), "eval={every: 1, max_tokens: 512}")
+    rows = {}
+    for name, lengths in (("whole", (6,)), ("cut", (1, 6))):
+        folder = f"run_dir={tmp_path / name}"
+        for steps in lengths:
+            finish(start_ranks(run_file, *run, folder, f"duration.steps={steps}", script=FAULTY))
+        rows[name] = {row["step"]: row for row in metrics(tmp_path / name)}
+    for step, row in rows["whole"].items():
+        again = rows["cut"][step]
+        assert row["val/loss"] == again["val/loss"]
+        assert step < 2 or row["train/loss"] == again["train/loss"]
+    assert rows["cut"][6]["guard/skipped"] == 1
+
+
 def test_a_diverged_run_stops_and_its_last_step_can_be_replayed(run_file):
     error = stopped(
         start_ranks(run_file, *options(3, stop_after=3), "optimizer.lr=1e20", "duration.steps=12")
