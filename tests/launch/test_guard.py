@@ -135,28 +135,33 @@ def test_a_flipped_bit_stops_the_run_before_it_is_learnt(run_file):
     assert metrics(run_file.parent / "run")[-1]["step"] == 7
 
 
-def test_a_spike_is_skipped_or_rolled_back(run_file, tmp_path):
-    guard = {"window": 6, "threshold": 50}
-    for policy, zero_stage, world in (("skip", 3, 2), ("rollback", 0, 2)):
-        outputs = finish(
-            start_ranks(
-                run_file,
-                *faults(("spike", 13)),
-                *options(zero_stage, spike=policy, **guard),
-                f"run_dir={tmp_path / policy}",
-                script=FAULTY,
-                world_size=world,
-            )
+@pytest.mark.parametrize(
+    ("policy", "zero_stage", "precision"),
+    [
+        ("skip", 3, "fp32"),
+        ("rollback", 0, "fp32"),
+        pytest.param("skip", 1, "bf16", marks=pytest.mark.long),
+        pytest.param("skip", 2, "fp32", marks=pytest.mark.long),
+    ],
+)
+def test_a_spike_is_skipped_or_rolled_back(run_file, policy, zero_stage, precision):
+    outputs = finish(
+        start_ranks(
+            run_file,
+            *faults(("spike", 13)),
+            *options(zero_stage, precision, spike=policy, window=6, threshold=50),
+            script=FAULTY,
         )
-        assert "step 14: skipped, loss" in outputs[0]
-        rows = metrics(tmp_path / policy)
-        assert [row["step"] for row in rows] == list(range(17))
-        assert rows[-1]["guard/skipped"] == 1
-        manifest = tmp_path / policy / "checkpoints/step-00000016/manifest.json"
-        state = json.loads(manifest.read_text())
-        # A rollback to step 12 leaves the samples of steps 13 and 14 out.
-        assert state["samples"] == 16 * (18 if policy == "rollback" else 16)
-        assert state["guard"]["skipped"] == 1
+    )
+    assert "step 14: skipped, loss" in outputs[0]
+    run_dir = run_file.parent / "run"
+    rows = metrics(run_dir)
+    assert [row["step"] for row in rows] == list(range(17))
+    assert rows[-1]["guard/skipped"] == 1
+    state = json.loads((run_dir / "checkpoints/step-00000016/manifest.json").read_text())
+    # A rollback to step 12 leaves the samples of steps 13 and 14 out.
+    assert state["samples"] == 16 * (18 if policy == "rollback" else 16)
+    assert state["guard"]["skipped"] == 1
 
 
 @pytest.mark.long
