@@ -62,6 +62,8 @@ def main() -> None:
     rows: dict[str, list[float]] = {
         name: [] for name in ("waited for", "in the background", "step", "step while writing")
     }
+    if options.out:
+        options.out.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix="bench-", dir=options.out) as folder:
         checkpoints = Checkpoints(Path(folder) / "checkpoints", engine, {})
         number = 0
