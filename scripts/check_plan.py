@@ -26,7 +26,7 @@ import psutil
 import torch
 from rich.table import Table
 
-from launch.config import RunConfig, load_config
+from launch.config import ConfigError, RunConfig, load_config
 from launch.engine import Engine
 from launch.memory import estimate
 from launch.provenance import provenance
@@ -107,10 +107,14 @@ def main() -> None:
         args.child.write_text(json.dumps(measure(args.runs)))
         sys.stdout.flush()
         os._exit(0)  # as in launch/train.py
+    runs = [list(run) for plus, run in groupby(args.runs, key="+".__eq__) if not plus]
+    for path, *overrides in runs:
+        try:
+            load_config(path, overrides).grad_accum(1)
+        except ConfigError as error:
+            parser.error(str(error))
     results = []
-    for separator, run in groupby(args.runs, key="+".__eq__):
-        if separator:
-            continue
+    for run in runs:
         with tempfile.TemporaryDirectory() as folder:
             out = Path(folder) / "result.json"
             subprocess.run([sys.executable, __file__, "--child", out, *run], check=True)
