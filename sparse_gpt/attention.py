@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -30,6 +31,24 @@ class KVCache:
         return self._store[0, :, :, : self.length], self._store[1, :, :, : self.length]
 
 
+def document_mask(documents: Tensor) -> Tensor:
+    """Which keys a query may see: those at or before it of its own document.
+
+    documents: `(batch, seq)` integers, another for each document of a row. Returns bool
+    `(batch, 1, seq, seq)`,
+    """
+    same = documents[:, :, None] == documents[:, None, :]
+    return same.tril()[:, None]
+
+
+def document_positions(documents: Tensor) -> Tensor:
+    """Each token's distance from its document's first in the row, `(batch, seq)` int64."""
+    places = torch.arange(documents.shape[1], device=documents.device).expand_as(documents)
+    opens = torch.ones_like(documents, dtype=torch.bool)
+    opens[:, 1:] = documents[:, 1:] != documents[:, :-1]
+    return places - torch.where(opens, places, 0).cummax(1).values
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head causal attention of GPT-2, `(batch, seq, d_model) -> (batch, seq, d_model)`.
 
@@ -49,8 +68,13 @@ class CausalSelfAttention(nn.Module):
         nn.init.zeros_(self.qkv.bias)
         nn.init.zeros_(self.out.bias)
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """With a cache, x continues the cached tokens: any number at first, then one at a time."""
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """With a cache, x continues the cached tokens: any number at first, then one at a time.
+
+        mask: bool `(batch, 1, seq, seq)`, which keys a query may see, in place of all earlier ones.
+        """
         batch, seq, _ = x.shape
         qkv = self.qkv(x).view(batch, seq, 3, self.n_head, -1)
         q, k, v = qkv.permute(2, 0, 3, 1, 4).unbind()
@@ -59,7 +83,8 @@ class CausalSelfAttention(nn.Module):
         if k.shape[2] != seq and seq != 1:
             raise ValueError(f"{seq} tokens after {k.shape[2] - seq} cached: only 1 can follow")
         # A single query sees every key, and is_causal would align it with the first.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=seq > 1)
+        causal = mask is None and seq > 1
+        y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
         return self.dropout(self.out(y.transpose(1, 2).reshape(batch, seq, self.d_model)))
 
     def flop_count(self, batch: int, seq: int) -> FlopCount:

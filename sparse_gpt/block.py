@@ -26,9 +26,11 @@ class DenseBlock(nn.Module):
         self.ffn = DenseFFN(config.d_model, config.ffn, config.n_layer)
         self.recompute_ffn = False
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The residual stream after this block; `cache` as in CausalSelfAttention."""
-        x = x + self.attention(self.ln_1(x), cache)
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The residual stream after this block; `cache`, `mask` as in CausalSelfAttention."""
+        x = x + self.attention(self.ln_1(x), cache, mask)
         h = self.ln_2(x)
         return x + (recomputed(self.ffn, h) if self.recompute_ffn else self.ffn(h))
 
@@ -48,7 +50,9 @@ class SparseBlock(nn.Module):
         self.ffn = UltraEfficientSparseFFN(config.d_model, config=config.ffn)
         self.recompute_ffn = False
 
-    def forward(self, x: Tensor, cache: KVCache | None = None) -> Tensor:
-        """The residual stream after this block; `cache` as in CausalSelfAttention."""
-        x = x + self.attention(self.ln_1(x), cache)
+    def forward(
+        self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        """The residual stream after this block; `cache`, `mask` as in CausalSelfAttention."""
+        x = x + self.attention(self.ln_1(x), cache, mask)
         return x + (recomputed(self.ffn, x) if self.recompute_ffn else self.ffn(x))

@@ -212,6 +212,7 @@ class ModelConfig(_Config):
     """A GPT: sizes in tokens (`vocab_size`, `max_seq_len`) and channels (`d_model`).
 
     `dropout` acts on the embeddings and the attention's output; the FFN has its own.
+    With `document_mask` no token sees another document's, and positions start anew in each.
     A mapping may name presets, `preset: tiny` and `ffn: default` or
     `ffn: {preset: default, spectral: {keep: 0.25}}`; they are expanded, so a dump names none.
     """
@@ -222,6 +223,7 @@ class ModelConfig(_Config):
     n_layer: PositiveInt
     n_head: PositiveInt
     dropout: Probability = 0.0
+    document_mask: bool = False
     ffn: FFNConfig = DenseFFNConfig()
 
     @classmethod

@@ -7,7 +7,7 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from sparse_gpt.attention import KVCache
+from sparse_gpt.attention import KVCache, document_mask, document_positions
 from sparse_gpt.block import DenseBlock, SparseBlock
 from sparse_gpt.config import ModelConfig
 from sparse_gpt.loss import head_cross_entropy
@@ -69,32 +69,50 @@ class GPT(nn.Module):
             assert isinstance(block, DenseBlock | SparseBlock)
             block.recompute_ffn = what == "selective"
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, documents: Tensor | None = None
+    ) -> Tensor:
         """Logits, or with targets the loss.
 
-        tokens, targets: `(batch, seq)` int64. Logits: `(batch, seq, vocab_size)` in the module's
+        tokens, targets: `(batch, seq)` int64. documents: `(batch, seq)` integers, each token's
+        document, needed with `document_mask`. Logits: `(batch, seq, vocab_size)` in the module's
         dtype (a view of the padded ones). Loss: float32 `()`, the mean cross-entropy in nats over
         the real vocabulary and the targets that are not -100.
-        Raises ValueError when seq exceeds max_seq_len.
+        Raises ValueError when seq exceeds max_seq_len, and where documents would be ignored or are
+        missing.
         """
-        hidden, vocab_size = self._hidden(tokens), self.config.vocab_size
+        if (documents is not None) != self.config.document_mask:
+            missing = "needs the documents of" if documents is None else "ignores the documents of"
+            raise ValueError(
+                f"document_mask is {self.config.document_mask}: the model {missing} its tokens"
+            )
+        hidden, vocab_size = self._hidden(tokens, documents=documents), self.config.vocab_size
         if targets is None:
             return self.lm_head(hidden)[..., :vocab_size]
         return self.lm_head(hidden, targets, vocab_size).float()
 
-    def _hidden(self, tokens: Tensor, caches: list[KVCache] | None = None) -> Tensor:
+    def _hidden(
+        self,
+        tokens: Tensor,
+        caches: list[KVCache] | None = None,
+        documents: Tensor | None = None,
+    ) -> Tensor:
         """What the head reads, `(batch, seq, d_model)`; tokens continue the cached ones."""
         start = caches[0].length if caches else 0
         end = start + tokens.shape[1]
         if end > self.config.max_seq_len:
             raise ValueError(f"{end} tokens exceed max_seq_len {self.config.max_seq_len}")
-        x = self.wte(tokens) + self.wpe(torch.arange(start, end, device=tokens.device))
-        x = self.dropout(x)
+        if documents is None:
+            mask, positions = None, torch.arange(start, end, device=tokens.device)
+        else:
+            mask, positions = document_mask(documents), document_positions(documents)
+        x = self.dropout(self.wte(tokens) + self.wpe(positions))
         for i, block in enumerate(self.blocks):
+            cache = caches[i] if caches else None
             if self._recompute_blocks:
-                x = recomputed(block, x, caches[i] if caches else None)
+                x = recomputed(block, x, cache, mask)
             else:
-                x = block(x, caches[i] if caches else None)
+                x = block(x, cache, mask)
         return self.ln_f(x)
 
     @torch.no_grad()
@@ -109,7 +127,7 @@ class GPT(nn.Module):
         """Continue `(batch, seq)` int64 tokens; returns `(batch, seq + max_new_tokens)`.
 
         Temperature 0 takes the likeliest token, otherwise one is drawn (by `generator`), of the
-        `top_k` likeliest if given. Runs in eval mode with a KV cache.
+        `top_k` likeliest if given. Runs in eval mode with a KV cache. A row is one document.
         Raises ValueError when the result would exceed max_seq_len.
         """
         total = tokens.shape[1] + max_new_tokens

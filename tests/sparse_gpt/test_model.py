@@ -43,6 +43,73 @@ def test_logits_do_not_see_the_future_or_other_samples(model_config, wake, train
     assert torch.equal(before, after[0, : last + 1])
 
 
+def packed(lengths):
+    """`(1, sum(lengths))`: the number of each token's document."""
+    numbers = torch.randperm(len(lengths))
+    return numbers.repeat_interleave(torch.tensor(lengths))[None]
+
+
+@settings(
+    max_examples=6,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture],
+)
+@given(data=st.data())
+@pytest.mark.parametrize("what", ["none", "selective", "full"])
+@pytest.mark.parametrize("ffn", ["dense", FEEDBACK])
+def test_a_document_does_not_see_the_others(wake, ffn, what, data):
+    """Neither in its logits nor in what it learns, in any order and however many there are."""
+    torch.manual_seed(data.draw(st.integers(0, 2**31)))
+    lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
+    chosen = data.draw(st.integers(0, len(lengths) - 1))
+    start = sum(lengths[:chosen])
+    here = slice(start, start + lengths[chosen])
+    model = wake(tiny(ffn, document_mask=True))
+    model.recompute(what)
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    tokens, documents = sample(batch=1, seq=sum(lengths)), packed(lengths)
+    other = sample(batch=1, seq=sum(lengths))
+    other[0, here] = tokens[0, here]
+
+    before = model(tokens, documents=documents)[0, here]
+    model.load_state_dict(state)
+    after = model(other, documents=documents)[0, here]
+    assert torch.equal(before, after)
+    model.load_state_dict(state)
+    alone = model(tokens[:, here], documents=torch.zeros_like(tokens[:, here]))[0]
+    torch.testing.assert_close(before, alone, rtol=1e-4, atol=1e-5)
+
+    targets = torch.full_like(tokens, -100)
+    targets[0, here] = sample(batch=1, seq=lengths[chosen])
+    gradients = []
+    for row in (tokens, other):
+        model.load_state_dict(state)
+        model.zero_grad()
+        model(row, targets, documents).backward()
+        gradients.append([p.grad for p in model.blocks.parameters()])
+    assert all(map(torch.equal, *gradients))
+
+
+def test_documents_are_neither_ignored_nor_missing():
+    tokens = sample()
+    with pytest.raises(ValueError, match="ignores the documents"):
+        tiny()(tokens, documents=tokens)
+    with pytest.raises(ValueError, match="needs the documents"):
+        tiny(document_mask=True)(tokens)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_one_document_is_an_ordinary_row(dtype):
+    model, masked = tiny().to(dtype), tiny(document_mask=True).to(dtype)
+    masked.load_state_dict(model.state_dict())
+    tokens = sample()
+    tolerance = 1e-5 if dtype == torch.float32 else 0.02
+    torch.testing.assert_close(
+        masked(tokens, documents=torch.ones_like(tokens)), model(tokens), rtol=0, atol=tolerance
+    )
+    assert torch.equal(masked.generate(tokens, 4, 0), model.generate(tokens, 4, 0))
+
+
 @pytest.mark.parametrize(
     ("size", "published"),
     [
