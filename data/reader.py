@@ -6,19 +6,23 @@ memory that does not grow with the tokens. Shards are mapped when first read.
 
 import mmap
 import os
+from bisect import bisect_left, bisect_right
+from collections import deque
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError
 from data.manifest import SPLITS, Manifest, read_manifest
-from data.shards import BLOCK_BYTES, DTYPES, HEADER_BYTES, ShardEntry, Vocabulary, file_entry
+from data.shards import BLOCK_BYTES, DTYPES, HEADER_BYTES, INDEX, ShardEntry, Vocabulary, file_entry
 from data.shards import header as shard_header
 
-_MAX_MAPS = 256  # a map holds a file descriptor, of which a process often has only 1,024
+_MAX_MAPS = 256  # of all splits: a map holds a file descriptor, of which there often are 1,024
+_held: deque[tuple[dict[int, Any], int]] = deque()  # whose map of which shard, the oldest first
 
 
 class Split:
@@ -37,10 +41,11 @@ class Split:
         self.n_tokens = manifest.tokens(name)
         self.n_documents = manifest.documents(name)
         self.hash = sha256("".join(shard.bin.sha256 for shard in shards).encode()).hexdigest()
-        self._paths = [folder / f"{shard.name}.bin" for shard in shards]
+        self._paths = [folder / shard.name for shard in shards]
         self._counts = np.array([shard.tokens for shard in shards], np.int64)
         self._ends = np.cumsum(self._counts)
         self._maps: dict[int, npt.NDArray[np.unsignedinteger]] = {}
+        self._opens: dict[int, npt.NDArray[np.uint64]] = {}
 
     def read(self, starts: npt.NDArray[np.int64], out: npt.NDArray[np.unsignedinteger]) -> None:
         """Fill out[i] (out: (k, n), of `dtype`) with the n tokens from token starts[i] on.
@@ -63,6 +68,27 @@ class Split:
             else:
                 row[:] = self._map(shard)[first : first + length]
 
+    def documents(self, starts: npt.NDArray[np.int64], length: int) -> npt.NDArray[np.int32]:
+        """The document of each of the `length` tokens from token starts[i] on, `(k, length)`:
+        numbered from 0 in each row. Read from the index, whatever the ids are."""
+        out = np.zeros((len(starts), length), np.int32)
+        starts = starts % self.n_tokens
+        shards = np.searchsorted(self._ends, starts, side="right")
+        firsts = starts - (self._ends[shards] - self._counts[shards])
+        for row, shard, first in zip(out, shards.tolist(), firsts.tolist(), strict=True):
+            filled = 0
+            while True:
+                opens = self._index(shard)
+                end = first + length - filled
+                inside = opens[bisect_right(opens, first) : bisect_left(opens, end)]
+                row[inside.astype(np.int64) - first + filled] = 1
+                filled += int(self._counts[shard]) - first
+                if filled >= length:
+                    break
+                row[filled] = 1  # the next shard begins with a document
+                shard, first = (shard + 1) % len(self._paths), 0
+        return out.cumsum(1, dtype=np.int32)
+
     def _read_across(self, shard: int, first: int, row: npt.NDArray[np.unsignedinteger]) -> None:
         filled = 0
         while filled < len(row):
@@ -72,19 +98,36 @@ class Split:
             shard, first = (shard + 1) % len(self._paths), 0
 
     def _map(self, shard: int) -> npt.NDArray[np.unsignedinteger]:
-        if (tokens := self._maps.get(shard)) is not None:
-            return tokens
-        path, count = self._paths[shard], int(self._counts[shard])
-        try:
-            with open(path, "rb") as file:
-                mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
-            tokens = np.frombuffer(mapped, self.dtype, count, HEADER_BYTES)
-        except (OSError, ValueError) as error:
-            raise DataError(f"{path}: changed since it was opened: {error}") from None
-        if len(self._maps) >= _MAX_MAPS:
-            del self._maps[next(iter(self._maps))]
-        self._maps[shard] = tokens
+        """The tokens of a shard."""
+        if (tokens := self._maps.get(shard)) is None:
+            path, count = self._paths[shard].with_suffix(".bin"), int(self._counts[shard])
+            tokens = _mapped(path, self.dtype, count, HEADER_BYTES)
+            _hold(self._maps, shard, tokens)
         return tokens
+
+    def _index(self, shard: int) -> npt.NDArray[np.uint64]:
+        """The tokens of a shard, counted from its first, at which its documents begin."""
+        if (opens := self._opens.get(shard)) is None:
+            opens = _mapped(self._paths[shard].with_suffix(".idx"), INDEX, -1, 0)["start"]
+            _hold(self._opens, shard, opens)
+        return opens
+
+
+def _mapped(path: Path, dtype: np.dtype[Any], count: int, offset: int) -> npt.NDArray[Any]:
+    try:
+        with open(path, "rb") as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapped, dtype, count, offset)
+    except (OSError, ValueError) as error:
+        raise DataError(f"{path}: changed since it was opened: {error}") from None
+
+
+def _hold(maps: dict[int, Any], shard: int, mapped: npt.NDArray[Any]) -> None:
+    if len(_held) >= _MAX_MAPS:
+        oldest, number = _held.popleft()
+        del oldest[number]
+    _held.append((maps, shard))
+    maps[shard] = mapped
 
 
 @dataclass(frozen=True)

@@ -180,3 +180,25 @@ def test_opening_shards_imports_neither_torch_nor_datasets(counted: Path) -> Non
     )
     done = run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout == "[]\n"
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    shards=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=4),
+    starts=st.lists(st.integers(0, 400), min_size=1, max_size=5),
+    length=st.integers(1, 90),
+)
+def test_documents_are_those_of_the_index(
+    make_shards: MakeShards, shards: list[list[int]], starts: list[int], length: int
+) -> None:
+    """They rise by one where a document begins, round the end of the stream too."""
+    documents = [[np.zeros(n, np.uint16) for n in lengths] for lengths in shards]
+    with TemporaryDirectory() as folder:
+        train = open_shards(make_shards(Path(folder) / "s", documents)).train
+        found = train.documents(np.array(starts), length)
+    assert found.dtype == np.int32
+    assert not found[:, 0].any()
+    first_tokens = np.cumsum([0, *(n for lengths in shards for n in lengths)])
+    places = (np.array(starts)[:, None] + np.arange(1, length)) % train.n_tokens
+    assert np.array_equal(np.diff(found) == 1, np.isin(places, first_tokens))
+    assert np.array_equal(np.diff(found) == 0, ~np.isin(places, first_tokens))
