@@ -195,25 +195,31 @@ class Engine:
         self.guard = Guard(config.guard, world, self.deepspeed)
 
     def step(
-        self, tokens: torch.Tensor, targets: torch.Tensor, step: int
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        step: int,
+        documents: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, float, torch.Tensor]:
         """The update that follows `step` completed ones, on this rank's share of a global batch.
 
-        tokens, targets: `(global_batch / world_size, seq)` int64, on the device. Returns the mean
-        loss of all ranks (float32 scalar, on the device), the schedule's learning rate, and the
-        gradient norm over all ranks before clipping. `guard` knows whether the update was made.
-        Raises RunStopped if the ranks' weights were compared and differ.
+        tokens, targets: `(global_batch / world_size, seq)` int64, on the device, and with
+        `model.document_mask` the documents that they are of. Returns the mean loss of all ranks
+        (float32 scalar, on the device), the schedule's learning rate, and the gradient norm over
+        all ranks before clipping. `guard` knows whether the update was made. Raises RunStopped if
+        the ranks' weights were compared and differ.
         """
         lr = learning_rate(step, self.total_steps, self.config.optimizer.lr, self.config.schedule)
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         size = self.config.batch.micro_batch
-        micro_batches = list(zip(tokens.split(size), targets.split(size), strict=True))
+        parts = [tokens, targets] if documents is None else [tokens, targets, documents]
+        micro_batches = list(zip(*(part.split(size) for part in parts), strict=True))
         loss = torch.zeros((), device=self.world.device)
         statistics = list(self.statistics.values())
         before = torch.stack(statistics) if statistics else None
-        for micro_tokens, micro_targets in micro_batches:
-            micro_loss = self.deepspeed(micro_tokens, micro_targets)
+        for micro_batch in micro_batches:
+            micro_loss = self.deepspeed(*micro_batch)
             self.deepspeed.backward(micro_loss)
             loss += micro_loss.detach()
             if self.deepspeed.is_gradient_accumulation_boundary():
@@ -237,7 +243,7 @@ class Engine:
         for batch in batches:
             batch = batch.to(self.world.device)
             count = (batch.targets != -100).sum()
-            loss = self.deepspeed(batch.tokens, batch.targets)
+            loss = self.deepspeed(batch.tokens, batch.targets, batch.documents)
             # A batch that is all padding has no mean.
             total += torch.stack((torch.where(count > 0, loss * count, 0), count))
         self.deepspeed.train()

@@ -4,7 +4,8 @@
       incident.json    why, the loss and gradient norm, and how many ranks there were
       config.yaml      the run's
       weights.pt       of the module before the step, in the run's precision
-      rank-N.pt        tokens, targets, samples (global numbers) and random state before the step
+      rank-N.pt        tokens, targets, documents (if masked), samples (global numbers) and random
+                       state before the step
 
 The folder appears whole or not at all.
 """
@@ -54,6 +55,7 @@ def write_incident(
         rank = {
             "tokens": batch.tokens.cpu(),
             "targets": batch.targets.cpu(),
+            "documents": None if batch.documents is None else batch.documents.cpu(),
             "samples": batch.samples,
             "rng": rng,
         }
@@ -198,10 +200,8 @@ def _as_the_ranks(
         model.load_state_dict(weights)  # running statistics move within a step
         if device.type in rank["rng"]:  # else dropout, if any, drops others
             set_rng_state(rank["rng"], device)
-        for tokens, targets in zip(
-            rank["tokens"].split(micro_batch), rank["targets"].split(micro_batch), strict=True
-        ):
-            losses.append(_backward(model, tokens, targets, device))
+        for first in range(0, len(rank["tokens"]), micro_batch):
+            losses.append(_backward(model, rank, slice(first, first + micro_batch), device))
             torch._foreach_add_(totals, [p.grad.float() for p in parameters if p.grad is not None])
     norm = torch.nn.utils.get_total_norm(totals) / len(losses)
     return sum(losses) / len(losses), norm.item()
@@ -219,22 +219,19 @@ def _one_by_one(
     results = []
     for rank, part in enumerate(ranks):
         for row, sample in enumerate(part["samples"].tolist()):
-            tokens, targets = part["tokens"][row : row + 1], part["targets"][row : row + 1]
-            loss = _backward(model, tokens, targets, device)
+            loss = _backward(model, part, slice(row, row + 1), device)
             grads = [p.grad.float() for p in model.parameters() if p.grad is not None]
             norm = torch.nn.utils.get_total_norm(grads).item()
-            results.append(
-                SampleResult(sample, rank, row // micro_batch, loss, norm, tokens[0].tolist())
-            )
+            tokens = part["tokens"][row].tolist()
+            results.append(SampleResult(sample, rank, row // micro_batch, loss, norm, tokens))
     return sorted(results, key=lambda result: (result.finite, -result.grad_norm))
 
 
-def _backward(
-    model: nn.Module, tokens: torch.Tensor, targets: torch.Tensor, device: torch.device
-) -> float:
-    """The loss of a micro-batch, whose gradient replaces the parameters' own."""
+def _backward(model: nn.Module, rank: dict[str, Any], rows: slice, device: torch.device) -> float:
+    """The loss of some rows of a rank, whose gradient replaces the parameters' own."""
     model.zero_grad()
-    loss = model(tokens.to(device), targets.to(device))
+    parts = (rank[name] for name in ("tokens", "targets", "documents"))
+    loss = model(*(None if part is None else part[rows].to(device) for part in parts))
     loss.backward()
     return loss.item()
 

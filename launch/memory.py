@@ -90,7 +90,7 @@ def _kept(config: ModelConfig, precision: str, what: Recompute, fused: bool) -> 
                     module.forward = _FusedStandIn(module)  # type: ignore[method-assign]
         tokens = torch.zeros(1, config.max_seq_len, dtype=torch.int64)
         with saved_tensors_hooks(pack, lambda tensor: tensor):
-            logits = model(tokens)
+            logits = model(tokens, documents=tokens if config.document_mask else None)
         weights = [*model.parameters(), *model.buffers(), logits]
         for tensor in weights:
             storages.pop(tensor.untyped_storage()._cdata, None)

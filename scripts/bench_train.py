@@ -66,18 +66,23 @@ class TorchEngine:
         )
 
     def step(
-        self, tokens: torch.Tensor, targets: torch.Tensor, step: int
+        self,
+        tokens: torch.Tensor,
+        targets: torch.Tensor,
+        step: int,
+        documents: torch.Tensor | None = None,
     ) -> tuple[torch.Tensor, float, torch.Tensor]:
         lr = learning_rate(step, self.total_steps, self.config.optimizer.lr, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
         size = self.config.batch.micro_batch
-        micro_batches = list(zip(tokens.split(size), targets.split(size), strict=True))
+        parts = [tokens, targets] if documents is None else [tokens, targets, documents]
+        micro_batches = list(zip(*(part.split(size) for part in parts), strict=True))
         sums = [master.grad for master in self.masters]
         torch._foreach_zero_(sums)
         total = torch.zeros((), device=self.world.device)
-        for micro_tokens, micro_targets in micro_batches:
-            loss = self.model(micro_tokens, micro_targets)
+        for micro_batch in micro_batches:
+            loss = self.model(*micro_batch)
             (loss / len(micro_batches)).backward()
             torch._foreach_add_(sums, [p.grad.float() for p in self.weights])
             self.model.zero_grad()
@@ -108,11 +113,13 @@ class Trainer:
         self.engine = make(config, model, world, total_steps=10**9)
         shape = (config.global_batch // world.size, config.model.max_seq_len)
         self.tokens = torch.randint(config.model.vocab_size, shape, device=world.device)
+        one = torch.zeros_like(self.tokens)  # a mask costs the same whatever it hides
+        self.documents = one if config.model.document_mask else None
 
     def tokens_per_second(self, steps: int) -> float:
         start = time.perf_counter()
         for _ in range(steps):
-            loss, *_ = self.engine.step(self.tokens, self.tokens, 0)
+            loss, *_ = self.engine.step(self.tokens, self.tokens, 0, self.documents)
         loss.item()  # waits for the device
         return steps * self.config.batch.global_tokens / (time.perf_counter() - start)
 

@@ -53,8 +53,9 @@ def steps(config: RunConfig, world: World, count: int) -> None:
     engine = Engine(config, GPT(config.model), world, total_steps=10)
     shape = (config.global_batch, config.model.max_seq_len)
     tokens = torch.randint(config.model.vocab_size, shape, device=world.device)
+    documents = torch.zeros_like(tokens) if config.model.document_mask else None
     for step in range(count):
-        loss, *_ = engine.step(tokens, tokens, step)
+        loss, *_ = engine.step(tokens, tokens, step, documents)
         loss.item()
 
 
