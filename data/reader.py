@@ -6,6 +6,7 @@ memory that does not grow with the tokens. Shards are mapped when first read.
 
 import mmap
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -18,7 +19,7 @@ from data.manifest import SPLITS, Manifest, read_manifest
 from data.shards import BLOCK_BYTES, DTYPES, HEADER_BYTES, ShardEntry, Vocabulary, file_entry
 from data.shards import header as shard_header
 
-_MAX_MAPS = 256  # a map holds a file descriptor, of which a process often has only 1,024
+MAX_MAPS = 256  # of a split; a map holds a file descriptor, of which a process often has only 1,024
 
 
 class Split:
@@ -28,6 +29,7 @@ class Split:
     dtype       numpy dtype of the tokens, uint16 or uint32
     n_tokens    tokens, end-of-text ids included          n_documents  documents
     hash        sha256 (hex) over the hashes of its token files, in order
+    max_maps    shards mapped at once
     """
 
     def __init__(self, folder: Path, name: str, manifest: Manifest) -> None:
@@ -40,10 +42,16 @@ class Split:
         self._paths = [folder / f"{shard.name}.bin" for shard in shards]
         self._counts = np.array([shard.tokens for shard in shards], np.int64)
         self._ends = np.cumsum(self._counts)
+        self.max_maps = MAX_MAPS
         self._maps: dict[int, npt.NDArray[np.unsignedinteger]] = {}
 
-    def read(self, starts: npt.NDArray[np.int64], out: npt.NDArray[np.unsignedinteger]) -> None:
-        """Fill out[i] (out: (k, n), of `dtype`) with the n tokens from token starts[i] on.
+    def read(
+        self,
+        starts: npt.NDArray[np.int64],
+        out: npt.NDArray[np.unsignedinteger] | Sequence[npt.NDArray[np.unsignedinteger]],
+    ) -> None:
+        """Fill out[i] (out: (k, n), or k rows of n, of `dtype`) with the n tokens from token
+        starts[i] on.
 
         Starts are taken modulo n_tokens; after the last token comes the first.
         """
@@ -51,7 +59,7 @@ class Split:
         shards = np.searchsorted(self._ends, starts, side="right")
         counts = self._counts[shards]
         firsts = starts - (self._ends[shards] - counts)
-        length = out.shape[1]
+        length = len(out[0])
         inside = firsts + length <= counts
         maps = self._maps
         places = zip(out, shards.tolist(), firsts.tolist(), inside.tolist(), strict=True)
@@ -81,7 +89,7 @@ class Split:
             tokens = np.frombuffer(mapped, self.dtype, count, HEADER_BYTES)
         except (OSError, ValueError) as error:
             raise DataError(f"{path}: changed since it was opened: {error}") from None
-        if len(self._maps) >= _MAX_MAPS:
+        if len(self._maps) >= self.max_maps:
             del self._maps[next(iter(self._maps))]
         self._maps[shard] = tokens
         return tokens
