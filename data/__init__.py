@@ -2,19 +2,21 @@
 
     prepare       documents (text, JSON Lines) to token shards on disk, resumable
     open_shards   a folder of shards, memory-mapped: .train, .held_out, .manifest
+    open_blend    several of them in fixed shares
     train_vocab   documents to a byte-pair vocabulary for `prepare`
     verify        every hash of a folder of shards
-    Batches       a split as endless batches, the same at any world size and after any resume
+    Batches       a split or a blend as endless batches, the same at any world size and resume
     evaluation    one pass over a split
     DataError     bad input, in one line for its user
 
 The files, from text to tensor: documents, tokenizer, units, workers, prepare; shards, manifest,
-reader; order, batches; and files, by which all are published. Only reading documents imports
+reader, blend; order, batches; and files, by which all are published. Only reading documents imports
 `datasets`, and only batches imports torch.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from data.blend import Blend, Source, alone, open_blend
 from data.errors import DataError
 from data.manifest import Manifest
 from data.prepare import prepare
@@ -28,13 +30,17 @@ if TYPE_CHECKING:
 __all__ = [
     "Batch",
     "Batches",
+    "Blend",
     "DataError",
     "Dataset",
     "Manifest",
+    "Source",
     "Split",
     "Tokenizer",
+    "alone",
     "evaluation",
     "load_tokenizer",
+    "open_blend",
     "open_shards",
     "prepare",
     "train_vocab",

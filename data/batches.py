@@ -2,8 +2,8 @@
 
 The state of a run's data is one number, `start`: the samples consumed so far. Step s takes the
 global samples [start + s·B, start + (s+1)·B); rank r takes every world-size-th of them, from the
-r-th on. order.py says which window a sample reads. So the global batches are the same at any
-world size, and a run resumed at start = s·B goes on as if never stopped.
+r-th on. order.py says which window of which source a sample reads. So the global batches are the
+same at any world size, and a run resumed at start = s·B goes on as if never stopped.
 """
 
 from collections.abc import Iterator
@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from data import order
+from data.blend import Blend
 from data.errors import DataError
 from data.reader import Split
 
@@ -28,14 +29,23 @@ class Batch:
     targets  (rows, seq_len) int64, the last seq_len; -100 in the rows that are padding
     samples  (rows,) int64, always on the CPU: global sample numbers, or the windows' numbers in
              an evaluation; -1 in padding rows, which come last
+    documents  (rows, seq_len) int32, numbered from 0 in each row, or None if not asked for: which
+             document each of the tokens is of
 
     tokens and targets are views of one cast, made when first asked for on the device that holds
     the windows.
     """
 
-    def __init__(self, windows: torch.Tensor, samples: torch.Tensor, padding: int = 0) -> None:
+    def __init__(
+        self,
+        windows: torch.Tensor,
+        samples: torch.Tensor,
+        documents: torch.Tensor | None = None,
+        padding: int = 0,
+    ) -> None:
         self.windows = windows
         self.samples = samples
+        self.documents = documents
         self._padding = padding  # rows
 
     @cached_property
@@ -57,26 +67,30 @@ class Batch:
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Batch":
         """This batch on a device; 2 (or 4) bytes a token travel, the cast happens there."""
         windows = self.windows.to(device, non_blocking=non_blocking)
-        return Batch(windows, self.samples, self._padding)
+        documents = self.documents
+        if documents is not None:
+            documents = documents.to(device, non_blocking=non_blocking)
+        return Batch(windows, self.samples, documents, self._padding)
 
 
 class Batches:
     """Iterate over one rank's batches, without end; every `iter` begins at `start`.
 
-    split         what `open_shards` gave: dataset.train
+    split         what `open_shards` gave: dataset.train; or the blend of `open_blend`
     seq_len       T, tokens of context; a window is T + 1 tokens
     global_batch  samples a step over all ranks; each rank gets global_batch / world_size
     seed          of the order
     start         samples consumed so far
+    documents     whether batches say which document each token is of
     pin           page-locked windows, so that `to(device, non_blocking=True)` overlaps (needs CUDA)
 
-    Raises DataError if the split is shorter than a window, holds fewer windows than a global batch,
-    or the batch does not divide over the ranks.
+    Raises DataError if a split is shorter than a window, holds fewer windows than its share of a
+    global batch, or the batch does not divide over the ranks.
     """
 
     def __init__(
         self,
-        split: Split,
+        split: Split | Blend,
         seq_len: int,
         global_batch: int,
         seed: int = 0,
@@ -84,22 +98,33 @@ class Batches:
         world_size: int = 1,
         start: int = 0,
         *,
+        documents: bool = False,
         pin: bool = False,
     ) -> None:
         _check_ranks(rank, world_size)
-        self.samples_per_epoch = count_windows(split, seq_len)
+        if isinstance(split, Split):
+            self.splits, self.keys, self.quotas = [split], [0], np.ones(1, np.int64)
+        else:
+            self.splits = [source.dataset.train for source in split.sources]
+            self.keys = [source.key for source in split.sources]
+            self.quotas = split.quotas
         if global_batch < 1 or global_batch % world_size:
             raise DataError(_indivisible(global_batch, world_size))
-        if global_batch > self.samples_per_epoch:
-            raise DataError(
-                f"{split.folder} ({split.name}): a global batch of {global_batch} over {world_size}"
-                f" rank(s) is more than its {self.samples_per_epoch} samples of {seq_len} tokens; "
-                "use a smaller batch, fewer ranks, a shorter context or more text"
-            )
+        for part, quota in zip(self.splits, self.quotas.tolist(), strict=True):
+            windows = count_windows(part, seq_len)
+            share = global_batch * quota // int(self.quotas.sum())
+            if share > windows:
+                of = "" if share == global_batch else f"its share, {share}, of "
+                raise DataError(
+                    f"{part.folder} ({part.name}): {of}a global batch of {global_batch} over "
+                    f"{world_size} rank(s) is more than its {windows} samples of {seq_len} tokens; "
+                    "use a smaller batch, fewer ranks, a shorter context or more text"
+                )
         if start < 0:
             raise DataError(f"start is {start}; it counts samples consumed and cannot be negative")
-        self.split, self.seq_len, self.global_batch, self.seed = split, seq_len, global_batch, seed
-        self.rank, self.world_size, self.start, self.pin = rank, world_size, start, pin
+        self.seq_len, self.global_batch, self.seed = seq_len, global_batch, seed
+        self.rank, self.world_size, self.start = rank, world_size, start
+        self.documents, self.pin = documents, pin
 
     def __iter__(self) -> Iterator[Batch]:
         rows = self.global_batch // self.world_size
@@ -109,13 +134,46 @@ class Batches:
         first = self.start
         while True:
             samples = (first + mine).astype(np.int64)
-            starts = order.window_starts(
-                samples.reshape(-1), self.split.n_tokens, self.seq_len, self.seed
-            ).reshape(steps, rows)
+            sources, starts = self._places(samples.reshape(-1))
+            sources, starts = sources.reshape(samples.shape), starts.reshape(samples.shape)
             for step in range(steps):
-                windows = _read(self.split, starts[step], self.seq_len, self.pin)
-                yield Batch(windows, torch.from_numpy(samples[step]))
+                windows = self._read(sources[step], starts[step])
+                documents = None
+                if self.documents:
+                    documents = self._read_documents(sources[step], starts[step])
+                yield Batch(windows, torch.from_numpy(samples[step]), documents)
             first += steps * self.global_batch
+
+    def _places(self, samples: order.Int64s) -> tuple[order.Int64s, order.Int64s]:
+        """(source, first token of the window in it) of each global sample."""
+        sources, ordinals = order.blend(samples, self.quotas, self.seed)
+        starts = np.empty_like(ordinals)
+        for number, (split, key) in enumerate(zip(self.splits, self.keys, strict=True)):
+            own = sources == number
+            starts[own] = order.window_starts(
+                ordinals[own], split.n_tokens, self.seq_len, self.seed, key
+            )
+        return sources, starts
+
+    def _read(self, sources: order.Int64s, starts: order.Int64s) -> torch.Tensor:
+        windows = _empty_windows(self.splits[0], len(starts), self.seq_len, self.pin)
+        out = windows.numpy()
+        if len(self.splits) == 1:
+            self.splits[0].read(starts, out)
+            return windows
+        for number in np.unique(sources).tolist():
+            own = np.flatnonzero(sources == number)
+            self.splits[number].read(starts[own], [out[row] for row in own])
+        return windows
+
+    def _read_documents(self, sources: order.Int64s, starts: order.Int64s) -> torch.Tensor:
+        shape = len(starts), self.seq_len
+        documents = torch.empty(shape, dtype=torch.int32, pin_memory=self.pin)
+        for number in np.unique(sources).tolist():
+            own = sources == number
+            found = self.splits[number].documents(starts[own], self.seq_len)
+            documents.numpy()[own] = found
+        return documents
 
 
 def evaluation(
@@ -126,12 +184,13 @@ def evaluation(
     world_size: int = 1,
     *,
     max_tokens: int | None = None,
+    documents: bool = False,
     pin: bool = False,
 ) -> Iterator[Batch]:
     """One pass over the windows of a split, in order: window w reads the seq_len + 1 tokens from
     w · seq_len on; the fewer than seq_len transitions left at the end are not read. With
     `max_tokens` only as many windows (one at least) as predict no more than so many, spread evenly
-    over the split, for neighbours are alike.
+    over the split, for neighbours are alike. documents, pin: as `Batches` has them.
 
     Every rank gets the same number of batches of the same shape, for ranks may have to meet in
     every forward pass. Where windows run out, rows repeat window 0 with targets -100: weight a
@@ -150,8 +209,10 @@ def evaluation(
         samples = np.arange(first + rank, first + global_batch, world_size)
         samples[samples >= n_windows] = -1
         starts = np.maximum(samples, 0) * in_split // n_windows * seq_len
-        windows = _read(split, starts, seq_len, pin)
-        return Batch(windows, torch.from_numpy(samples), int((samples < 0).sum()))
+        windows = _empty_windows(split, len(starts), seq_len, pin)
+        split.read(starts, windows.numpy())
+        of = torch.from_numpy(split.documents(starts, seq_len)) if documents else None
+        return Batch(windows, torch.from_numpy(samples), of, int((samples < 0).sum()))
 
     return map(read, range(0, n_windows, global_batch))
 
@@ -174,11 +235,9 @@ def count_windows(split: Split, seq_len: int) -> int:
     return split.n_tokens // seq_len
 
 
-def _read(split: Split, starts: order.Int64s, seq_len: int, pin: bool) -> torch.Tensor:
+def _empty_windows(split: Split, rows: int, seq_len: int, pin: bool) -> torch.Tensor:
     dtype = torch.uint16 if split.dtype.itemsize == 2 else torch.uint32
-    windows = torch.empty((len(starts), seq_len + 1), dtype=dtype, pin_memory=pin)
-    split.read(starts, windows.numpy())
-    return windows
+    return torch.empty((rows, seq_len + 1), dtype=dtype, pin_memory=pin)
 
 
 def _check_ranks(rank: int, world_size: int) -> None:

@@ -10,8 +10,18 @@ Sample i is in epoch e = i // W and reads window P_e(i mod W). P_e is a Feistel 
 smallest even number of bits that holds W, walked along its cycle until it lands below W: a
 permutation of [0, W) for any W, keyed by (seed, source, epoch), O(1) in memory and start-up.
 
+A blend deals its samples out in cycles of C slots, of which source k has a fixed quota q_k. Sample
+i is in cycle c = i // C and gets slot P_c(i mod C), P_c as above but keyed by (seed, c); source k's
+slots are q_k in a row, and the j-th of them is the source's sample c·q_k + j, to which the rules
+above apply. So (source, its sample) ↔ i is one to one, and among the first n samples source k has
+n·q_k/C but for what the last cycle, begun and not ended, can be off: q_k·(1 − q_k/C) at most.
+
 All arrays are 1-D; uint64 arithmetic wraps modulo 2^64 by intention.
 """
+
+import math
+from collections.abc import Sequence
+from fractions import Fraction
 
 import numpy as np
 import numpy.typing as npt
@@ -22,6 +32,8 @@ Int64s = npt.NDArray[np.int64]
 ROUNDS = 6  # 4 suffice on large domains; the small ones of tests and tiny corpora want a few more
 _GOLDEN = 0x9E3779B97F4A7C15
 _MASK64 = 0xFFFFFFFFFFFFFFFF
+LONGEST_CYCLE = 100_000  # slots; shares of whole thousandths of a percent are exact
+_CYCLES = -1  # stands for the source in the keys of a blend's cycles
 
 
 def _mix(x: UInt64s) -> UInt64s:
@@ -68,7 +80,49 @@ def offsets(epochs: Int64s, n_tokens: int, seed: int, source: int = 0) -> Int64s
     return (_mix(keys) % np.uint64(n_tokens)).astype(np.int64)
 
 
-def window_starts(samples: Int64s, n_tokens: int, seq_len: int, seed: int) -> Int64s:
-    """The token in [0, n_tokens) at which each global sample's window starts."""
-    epochs, windows = locate(samples, n_tokens // seq_len, seed)
-    return (offsets(epochs, n_tokens, seed) + windows * seq_len) % n_tokens
+def window_starts(
+    samples: Int64s, n_tokens: int, seq_len: int, seed: int, source: int = 0
+) -> Int64s:
+    """The token in [0, n_tokens) at which the window of each of a source's samples starts."""
+    epochs, windows = locate(samples, n_tokens // seq_len, seed, source)
+    return (offsets(epochs, n_tokens, seed, source) + windows * seq_len) % n_tokens
+
+
+def cycle_quotas(weights: Sequence[float]) -> Int64s:
+    """Each source's slots in a blend's cycle, for weights above 0 that need not add up to 1.
+
+    The cycle is the shortest in which all shares are exact, taking 0.7 for 7/10. Where that needs
+    more than LONGEST_CYCLE slots it has so many, and the largest remainders are rounded up, of
+    equal ones the first: every quota is less than 1 off, and may be 0.
+    """
+    exact = [Fraction(str(float(weight))) for weight in weights]
+    shares = [weight / sum(exact) for weight in exact]
+    length = min(math.lcm(*(share.denominator for share in shares)), LONGEST_CYCLE)
+    quotas = [math.floor(share * length) for share in shares]
+    by_remainder = sorted(range(len(shares)), key=lambda k: quotas[k] - shares[k] * length)
+    for k in by_remainder[: length - sum(quotas)]:
+        quotas[k] += 1
+    return np.array(quotas, np.int64)
+
+
+def blend(samples: Int64s, quotas: Int64s, seed: int) -> tuple[Int64s, Int64s]:
+    """(source, which of the source's samples) of each global sample number (≥ 0).
+
+    quotas  (sources,), from `cycle_quotas`
+    """
+    if len(quotas) == 1:
+        return np.zeros_like(samples), samples
+    ends = np.cumsum(quotas)
+    length = int(ends[-1])
+    cycles, places = np.divmod(samples, length)
+    keys = epoch_keys(seed, _CYCLES, cycles.astype(np.uint64))
+    slots = permute(places.astype(np.uint64), length, keys).astype(np.int64)
+    sources = np.searchsorted(ends, slots, side="right")
+    return sources, cycles * quotas[sources] + slots - (ends - quotas)[sources]
+
+
+def blend_counts(samples: int, quotas: Int64s, seed: int) -> Int64s:
+    """How many of the first `samples` samples are each source's: (sources,)."""
+    cycles, rest = divmod(samples, int(quotas.sum()))
+    sources, _ = blend(np.arange(samples - rest, samples), quotas, seed)
+    return cycles * quotas + np.bincount(sources, minlength=len(quotas))

@@ -8,6 +8,7 @@ import mmap
 import os
 from bisect import bisect_left, bisect_right
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import sha256
 from pathlib import Path
@@ -22,7 +23,7 @@ from data.shards import BLOCK_BYTES, DTYPES, HEADER_BYTES, INDEX, ShardEntry, Vo
 from data.shards import header as shard_header
 
 _MAX_MAPS = 256  # of all splits: a map holds a file descriptor, of which there often are 1,024
-_held: deque[tuple[dict[int, Any], int]] = deque()  # whose map of which shard, the oldest first
+_held: deque[tuple[dict[int, Any], int]] = deque()  # whose map of which shard, oldest first
 
 
 class Split:
@@ -47,8 +48,13 @@ class Split:
         self._maps: dict[int, npt.NDArray[np.unsignedinteger]] = {}
         self._opens: dict[int, npt.NDArray[np.uint64]] = {}
 
-    def read(self, starts: npt.NDArray[np.int64], out: npt.NDArray[np.unsignedinteger]) -> None:
-        """Fill out[i] (out: (k, n), of `dtype`) with the n tokens from token starts[i] on.
+    def read(
+        self,
+        starts: npt.NDArray[np.int64],
+        out: npt.NDArray[np.unsignedinteger] | Sequence[npt.NDArray[np.unsignedinteger]],
+    ) -> None:
+        """Fill out[i] (out: (k, n), or k rows of n, of `dtype`) with the n tokens from token
+        starts[i] on.
 
         Starts are taken modulo n_tokens; after the last token comes the first.
         """
@@ -56,7 +62,7 @@ class Split:
         shards = np.searchsorted(self._ends, starts, side="right")
         counts = self._counts[shards]
         firsts = starts - (self._ends[shards] - counts)
-        length = out.shape[1]
+        length = len(out[0])
         inside = firsts + length <= counts
         maps = self._maps
         places = zip(out, shards.tolist(), firsts.tolist(), inside.tolist(), strict=True)
@@ -125,7 +131,7 @@ def _mapped(path: Path, dtype: np.dtype[Any], count: int, offset: int) -> npt.ND
 def _hold(maps: dict[int, Any], shard: int, mapped: npt.NDArray[Any]) -> None:
     if len(_held) >= _MAX_MAPS:
         oldest, number = _held.popleft()
-        del oldest[number]
+        oldest.pop(number, None)  # two threads may have mapped it at once
     _held.append((maps, shard))
     maps[shard] = mapped
 

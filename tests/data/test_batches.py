@@ -202,3 +202,18 @@ def test_documents_are_those_of_the_index(
     places = (np.array(starts)[:, None] + np.arange(1, length)) % train.n_tokens
     assert np.array_equal(np.diff(found) == 1, np.isin(places, first_tokens))
     assert np.array_equal(np.diff(found) == 0, ~np.isin(places, first_tokens))
+
+
+def test_batches_say_which_documents_their_tokens_are_of(novels: Path) -> None:
+    """End of text stands at the head of each document of these shards, and nowhere else."""
+    dataset = open_shards(novels)
+    trained = islice(Batches(dataset.train, 200, 6, world_size=2, rank=1, documents=True), 60)
+    evaluated = evaluation(dataset.held_out, 50, 8, documents=True)
+    seen = 0
+    for batch in (*trained, *evaluated):
+        opens = batch.tokens == 50256
+        opens[:, 0] = False
+        assert torch.equal(batch.to("cpu").documents, opens.cumsum(1, dtype=torch.int32))
+        seen += int(opens.sum())
+    assert seen > 10
+    assert next(iter(Batches(dataset.train, 200, 6))).documents is None
