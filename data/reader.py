@@ -19,6 +19,7 @@ import numpy.typing as npt
 
 from data.errors import DataError
 from data.manifest import SPLITS, Manifest, read_manifest
+from data.remote import local_folder
 from data.shards import BLOCK_BYTES, DTYPES, HEADER_BYTES, INDEX, ShardEntry, Vocabulary, file_entry
 from data.shards import header as shard_header
 
@@ -146,12 +147,12 @@ class Dataset:
 
 
 def open_shards(folder: str | Path) -> Dataset:
-    """Open a folder that `prepare` wrote.
+    """Open a folder that `prepare` wrote, or its URL (data/remote.py).
 
     Raises DataError if it is unfinished, foreign or truncated, or if a header contradicts the
     manifest.
     """
-    folder = Path(folder)
+    folder = local_folder(folder)
     manifest = read_manifest(folder)
     made_with = manifest.vocabulary
     for split in SPLITS:
@@ -209,7 +210,7 @@ def damages(folder: Path, shard: ShardEntry) -> list[str]:
 def verify(folder: str | Path) -> list[str]:
     """Check every hash of a folder of shards: one line, naming file and block, for each damage; an
     empty list if all is whole. Raises DataError if the manifest itself is missing or damaged."""
-    folder = Path(folder)
+    folder = local_folder(folder)
     manifest = read_manifest(folder)
     shards = [shard for split in SPLITS for shard in manifest.splits[split]]
     return [damage for shard in shards for damage in damages(folder, shard)]

@@ -1,0 +1,92 @@
+"""Shards in object storage: copied whole to a local cache, once a machine, before they are opened.
+
+    s3://BUCKET/FOLDER   gs://BUCKET/FOLDER   whatever else fsspec reads
+
+Training reads windows in random order, so its first steps touch every shard: there is nothing to
+gain by copying late. Copies are kept in $SPARSE_GPT_CACHE (~/.cache/sparse-gpt), in a folder a
+data set; remove what is no longer wanted. Processes that want one at the same time take turns, so
+one of them copies.
+"""
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from data.errors import DataError
+from data.files import publish, temporary
+from data.manifest import MANIFEST, SPLITS, Manifest, read_manifest
+from data.shards import FileEntry, file_entry
+
+
+def local_folder(folder: str | Path) -> Path:
+    """`folder` itself, or of a URL its local copy.
+
+    Raises DataError for a URL that cannot be read or holds no shards, a disk without room for them,
+    and a file that is not what the manifest says.
+    """
+    url = str(folder).rstrip("/")
+    if "://" not in url:
+        return Path(folder)
+    cache = Path(os.environ.get("SPARSE_GPT_CACHE") or Path.home() / ".cache/sparse-gpt") / "shards"
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        import fsspec
+
+        storage, root = fsspec.core.url_to_fs(url)
+        with TemporaryDirectory(prefix=".manifest-", dir=cache) as incoming:
+            content = storage.cat_file(f"{root}/{MANIFEST}")
+            Path(incoming, MANIFEST).write_bytes(content)
+            manifest = read_manifest(incoming)
+        copy = cache / f"{url.rpartition('/')[2]}-{manifest.hash[:16]}"
+        copy.mkdir(exist_ok=True)
+        with (copy / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (copy / MANIFEST).exists():
+                _copy_all(url, storage, root, manifest, copy)
+                temporary(copy / MANIFEST).write_bytes(content)
+                publish(copy / MANIFEST)
+    except DataError:
+        raise
+    except Exception as error:  # each kind of storage has its own
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(f"{url}: cannot be read: {reason}") from None
+    return copy
+
+
+def _copy_all(url: str, storage: Any, root: str, manifest: Manifest, copy: Path) -> None:
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        DownloadColumn,
+        Progress,
+        TextColumn,
+        TimeRemainingColumn,
+        TransferSpeedColumn,
+    )
+
+    wanted: dict[str, FileEntry] = {}
+    for shard in (shard for split in SPLITS for shard in manifest.splits[split]):
+        wanted |= {f"{shard.name}.bin": shard.bin, f"{shard.name}.idx": shard.idx}
+    missing = {name: entry for name, entry in wanted.items() if not (copy / name).exists()}
+    total = sum(entry.bytes for entry in missing.values())
+    if total > (free := shutil.disk_usage(copy).free):
+        raise DataError(
+            f"{url}: takes {total / 1e9:.2f} GB in {copy}, where {free / 1e9:.2f} GB are free; "
+            "free some, or set SPARSE_GPT_CACHE to a folder on another disk"
+        )
+    console = Console(stderr=True)
+    columns = (TextColumn("copying"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
+    ) as bar:
+        task = bar.add_task("", total=total)
+        for name, entry in missing.items():
+            path = copy / name
+            storage.get_file(f"{root}/{name}", str(temporary(path)))
+            if file_entry(temporary(path)) != entry:
+                raise DataError(f"{url}/{name}: is not what its manifest says; upload it again")
+            publish(path)
+            bar.advance(task, entry.bytes)
