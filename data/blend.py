@@ -24,7 +24,8 @@ from data.reader import Dataset, open_shards
 class Source:
     """One data set of a blend."""
 
-    name: str  # of the folder, with as many of its parents' as make it unique
+    folder: str  # as it was given
+    name: str  # the last part of it, or as many as tell it from the others
     dataset: Dataset
     quota: int  # its samples in each cycle of the blend's
     key: int  # of its order
@@ -59,8 +60,8 @@ class Blend:
 
 def alone(dataset: Dataset) -> Blend:
     """A data set by itself, with its own hash, in the order that `Batches` gives its split."""
-    name = dataset.train.folder.name
-    return Blend((Source(name, dataset, quota=1, key=0),), dataset.manifest.hash)
+    folder = dataset.train.folder
+    return Blend((Source(str(folder), folder.name, dataset, 1, key=0),), dataset.manifest.hash)
 
 
 def open_blend(weights: Mapping[str, float]) -> Blend:
@@ -92,8 +93,9 @@ def open_blend(weights: Mapping[str, float]) -> Blend:
             "it, or leave it out"
         )
     names = _unique_names(folders)
+    keys = {folder: int(datasets[folder].train.hash[:16], 16) for folder in folders}
     sources = tuple(
-        Source(names[folder], datasets[folder], quota, int(datasets[folder].train.hash[:16], 16))
+        Source(folder, names[folder], datasets[folder], quota, keys[folder])
         for folder, quota in zip(folders, quotas, strict=True)
     )
     content = [[source.dataset.manifest.hash, source.quota] for source in sources]

@@ -226,13 +226,13 @@ def _submit(
     dry_run: bool,
 ) -> None:
     """The ranks check what a node has; the login node checks what it can know."""
-    from data import open_shards
+    from launch.corpus import open_data
     from launch.engine import deepspeed_config
     from launch.run_dir import check_run_dir
     from launch.slurm import submit, train_script
 
     deepspeed_config(run, nodes * devices)
-    check_run_dir(run, open_shards(run.data.path).manifest.hash)
+    check_run_dir(run, open_data(run.data).hash)
     run_dir = Path(run.run_dir)
     script = train_script(run_dir, nodes, devices, time_limit, arguments)
     print(script if dry_run else submit(run_dir / "train.sbatch", script))

@@ -15,7 +15,15 @@ from typing import Annotated, Any, Literal
 
 import torch
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, Strict, ValidationError, model_validator
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationError,
+    model_validator,
+)
 
 from sparse_gpt import ModelConfig
 from sparse_gpt.width import check_transfers
@@ -31,8 +39,36 @@ class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
+class SourceConfig(Section):
+    """A source of a blend; a number alone is its weight."""
+
+    weight: float = Field(gt=0)  # its share of the samples is this over the sum of all weights
+    max_epochs: float | None = Field(None, gt=0)  # in place of the data's
+
+
+def _weighted(source: Any) -> Any:
+    is_number = isinstance(source, int | float) and not isinstance(source, bool)
+    return {"weight": source} if is_number else source
+
+
 class DataConfig(Section):
-    path: str  # a folder that `sparse-gpt prepare` wrote
+    """What to train on: exactly one of `path` and `blend`. See docs/order.md."""
+
+    path: str | None = None  # a folder that `sparse-gpt prepare` wrote
+    blend: dict[str, Annotated[SourceConfig, BeforeValidator(_weighted)]] | None = Field(
+        None, min_length=1
+    )  # several of them
+    max_epochs: float | None = Field(None, gt=0)  # a run that would read more often is refused
+    allow_change: bool = False  # go on with other data than a run began with
+
+    @model_validator(mode="after")
+    def _exactly_one(self) -> "DataConfig":
+        given = [name for name in ("path", "blend") if getattr(self, name) is not None]
+        if len(given) != 1:
+            raise ValueError(
+                f"give exactly one of path, blend; here is {' and '.join(given) or 'none'}"
+            )
+        return self
 
 
 class BatchConfig(Section):
@@ -96,7 +132,7 @@ class LogConfig(Section):
 
 class EvalConfig(Section):
     every: int = Field(500, gt=0)  # steps; the last step is always evaluated
-    max_tokens: int | None = Field(None, gt=0)  # of the held-out split; None = all of it
+    max_tokens: int | None = Field(None, gt=0)  # of each source's held-out split; None = all
 
 
 class FaultConfig(Section):
@@ -268,6 +304,9 @@ def _inherit(path: Path, tree: dict[str, Any], seen: tuple[Path, ...]) -> dict[s
     return _merge(_inherit(base, read_yaml(base), (*seen, path.resolve())), own)
 
 
+_DATA = {"path", "blend"}  # of the data section; one is given, whole, and replaces what was before
+
+
 def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
     """`above` over `below`, mapping by mapping.
 
@@ -281,6 +320,8 @@ def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
             old = {"preset": old}
         # Of the duration's keys only one may stand: an inherited one must go.
         if isinstance(value, dict) and isinstance(old, dict) and key != "duration":
+            if key == "data" and value.keys() & _DATA:
+                old = {name: v for name, v in old.items() if name not in _DATA}
             value = _merge(old, value)
         merged[key] = value
     return merged
@@ -326,23 +367,35 @@ def _path(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[int | str]:
     """The place of an error as its author wrote it: without pydantic's tags of union members."""
     path: list[int | str] = []
     for part in loc[:-1]:
-        if isinstance(part, int) or part in _field_names(root, path):
+        names = set(_field_names(root, path))
+        if isinstance(part, int) or part in names or _ANY in names:
             path.append(part)
     return [*path, *loc[-1:]]
 
 
 def _field_names(model: Any, section: Sequence[int | str]) -> Iterator[str]:
-    """Names of the keys that may stand in `section`, a path below `model`."""
+    """Names of the keys that may stand in `section`, a path below `model`; _ANY in a mapping."""
     for branch in _models(model):
-        if not section:
+        if typing.get_origin(branch) is dict:
+            if not section:
+                yield _ANY
+            else:
+                yield from _field_names(typing.get_args(branch)[1], section[1:])
+        elif not section:
             yield from branch.model_fields
         elif section[0] in branch.model_fields:
             annotation = branch.model_fields[str(section[0])].annotation
             yield from _field_names(annotation, section[1:])
 
 
-def _models(annotation: Any) -> list[type[BaseModel]]:
+_ANY = "*"
+
+
+def _models(annotation: Any) -> list[Any]:
+    """The models and mappings among what an annotation allows."""
     if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) is dict:
         return [annotation]
     if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
         return [model for arg in typing.get_args(annotation) for model in _models(arg)]

@@ -38,18 +38,23 @@ def check_run_dir(config: RunConfig, data_manifest_hash: str) -> None:
             f"{saved}: holds a run with another {', '.join(changed)}; "
             "choose another run_dir, or remove that folder"
         )
-    if _read_provenance(folder)["data_manifest_hash"] != data_manifest_hash:
+    same_data = _read_provenance(folder)["data_manifest_hash"] == data_manifest_hash
+    if not same_data and not config.data.allow_change:
+        what = config.data.path or "the blend"
         raise ConfigError(
-            f"{config.data.path}: is not the data that {folder} was trained on; "
-            "choose another run_dir, or give the data of before"
+            f"data: {what} is not the data that {folder} was trained on; choose another run_dir, "
+            "give the data of before, or set data.allow_change=true to go on with these"
         )
 
 
 def _what_computes(config: RunConfig) -> dict[str, Any]:
-    """The sections of a run, without the keys in them that may change."""
+    """The sections of a run, without the keys in them that may change.
+
+    Nor the data's, which may move: their hash counts.
+    """
     native = {key: v for key, v in config.deepspeed.items() if key != "zero_optimization"}
     return {
-        **config.model_dump(mode="json"),
+        **config.model_dump(mode="json", exclude={"data"}),
         "batch": config.batch.global_tokens,
         "deepspeed": native,
     }
@@ -89,13 +94,18 @@ def open_run_dir(
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         before = _read_provenance(folder) if (folder / "config.yaml").exists() else {}
+        start = {"step": step, **_this_start(world), "preflight": preflight}
+        came_from = read_manifest(folder / "checkpoints" / tag_of(step))
+        if came_from and came_from["data_manifest_hash"] != data_manifest_hash:
+            start["data_change"] = {
+                "sample": came_from["samples"],  # the first of the new data
+                "from": came_from["data_manifest_hash"],
+                "to": data_manifest_hash,
+            }
         record = {
             **before,
             "data_manifest_hash": data_manifest_hash,
-            "starts": [
-                *before.get("starts", []),
-                {"step": step, **_this_start(world), "preflight": preflight},
-            ],
+            "starts": [*before.get("starts", []), start],
         }
         publish_text(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
         publish_text(folder / "config.yaml", to_yaml(config))

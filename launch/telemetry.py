@@ -36,6 +36,10 @@ _LAYOUT = {
     },
 }
 
+_BLEND_LAYOUT = {
+    "Loss by source": {"validation loss of each source": ["Multiline", [r"val/loss/.*"]]},
+}
+
 
 class Telemetry:
     """The log of a run; use as a context manager. On ranks other than 0 it does nothing."""
@@ -57,6 +61,7 @@ class Telemetry:
         self._marked_step = resume_step
         self._data_wait = 0.0
         self._settings = _flat(config.model_dump(mode="json", include=_HYPERPARAMETERS))
+        self._layout = {**_LAYOUT, **(_BLEND_LAYOUT if config.data.blend else {})}
         if world.rank == 0:
             self._record = Record(run_dir, resume_step, self._begin, self._draw)
 
@@ -123,7 +128,7 @@ class Telemetry:
             print(self._line(row), flush=True)
 
     def _begin(self, board: SummaryWriter) -> None:
-        board.add_custom_scalars(_LAYOUT)
+        board.add_custom_scalars(self._layout)
         for summary in hparams(self._settings, {"val/loss": 0, "train/loss": 0})[:2]:
             board._get_file_writer().add_summary(summary)  # add_hparams adds points
 

@@ -18,9 +18,10 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from data import Batch, Batches, DataError, Dataset, evaluation, open_shards
+from data import Batch, Batches, Blend, DataError, Split, evaluation
 from launch.checkpoint import CheckpointError, Checkpoints, TrainState, rng_state
 from launch.config import ConfigError, RunConfig, load_config
+from launch.corpus import check_epochs, open_data
 from launch.engine import Engine, check_compiler, deepspeed_config
 from launch.guard import RunStopped
 from launch.incident import write_incident
@@ -49,7 +50,7 @@ def train(config: RunConfig) -> None:
     Raises ConfigError or DataError, before anything is written, if it cannot be done, and
     RunStopped if the guard finds that the run must not go on.
     """
-    dataset = check(config, read_environment()[2])
+    blend = check(config, read_environment()[2])
     preemption = Preemption()
     if read_environment()[0] == 0:
         hold(Path(config.run_dir))
@@ -58,7 +59,7 @@ def train(config: RunConfig) -> None:
     torch.manual_seed(config.seed)
     model = GPT(config.model)
     parameters = sum(p.numel() for p in model.parameters())
-    found = preflight(config, world, dataset.manifest.hash, parameters)
+    found = preflight(config, world, blend.hash, parameters)
     report = count_flops(model, batch=1, seq=config.model.max_seq_len)
     total_steps = config.total_steps(report.training / report.seq)
     probe = Probe(model, report, world.device, config.compile)
@@ -66,18 +67,18 @@ def train(config: RunConfig) -> None:
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
 
     checkpoints = Checkpoints(
-        Path(config.run_dir) / "checkpoints", engine, origin(config, dataset.manifest.hash)
+        Path(config.run_dir) / "checkpoints", engine, origin(config, blend.hash)
     )
     limit_waiting(config.fault.timeout_seconds)  # all groups exist now
     state = checkpoints.load_newest()
     if state.guard:
         engine.guard.load(state.guard)
-    run_dir = open_run_dir(config, world, dataset.manifest.hash, state.step, found)
-    batches = iter(train_batches(config, dataset, world.size, world.rank, state.samples))
+    run_dir = open_run_dir(config, world, blend.hash, state.step, found)
+    batches = iter(train_batches(config, blend, world.size, world.rank, state.samples))
     with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
         if state.step == 0:
             with telemetry.untimed():
-                telemetry.log(state.step, validate(config, engine, dataset))
+                telemetry.log(state.step, validate(config, engine, blend))
         while state.step < total_steps:
             with telemetry.data_wait():
                 batch = next(batches).to(world.device)
@@ -92,9 +93,7 @@ def train(config: RunConfig) -> None:
             )
             if engine.guard.trouble and go_back(engine, checkpoints, run_dir, batch, rng, state):
                 state = replace(checkpoints.load_newest(), samples=state.samples)
-                batches = iter(
-                    train_batches(config, dataset, world.size, world.rank, state.samples)
-                )
+                batches = iter(train_batches(config, blend, world.size, world.rank, state.samples))
                 telemetry.rewind(state.step)
                 continue
 
@@ -110,7 +109,7 @@ def train(config: RunConfig) -> None:
                     metrics["data/batch_hash"] = batch_hash(batch, world)
             with telemetry.untimed():
                 if last or state.step % config.eval.every == 0:
-                    metrics |= validate(config, engine, dataset)
+                    metrics |= validate(config, engine, blend)
                 if metrics:
                     telemetry.log(state.step, metrics)
                 if checkpoints.after_step(state, last, preemption.requested):
@@ -148,21 +147,22 @@ def go_back(
     return back
 
 
-def check(config: RunConfig, world_size: int) -> Dataset:
+def check(config: RunConfig, world_size: int) -> Blend:
     """Everything that can be known to be wrong before a process group or a folder exists."""
-    dataset = open_shards(config.data.path)
-    vocab_size = dataset.manifest.tokenizer["vocab_size"]
-    if config.model.vocab_size != vocab_size:
+    blend = open_data(config.data)
+    if config.model.vocab_size != blend.vocab_size:
         raise ConfigError(
-            f"model.vocab_size: {config.model.vocab_size} is not the {vocab_size} of the "
-            f"vocabulary that {config.data.path} was made with; set it to that"
+            f"model.vocab_size: {config.model.vocab_size} is not the {blend.vocab_size} of the "
+            f"vocabulary that {blend.sources[0].folder} was made with; set it to that"
         )
     config.grad_accum(world_size)
     deepspeed_config(config, world_size)
     check_compiler(config)
-    train_batches(config, dataset, world_size)
-    if dataset.held_out.n_tokens:
-        held_out(config, dataset, world_size)
+    train_batches(config, blend, world_size)
+    check_epochs(config, blend)
+    for source in blend.sources:
+        if source.dataset.held_out.n_tokens:
+            held_out(config, source.dataset.held_out, world_size)
     ffn = config.model.ffn
     if ffn.kind == "sparse" and ffn.backend == "triton":
         device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -172,16 +172,16 @@ def check(config: RunConfig, world_size: int) -> Dataset:
             raise ConfigError("model.ffn.backend: triton has no fp16; use auto, or bf16")
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("precision: fp16 needs a GPU; on the CPU use fp32 or bf16")
-    check_run_dir(config, dataset.manifest.hash)
-    return dataset
+    check_run_dir(config, blend.hash)
+    return blend
 
 
 def train_batches(
-    config: RunConfig, dataset: Dataset, world_size: int, rank: int = 0, start: int = 0
+    config: RunConfig, blend: Blend, world_size: int, rank: int = 0, start: int = 0
 ) -> Batches:
     """This rank's share of the training data from sample `start` on."""
     return Batches(
-        dataset.train,
+        blend,
         seq_len=config.model.max_seq_len,
         global_batch=config.global_batch,
         seed=config.seed,
@@ -199,20 +199,28 @@ def batch_hash(batch: Batch, world: World) -> int:
     return int(world.sum(torch.tensor(own, device=world.device)).item()) % 2**53
 
 
-def validate(config: RunConfig, engine: Engine, dataset: Dataset) -> dict[str, float]:
-    """`val/loss` over the held-out split; nothing where the data have none."""
-    world = engine.world
-    if not dataset.held_out.n_tokens:
+def validate(config: RunConfig, engine: Engine, blend: Blend) -> dict[str, float]:
+    """`val/loss` over the held-out splits; nothing where the data have none.
+
+    Of several sources each has its own, `val/loss/<name>`, and `val/loss` is their mean with the
+    shares that they have in training: the loss of what the run is trained on.
+    """
+    world, losses, total, shares = engine.world, {}, 0.0, 0
+    for source in blend.sources:
+        split = source.dataset.held_out
+        if split.n_tokens:
+            loss = engine.evaluate(held_out(config, split, world.size, world.rank))
+            losses[f"val/loss/{source.name}"] = loss
+            total, shares = total + loss * source.quota, shares + source.quota
+    if not losses:
         return {}
-    return {"val/loss": engine.evaluate(held_out(config, dataset, world.size, world.rank))}
+    return {"val/loss": total / shares, **(losses if len(blend.sources) > 1 else {})}
 
 
-def held_out(
-    config: RunConfig, dataset: Dataset, world_size: int, rank: int = 0
-) -> Iterator[Batch]:
-    """This rank's share of one pass over the held-out split: the same windows at any world size."""
+def held_out(config: RunConfig, split: Split, world_size: int, rank: int = 0) -> Iterator[Batch]:
+    """This rank's share of one pass over a held-out split: the same windows at any world size."""
     return evaluation(
-        dataset.held_out,
+        split,
         config.model.max_seq_len,
         config.batch.micro_batch * world_size,
         rank,

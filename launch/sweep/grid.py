@@ -15,9 +15,10 @@ from typing import Any
 
 from pydantic import Field, ValidationError, model_validator
 
-from data import DataError, open_shards
+from data import DataError
 from launch.config import (
     ConfigError,
+    DataConfig,
     DurationConfig,
     RunConfig,
     Section,
@@ -26,6 +27,7 @@ from launch.config import (
     read_yaml,
     to_yaml,
 )
+from launch.corpus import open_data
 from launch.costs import model_report, parameter_counts
 from launch.schedule import fall_start
 from sparse_gpt.flops import FlopReport
@@ -239,11 +241,10 @@ class _Grid:
 
 
 def _data_tokens(config: SweepConfig) -> int | None:
-    """Training tokens that there are; None where the data are not here."""
-    path = config.run.get("data", {}).get("path")
+    """Tokens of training until a source has been read once; None where the data are not here."""
     try:
-        return open_shards(path).train.n_tokens if path else None
-    except DataError:
+        return open_data(DataConfig(**config.run.get("data", {}))).epoch_tokens
+    except (DataError, ValidationError):
         return None
 
 

@@ -45,6 +45,16 @@ def test_a_batch_may_be_kept(counted: Path) -> None:
         assert torch.equal(old.samples, new.samples)
 
 
+def test_the_order_of_one_data_set_is_frozen(counted: Path) -> None:
+    """As it was before there were blends."""
+    train = open_shards(counted).train
+    batches = islice(Batches(train, 10, 8, seed=3, rank=1, world_size=2, start=96), 2)
+    assert [batch.tokens[:, 0].tolist() for batch in batches] == [
+        [692, 842, 933, 393],
+        [523, 753, 893, 273],
+    ]
+
+
 def test_uint32_tokens(tmp_path: Path, make_shards: MakeShards) -> None:
     tokens = np.arange(70_000, 70_100)
     folder = make_shards(tmp_path / "wide", [[tokens]], dtype="uint32")
