@@ -7,11 +7,12 @@
     verify        every hash of a folder of shards
     Batches       a split or a blend as endless batches, the same at any world size and resume
     evaluation    one pass over a split
+    prefetched    batches read by a thread ahead of their use
     DataError     bad input, in one line for its user
 
 The files, from text to tensor: documents, tokenizer, units, workers, prepare; shards, manifest,
-reader, blend; order, batches; and files, by which all are published. Only reading documents imports
-`datasets`, and only batches imports torch.
+remote, reader, blend; order, batches, prefetch; and files, by which all are published. Only reading
+documents imports `datasets`, and only batches and prefetch import torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -26,6 +27,7 @@ from data.train_vocab import train_vocab
 
 if TYPE_CHECKING:
     from data.batches import Batch, Batches, evaluation
+    from data.prefetch import prefetched
 
 __all__ = [
     "Batch",
@@ -42,6 +44,7 @@ __all__ = [
     "load_tokenizer",
     "open_blend",
     "open_shards",
+    "prefetched",
     "prepare",
     "train_vocab",
     "verify",
@@ -53,4 +56,8 @@ def __getattr__(name: str) -> Any:
         import data.batches
 
         return getattr(data.batches, name)
+    if name == "prefetched":
+        import data.prefetch
+
+        return data.prefetch.prefetched
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

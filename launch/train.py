@@ -18,7 +18,7 @@ import torch
 import torch.distributed as dist
 import xxhash
 
-from data import Batch, Batches, Blend, DataError, Split, evaluation
+from data import Batch, Batches, Blend, DataError, Split, evaluation, prefetched
 from launch.checkpoint import CheckpointError, Checkpoints, TrainState, rng_state
 from launch.config import ConfigError, RunConfig, load_config
 from launch.corpus import check_epochs, open_data
@@ -74,26 +74,26 @@ def train(config: RunConfig) -> None:
     if state.guard:
         engine.guard.load(state.guard)
     run_dir = open_run_dir(config, world, blend.hash, state.step, found)
-    batches = iter(train_batches(config, blend, world.size, world.rank, state.samples))
+    batches = read_from(config, blend, world, state.samples)
     with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
         if state.step == 0:
             with telemetry.untimed():
                 telemetry.log(state.step, validate(config, engine, blend))
         while state.step < total_steps:
             with telemetry.data_wait():
-                batch = next(batches).to(world.device)
+                batch = next(batches).to(world.device, non_blocking=True)
             rng = rng_state(world.device)
             sampled = state.step % config.log.profile_every == 0
             with probe.attached(sampled):
                 loss, learning_rate, grad_norm = engine.step(
-                    batch.tokens, batch.targets, state.step
+                    batch.tokens, batch.targets, state.step, batch.documents
                 )
             state = TrainState(
                 state.step + 1, state.samples + config.global_batch, engine.guard.state()
             )
             if engine.guard.trouble and go_back(engine, checkpoints, run_dir, batch, rng, state):
                 state = replace(checkpoints.load_newest(), samples=state.samples)
-                batches = iter(train_batches(config, blend, world.size, world.rank, state.samples))
+                batches = read_from(config, blend, world, state.samples)
                 telemetry.rewind(state.step)
                 continue
 
@@ -188,8 +188,14 @@ def train_batches(
         rank=rank,
         world_size=world_size,
         start=start,
+        documents=config.model.document_mask,
         pin=torch.cuda.is_available(),
     )
+
+
+def read_from(config: RunConfig, blend: Blend, world: World, start: int) -> Iterator[Batch]:
+    """This rank's batches from sample `start` on, read ahead."""
+    return prefetched(iter(train_batches(config, blend, world.size, world.rank, start)))
 
 
 def batch_hash(batch: Batch, world: World) -> int:
@@ -226,6 +232,7 @@ def held_out(config: RunConfig, split: Split, world_size: int, rank: int = 0) ->
         rank,
         world_size,
         max_tokens=config.eval.max_tokens,
+        documents=config.model.document_mask,
     )
 
 

@@ -13,6 +13,8 @@ import yaml
 from ranks import ENVIRONMENT, ROOT, finish, metrics, sparse_gpt, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from data import prepare
+
 EXACT = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
 
 
@@ -116,6 +118,24 @@ def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero, precision):
     starts = json.loads((cut / "provenance.json").read_text())["starts"]
     assert starts[0]["step"] == 0
     assert starts[1]["step"] in (8, 16)  # the second may be whole by then
+
+
+def test_documents_are_masked_the_same_on_any_ranks(run_file, shards, tmp_path):
+    """Each paragraph is a document, so that most rows hold several."""
+    novels = sorted((ROOT / "data/samples").glob("*.txt"))
+    paragraphs = tmp_path / "paragraphs"
+    vocab = shards.with_name("bpe")
+    prepare(novels, paragraphs, separator="\n\n", held_out=0.1, vocab=vocab, progress=False)
+    masked = (f"data.path={paragraphs}", "model.document_mask=true", "duration.steps=12")
+    finish(start_ranks(run_file, *masked, f"run_dir={tmp_path / 'two'}"))
+    finish(start_ranks(run_file, *masked, f"run_dir={tmp_path / 'one'}", world_size=1))
+    finish(start_ranks(run_file, masked[0], masked[2], f"run_dir={tmp_path / 'unmasked'}"))
+    two, one, unmasked = (
+        [row["val/loss"] for row in metrics(tmp_path / name) if "val/loss" in row]
+        for name in ("two", "one", "unmasked")
+    )
+    assert one == pytest.approx(two, rel=1e-5)
+    assert unmasked != pytest.approx(two, rel=5e-5)
 
 
 def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run_file):
