@@ -144,7 +144,7 @@ def test_a_hung_rank_ends_the_run_within_the_set_time(run_file):
     job(run_file)[1].suspend()
     code, errors = end(process, run_file, 60)
     assert code == 1
-    assert time.monotonic() - stopped < 5 + 10 + 5
+    assert time.monotonic() - stopped < 5 + 10 + 15  # and what a busy machine takes
     [line] = [line for line in errors if "another rank is lost or hangs" in line]
     assert line.startswith("error: rank 0 on ")
     assert "rank 0 failed with exit code 1" in errors[-1]
