@@ -4,18 +4,20 @@
     open_shards   a folder of shards, memory-mapped: .train, .held_out, .manifest
     train_vocab   documents to a byte-pair vocabulary for `prepare`
     verify        every hash of a folder of shards
+    import_shards, export_shards   from and to the files of Megatron, llm.c, nanoGPT
     Batches       a split as endless batches, the same at any world size and after any resume
     evaluation    one pass over a split
     DataError     bad input, in one line for its user
 
 The files, from text to tensor: documents, tokenizer, units, workers, prepare; shards, manifest,
-reader; order, batches; and files, by which all are published. Only reading documents imports
-`datasets`, and only batches imports torch.
+reader, interop; order, batches; and files, by which all are published. Only reading documents
+imports `datasets`, and only batches imports torch.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from data.errors import DataError
+from data.interop import export_shards, import_shards
 from data.manifest import Manifest
 from data.prepare import prepare
 from data.reader import Dataset, Split, open_shards, verify
@@ -34,6 +36,8 @@ __all__ = [
     "Split",
     "Tokenizer",
     "evaluation",
+    "export_shards",
+    "import_shards",
     "load_tokenizer",
     "open_shards",
     "prepare",
