@@ -59,6 +59,7 @@ from data.tokenizer import Tokenizer, load_tokenizer
 from data.units import Unit, UnitWriter
 
 Ids = npt.NDArray[np.integer[Any]]
+Document = npt.NDArray[np.uint32]  # ids, end of text first
 T = TypeVar("T")
 
 _PIECE = 4 << 20  # tokens, documents or bytes handled at once
@@ -263,7 +264,7 @@ def _refuse_other_documents(split: Split, ends: int) -> None:
 # Theirs to ours: the documents (1-D ids, end of text first) in the token files of one split.
 
 
-def _megatron_documents(paths: list[Path], tokenizer: Tokenizer) -> Iterator[Ids]:
+def _megatron_documents(paths: list[Path], tokenizer: Tokenizer) -> Iterator[Document]:
     end = np.array([tokenizer.eot], np.uint32)
     for path in paths:
         dtype, pointers, bounds = _read_index(path)
@@ -277,7 +278,7 @@ def _megatron_documents(paths: list[Path], tokenizer: Tokenizer) -> Iterator[Ids
                 _check_ids(document, path, start, tokenizer)
                 if len(document) and document[-1] == tokenizer.eot:
                     document = document[:-1]
-                yield np.concatenate((end, document))
+                yield _join((end, document))
 
 
 def _read_index(path: Path) -> tuple[np.dtype[Any], Ids, Ids]:
@@ -309,7 +310,7 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], Ids, Ids]:
     return dtype, pointers, bounds
 
 
-def _llmc_documents(paths: list[Path], tokenizer: Tokenizer) -> Iterator[Ids]:
+def _llmc_documents(paths: list[Path], tokenizer: Tokenizer) -> Iterator[Document]:
     return _cut(paths, _llmc_tokens, tokenizer, after=False)
 
 
@@ -324,13 +325,13 @@ def _llmc_tokens(path: Path) -> Ids:
     return _mapped(path, DTYPES[f"uint{8 * itemsize}"], HEADER_BYTES)
 
 
-def _nanogpt_documents(paths: list[Path], tokenizer: Tokenizer) -> Iterator[Ids]:
+def _nanogpt_documents(paths: list[Path], tokenizer: Tokenizer) -> Iterator[Document]:
     return _cut(paths, lambda path: _mapped(path, DTYPES["uint16"]), tokenizer, after=True)
 
 
 def _cut(
     paths: list[Path], tokens_of: Callable[[Path], Ids], tokenizer: Tokenizer, after: bool
-) -> Iterator[Ids]:
+) -> Iterator[Document]:
     """The documents of a stream that goes on from file to file, found by the ends of text, which
     stand before or `after` each; what stands outside the first or the last one is a document too.
     """
@@ -348,7 +349,7 @@ def _cut(
             start = 0
             for stop in np.flatnonzero(piece == tokenizer.eot).tolist():
                 if begun or start < stop:
-                    yield np.concatenate((*begun, piece[start:stop]))
+                    yield _join((*begun, piece[start:stop]))
                 begun, start = [], stop
             begun.append(piece[start:])
             if sum(map(len, begun)) > MAX_TOKENS:
@@ -357,7 +358,11 @@ def _cut(
                     f"({tokenizer.eot}); give the vocabulary that they were made with"
                 )
     if begun:
-        yield np.concatenate(begun)
+        yield _join(begun)
+
+
+def _join(pieces: Sequence[Ids]) -> Document:
+    return np.concatenate(pieces, dtype=np.uint32, casting="unsafe")  # checked: none is negative
 
 
 def _mapped(path: Path, dtype: np.dtype[Any], offset: int = 0) -> Ids:
