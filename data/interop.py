@@ -293,7 +293,7 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], Ids, Ids]:
         raise DataError(f"{index}: not an index of Megatron's for token ids, in version 1")
     expected = _INDEX.size + 12 * n + 8 * n_bounds
     if len(content) != expected:
-        raise DataError(f"{index}: {len(content):,} bytes, its header says {expected:,}")
+        raise DataError(f"{index}: {len(content):,} bytes, but its header says {expected:,}")
     dtype = np.dtype(_INDEX_DTYPES[code])
     lengths = np.ndarray(n, "<i4", content.data, _INDEX.size)
     pointers = np.ndarray(n, "<i8", content.data, _INDEX.size + 4 * n)
@@ -376,12 +376,12 @@ def _mapped(path: Path, dtype: np.dtype[Any], offset: int = 0) -> Ids:
 
 
 def _check_ids(ids: Ids, path: Path, first: int, tokenizer: Tokenizer) -> None:
-    for at in (ids.argmin(), ids.argmax()) if len(ids) else ():
-        if not 0 <= ids[at] < tokenizer.vocab_size:
-            raise DataError(
-                f"{path}: token {first + at} is {ids[at]}, and vocabulary {tokenizer.name!r} has "
-                f"0 … {tokenizer.vocab_size - 1}; give the one that they were made with"
-            )
+    if len(ids) and not 0 <= ids.min() <= ids.max() < tokenizer.vocab_size:
+        at = int(np.argmax((ids < 0) | (ids >= tokenizer.vocab_size)))
+        raise DataError(
+            f"{path}: token {first + at} is {ids[at]}, but vocabulary {tokenizer.name!r} has ids "
+            f"0 … {tokenizer.vocab_size - 1}; give the one that they were made with"
+        )
 
 
 def _find(sources: Sequence[str | Path], format: str) -> list[Path]:
