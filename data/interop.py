@@ -17,9 +17,11 @@ Sources of the formats: Megatron-LM, megatron/core/datasets/indexed_dataset.py; 
 dev/data/data_common.py and llmc/dataloader.h; nanoGPT, data/openwebtext/prepare.py.
 """
 
+import fcntl
 import glob
 import hashlib
 import json
+import os
 import shutil
 import struct
 from collections import Counter
@@ -162,22 +164,36 @@ def _whole(out: str | Path) -> Iterator[Path]:
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise DataError(f"{out}: is there already; choose another folder")
-        try:
-            aside.mkdir(parents=True)
-        except FileExistsError:
-            raise DataError(
-                f"{aside}: another run writes there, or one was killed: if none runs, delete it"
-            ) from None
-        try:
-            yield aside
-            for path in aside.iterdir():
-                sync(path)
-            publish(out)
-        except BaseException:
-            shutil.rmtree(aside, ignore_errors=True)
-            raise
+        aside.mkdir(parents=True, exist_ok=True)
+        with _alone(aside):
+            for left_by_a_killed_run in aside.iterdir():
+                left_by_a_killed_run.unlink()
+            try:
+                yield aside
+                for path in aside.iterdir():
+                    sync(path)
+                publish(out)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                raise
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror}") from None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuse a second process; the kernel lets go of the lock even on SIGKILL."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise DataError(f"{folder}: another run is writing there; wait for it to end") from None
+        except OSError:
+            pass  # some network file systems cannot lock a folder
+        yield
+    finally:
+        os.close(handle)
 
 
 # Ours to theirs: one split into the folder `out`.
