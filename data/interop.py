@@ -65,6 +65,7 @@ Document = npt.NDArray[np.uint32]  # ids, end of text first
 T = TypeVar("T")
 
 _PIECE = 4 << 20  # tokens, documents or bytes handled at once
+_LONGEST = 1 << 26  # tokens of an imported document; its decoding takes some 40 bytes for each
 _INDEX = struct.Struct("<9sQBQQ")  # Megatron's: magic, version, dtype, sequences, document bounds
 _INDEX_MAGIC = b"MMIDIDX\0\0"
 _INDEX_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats
@@ -116,7 +117,7 @@ def import_shards(
     shard_tokens  tokens a shard at most, unless one document is longer
 
     Raises DataError if a file is missing, empty, damaged or given twice, if an id lies beyond the
-    vocabulary, or if `out` is not new.
+    vocabulary, a document has more than 67M tokens, or `out` is not new.
     """
     documents, tokenizer = _of(format, _READERS), load_tokenizer(vocab)
     if shard_tokens < 1:
@@ -161,6 +162,7 @@ def _whole(out: str | Path) -> Iterator[Path]:
     """A folder to fill: it becomes `out` at the end, and goes where that is not reached."""
     out = Path(out).resolve()
     aside = temporary(out)
+    missing = [folder for folder in out.parents if not folder.exists()]
     try:
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise DataError(f"{out}: is there already; choose another folder")
@@ -175,6 +177,8 @@ def _whole(out: str | Path) -> Iterator[Path]:
                 publish(out)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
+                for folder in missing:  # the innermost first
+                    folder.rmdir()
                 raise
     except OSError as error:
         raise DataError(f"{error.filename or out}: {error.strerror}") from None
@@ -290,6 +294,7 @@ def _megatron_documents(paths: list[Path], tokenizer: Tokenizer) -> Iterator[Doc
             inside = np.minimum(sequences, len(pointers) - 1)
             places = np.where(inside < sequences, tokens.nbytes, pointers[inside])
             for start, stop in pairwise((places // dtype.itemsize).tolist()):
+                _refuse_endless(stop - start, path, tokenizer)
                 document = tokens[start:stop]
                 _check_ids(document, path, start, tokenizer)
                 if len(document) and document[-1] == tokenizer.eot:
@@ -310,11 +315,13 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], Ids, Ids]:
     expected = _INDEX.size + 12 * n + 8 * n_bounds
     if len(content) != expected:
         raise DataError(f"{index}: {len(content):,} bytes, but its header says {expected:,}")
+    if not n or not n_bounds:
+        raise DataError(f"{index}: holds no documents; leave it out")
     dtype = np.dtype(_INDEX_DTYPES[code])
     lengths = np.ndarray(n, "<i4", content.data, _INDEX.size)
     pointers = np.ndarray(n, "<i8", content.data, _INDEX.size + 4 * n)
     bounds = np.ndarray(n_bounds, "<i8", content.data, _INDEX.size + 12 * n)
-    sound = n > 0 and n_bounds > 0 and pointers[0] == bounds[0] == 0 and bounds[-1] == n
+    sound = bool(pointers[0] == bounds[0] == 0 and bounds[-1] == n)
     for first in range(0, n, _PIECE):
         sizes = lengths[first : first + _PIECE].astype(np.int64) * dtype.itemsize
         ends = np.append(pointers[first + 1 : first + 1 + _PIECE], size)[: len(sizes)]
@@ -368,13 +375,17 @@ def _cut(
                     yield _join((*begun, piece[start:stop]))
                 begun, start = [], stop
             begun.append(piece[start:])
-            if sum(map(len, begun)) > MAX_TOKENS:
-                raise DataError(
-                    f"{path}: more than {MAX_TOKENS} tokens without an end of text "
-                    f"({tokenizer.eot}); give the vocabulary that they were made with"
-                )
+            _refuse_endless(sum(map(len, begun)), path, tokenizer)
     if begun:
         yield _join(begun)
+
+
+def _refuse_endless(length: int, path: Path, tokenizer: Tokenizer) -> None:
+    if length > _LONGEST:
+        raise DataError(
+            f"{path}: a document of more than {_LONGEST} tokens, where vocabulary "
+            f"{tokenizer.name!r} ends text with {tokenizer.eot}; give the one of these tokens"
+        )
 
 
 def _join(pieces: Sequence[Ids]) -> Document:
@@ -396,7 +407,7 @@ def _check_ids(ids: Ids, path: Path, first: int, tokenizer: Tokenizer) -> None:
         at = int(np.argmax((ids < 0) | (ids >= tokenizer.vocab_size)))
         raise DataError(
             f"{path}: token {first + at} is {ids[at]}, but vocabulary {tokenizer.name!r} has ids "
-            f"0 … {tokenizer.vocab_size - 1}; give the one that they were made with"
+            f"0 … {tokenizer.vocab_size - 1}; give the one of these tokens"
         )
 
 

@@ -350,6 +350,8 @@ def make_bad(folder: Path, case: str) -> Path:
         del index[-1]
     elif case == "index empty":
         index.clear()
+    elif case == "index of nothing":
+        index[:] = index[:18] + struct.pack("<QQ", 0, 0)
     elif case == "index of others":
         path.write_bytes(tokens[:-1].tobytes())
     elif case == "negative length":
@@ -379,6 +381,7 @@ def make_bad(folder: Path, case: str) -> Path:
         ("megatron", "index dtype", r"bad\.idx: not an index of Megatron's"),
         ("megatron", "index cut short", r"bad\.idx: 81 bytes, but its header says 82"),
         ("megatron", "index empty", r"bad\.idx: is empty"),
+        ("megatron", "index of nothing", r"bad\.idx: holds no documents"),
         ("megatron", "index of others", r"bad\.idx: its sequences do not cover the 8 bytes of bad"),
         ("megatron", "negative length", r"bad\.idx: its sequences do not cover"),
         ("megatron", "unordered documents", r"bad\.idx: its sequences do not cover"),
@@ -397,7 +400,7 @@ def test_bad_files_are_refused_in_one_line_and_leave_nothing(
     path = make_bad(tmp_path, case)
     before = sorted(tmp_path.iterdir())
     with pytest.raises(DataError, match=says) as error:
-        import_shards([path], format, tmp_path / "out")
+        import_shards([path], format, tmp_path / "new" / "out")
     assert "\n" not in str(error.value)
     assert sorted(tmp_path.iterdir()) == before
 
@@ -418,12 +421,20 @@ def test_an_id_beyond_the_vocabulary_is_named_with_its_place(tmp_path: Path, for
         import_shards([tmp_path / "b"], "megatron", tmp_path / "out")
 
 
-def test_tokens_without_end_are_refused_before_they_fill_the_memory(tmp_path: Path) -> None:
-    np.ones(5000, np.uint16).tofile(tmp_path / "a.bin")
-    says = r"a\.bin: more than 3000 tokens without an end of text"
-    small = mock.patch.multiple(interop, _PIECE=100, MAX_TOKENS=3000)
+@pytest.mark.parametrize("format", FORMATS)
+def test_documents_without_end_are_refused_before_they_fill_the_memory(
+    tmp_path: Path, format: str
+) -> None:
+    path = tmp_path / "a.bin"
+    write_megatron(tmp_path / "a", np.ones(5000, np.uint16), [5000], [0, 1], 8)
+    if format == "llmc":
+        write_llmc(path, [1] * 5000)
+    says = (
+        r"a\.bin: a document of more than 3000 tokens, where vocabulary 'gpt2' ends text with 50256"
+    )
+    small = mock.patch.multiple(interop, _PIECE=100, _LONGEST=3000)
     with small, pytest.raises(DataError, match=says):
-        import_shards([tmp_path / "a.bin"], "nanogpt", tmp_path / "out")
+        import_shards([path], format, tmp_path / "out")
 
 
 def test_sources_that_are_not_as_they_should_be(tmp_path: Path) -> None:
