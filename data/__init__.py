@@ -5,20 +5,22 @@
     open_blend    several of them in fixed shares
     train_vocab   documents to a byte-pair vocabulary for `prepare`
     verify        every hash of a folder of shards
+    import_shards, export_shards   from and to the files of Megatron, llm.c, nanoGPT
     Batches       a split or a blend as endless batches, the same at any world size and resume
     evaluation    one pass over a split
     prefetched    batches read by a thread ahead of their use
     DataError     bad input, in one line for its user
 
 The files, from text to tensor: documents, tokenizer, units, workers, prepare; shards, manifest,
-remote, reader, blend; order, batches, prefetch; and files, by which all are published. Only reading
-documents imports `datasets`, and only batches and prefetch import torch.
+remote, reader, blend, interop; order, batches, prefetch; and files, by which all are published.
+Only reading documents imports `datasets`, and only batches and prefetch import torch.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from data.blend import Blend, Source, alone, open_blend
 from data.errors import DataError
+from data.interop import export_shards, import_shards
 from data.manifest import Manifest
 from data.prepare import prepare
 from data.reader import Dataset, Split, open_shards, verify
@@ -41,6 +43,8 @@ __all__ = [
     "Tokenizer",
     "alone",
     "evaluation",
+    "export_shards",
+    "import_shards",
     "load_tokenizer",
     "open_blend",
     "open_shards",

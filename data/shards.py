@@ -47,7 +47,7 @@ MAX_TOKENS = 2**31 - 1  # what llm.c's count can hold
 INDEX = np.dtype([("start", "<u8"), ("hash", "<u8")])
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
 _HEADER = struct.Struct("<iiiI8sQQIII4x32s")
-_LLM_C = {2: (20240520, 1), 4: (20240801, 7)}
+LLM_C = {2: (20240520, 1), 4: (20240801, 7)}  # magic and version by bytes a token
 _TAG = b"sprsgpt\0"
 
 
@@ -96,7 +96,7 @@ def header(tokens: int, documents: int, vocabulary: Vocabulary) -> bytes:
     itemsize = DTYPES[vocabulary.dtype].itemsize
     vocab_hash = bytes.fromhex(vocabulary.hash)
     packed = _HEADER.pack(
-        *_LLM_C[itemsize], tokens, LAYOUT, _TAG, tokens, documents, itemsize, vocabulary.eot, 1,
+        *LLM_C[itemsize], tokens, LAYOUT, _TAG, tokens, documents, itemsize, vocabulary.eot, 1,
         vocab_hash,
     )  # fmt: skip
     return packed.ljust(HEADER_BYTES, b"\0")

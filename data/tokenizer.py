@@ -59,10 +59,12 @@ class Tokenizer:
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; end of text becomes "<|endoftext|>", broken UTF-8 becomes U+FFFD."""
-        ids = [int(i) for i in ids]
-        if ids and not 0 <= min(ids) <= max(ids) < self.vocab_size:
-            raise DataError(f"ids must lie in 0 … {self.vocab_size - 1}: {min(ids)} … {max(ids)}")
-        return self._encoding.decode(ids)
+        array = ids if isinstance(ids, np.ndarray) else np.array([int(i) for i in ids], np.int64)
+        if len(array) and not 0 <= array.min() <= array.max() < self.vocab_size:
+            raise DataError(
+                f"ids must lie in 0 … {self.vocab_size - 1}: {array.min()} … {array.max()}"
+            )
+        return self._encoding.decode(array.tolist())
 
     def identity(self) -> dict[str, str | int]:
         """What the tokens depend on; part of the manifest and of every work unit's name."""

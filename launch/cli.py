@@ -7,7 +7,7 @@ checkpoint. What takes seconds to import is imported inside the command that nee
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -26,7 +26,7 @@ app = typer.Typer(
     help="Pretrain GPT-2-family models with sparse feed-forward networks.",
     epilog="Start with: ./scripts/quickstart",
 )
-shards_app = typer.Typer(no_args_is_help=True, help="Look at tokenized data and check it.")
+shards_app = typer.Typer(no_args_is_help=True, help="Look at tokenized data, check and convert it.")
 app.add_typer(shards_app, name="shards")
 vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a corpus.")
 app.add_typer(vocab_app, name="vocab")
@@ -36,6 +36,7 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Override the file, e.g. optimizer.lr=1e-3."),
 ]
+Format = Annotated[Literal["megatron", "llmc", "nanogpt"], typer.Option(help="Whose files.")]
 Config = Annotated[Path, typer.Argument(help="A run file, as in configs/.")]
 
 
@@ -152,6 +153,53 @@ def verify(folder: Path) -> None:
     if damages:
         sys.exit(1)
     print(f"{folder}: whole")
+
+
+@shards_app.command(
+    "export", epilog="Example: sparse-gpt shards export shards/novels --format nanogpt --out novels"
+)
+def export_shards(
+    folder: Path,
+    format: Format,
+    out: Annotated[Path, typer.Option(help="A new folder for the files.")],
+    shard_tokens: Annotated[
+        int, typer.Option(help="With llmc: tokens a file at most.")
+    ] = 100_000_000,
+) -> None:
+    """Write shards as files of Megatron-LM, llm.c (modded-nanogpt's too) or nanoGPT."""
+    import data
+
+    for path in data.export_shards(folder, format, out, shard_tokens=shard_tokens):
+        print(path)
+
+
+@shards_app.command(
+    "import",
+    epilog="Example: sparse-gpt shards import 'fineweb10B/fineweb_train_*.bin' --held-out "
+    "'fineweb10B/fineweb_val_*.bin' --format llmc --out shards/fineweb",
+)
+def import_shards(
+    sources: Annotated[
+        list[str], typer.Argument(help="Token files to train on, globs, or Megatron's prefixes.")
+    ],
+    format: Format,
+    out: Annotated[Path, typer.Option(help="A new folder for the shards.")],
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="The same for validation; may be given several times.")
+    ] = None,
+    vocab: Annotated[
+        Path | None, typer.Option(help="Rank file that the ids belong to; default GPT-2's.")
+    ] = None,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens a shard at most.")] = 100_000_000,
+    as_json: Json = False,
+) -> None:
+    """Make shards of the files of Megatron-LM, llm.c (modded-nanogpt's too) or nanoGPT."""
+    import data
+
+    data.import_shards(
+        sources, format, out, held_out=held_out or [], vocab=vocab, shard_tokens=shard_tokens
+    )
+    info(out, as_json)
 
 
 @app.command(epilog="Example: sparse-gpt train configs/tiny-sparse.yaml optimizer.lr=1e-3")

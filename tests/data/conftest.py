@@ -9,7 +9,16 @@ import pytest
 from data.manifest import FORMAT, MANIFEST, write_sealed
 from data.manifest import shards_to_json as to_json
 from data.prepare import prepare
-from data.shards import ShardWriter, Vocabulary
+from data.shards import (
+    DTYPES,
+    HEADER_BYTES,
+    INDEX,
+    FileEntry,
+    ShardEntry,
+    ShardWriter,
+    Vocabulary,
+    header,
+)
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples"
 
@@ -20,6 +29,7 @@ def write_folder(
     held_out: list[list[np.ndarray]] = [],  # noqa: B006 - never changed
     dtype: str = "uint16",
     vocab_hash: str = "ab" * 32,
+    eot: int = 50256,
 ) -> Path:
     """A shard folder out of ready documents: a list of documents for each shard."""
     folder.mkdir(parents=True)
@@ -28,15 +38,42 @@ def write_folder(
         splits[split] = []
         for number, documents in enumerate(shards):
             name = f"{split}-{number:05d}-00-{'0' * 16}"
-            writer = ShardWriter(folder, name, Vocabulary(vocab_hash, dtype, 50256))
+            writer = ShardWriter(folder, name, Vocabulary(vocab_hash, dtype, eot))
             for document_hash, document in enumerate(documents):
                 writer.add(document, document_hash)
             splits[split].append(writer.finish())
+    return write_manifest(folder, splits, Vocabulary(vocab_hash, dtype, eot))
+
+
+def write_sparse_folder(folder: Path, counts: list[int], tail: list[int], dtype: str) -> Path:
+    """A training split whose shards are holes (zeros) but for the tokens of `tail` at the end of
+    each, a document of their own; their hashes are not true."""
+    vocabulary = Vocabulary("ab" * 32, dtype, 50256)
+    itemsize = DTYPES[dtype].itemsize
+    folder.mkdir()
+    shards = []
+    for number, count in enumerate(counts):
+        shard, size = folder / f"train-{number}.bin", HEADER_BYTES + count * itemsize
+        shard.write_bytes(header(count, 2, vocabulary))
+        with open(shard, "r+b") as file:
+            file.truncate(size)
+            file.seek(size - len(tail) * itemsize)
+            file.write(np.array(tail, DTYPES[dtype]).tobytes())
+        index = np.array([(0, 0), (count - len(tail), 1)], INDEX)
+        shard.with_suffix(".idx").write_bytes(index.tobytes())
+        files = [FileEntry(n, "0" * 64, "") for n in (size, index.nbytes)]
+        shards.append(ShardEntry(shard.stem, count, 2, *files))
+    return write_manifest(folder, {"train": shards, "held_out": []}, vocabulary)
+
+
+def write_manifest(
+    folder: Path, splits: dict[str, list[ShardEntry]], vocabulary: Vocabulary
+) -> Path:
     fields = {
         "format": FORMAT,
-        "tokenizer": {"vocab_hash": vocab_hash},
-        "dtype": dtype,
-        "eot": {"id": 50256},
+        "tokenizer": {"vocab_hash": vocabulary.hash},
+        "dtype": vocabulary.dtype,
+        "eot": {"id": vocabulary.eot},
         "options": {},
         "sources": [],
         "splits": to_json(splits),
@@ -48,6 +85,11 @@ def write_folder(
 @pytest.fixture(scope="session")
 def make_shards() -> Callable[..., Path]:
     return write_folder
+
+
+@pytest.fixture(scope="session")
+def make_sparse_shards() -> Callable[..., Path]:
+    return write_sparse_folder
 
 
 @pytest.fixture(scope="session")

@@ -12,7 +12,15 @@ import pytest
 from data import DataError, load_tokenizer, open_shards, verify
 from data.documents import Reading, cut, find_files, read
 from data.manifest import MANIFEST, SPLITS, read_manifest
-from data.shards import BLOCK_BYTES, INDEX, ShardWriter, Vocabulary, content_hash, dtype_for
+from data.shards import (
+    BLOCK_BYTES,
+    INDEX,
+    MAX_TOKENS,
+    ShardWriter,
+    Vocabulary,
+    content_hash,
+    dtype_for,
+)
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples"
 MakeShards = Callable[..., Path]
@@ -87,6 +95,25 @@ def test_split_reads_across_shards_and_around_the_end(
     assert np.array_equal(out, (starts[:, None] + np.arange(30)) % 100)
 
 
+@pytest.mark.parametrize("dtype", ["uint16", "uint32"])
+def test_files_and_splits_beyond_4_gib(
+    tmp_path: Path, make_sparse_shards: MakeShards, dtype: str
+) -> None:
+    """Sparse files of the largest size a shard can have: bytes and tokens counted beyond 2^32."""
+    counts, tail = [MAX_TOKENS, MAX_TOKENS, 100], [50256, *range(1, 8)]
+    folder = make_sparse_shards(tmp_path / "s", counts, tail, dtype)
+    files = [path.stat() for path in folder.glob("*.bin")]
+    assert max(file.st_size for file in files) > 2**32
+    assert sum(512 * file.st_blocks for file in files) < 2**20
+    split = open_shards(folder).train
+    assert split.n_tokens > 2**32
+    starts = np.cumsum(counts) - 10
+    out = np.zeros((4, 12), dtype)  # across the end of each shard, and of the last to the first
+    split.read(np.append(starts, starts[2] + split.n_tokens), out)
+    assert out.tolist() == [[0, 0, *tail, 0, 0]] * 4
+    assert split.n_documents == 6
+
+
 def test_more_shards_than_file_descriptors(tmp_path: Path, make_shards: MakeShards) -> None:
     shards = [[np.array([number])] for number in range(320)]
     split = open_shards(make_shards(tmp_path / "s", shards)).train
@@ -104,18 +131,30 @@ def test_whole_shards_have_no_damage(novels: Path) -> None:
     assert verify(novels) == []
 
 
+def flip(path: Path, bit: int) -> None:
+    with open(path, "r+b") as file:
+        file.seek(bit // 8)
+        (byte,) = file.read(1)
+        file.seek(bit // 8)
+        file.write(bytes([byte ^ 1 << bit % 8]))
+
+
 def test_every_flipped_bit_is_found(copy: Path) -> None:
+    """A thousand, over token files, indexes and the manifest alike."""
     chance = random.Random(0)
-    listed = [path for path in sorted(copy.iterdir()) if path.suffix in (".bin", ".idx")]
-    for path in chance.sample(listed, 12):
-        content = path.read_bytes()
-        for bit in chance.sample(range(8 * len(content)), 3):
-            damaged = bytearray(content)
-            damaged[bit // 8] ^= 1 << bit % 8
-            path.write_bytes(damaged)
-            (line,) = verify(copy)
-            assert line.startswith(f"{path}: block 0 (bytes 0 to {len(content):,}) is damaged")
-        path.write_bytes(content)
+    kinds = [sorted(copy.glob(pattern)) for pattern in ("*.bin", "*.idx", MANIFEST)]
+    for number in range(1000):
+        path = chance.choice(kinds[number % 3])
+        size = path.stat().st_size
+        bit = chance.randrange(8 * size)
+        flip(path, bit)
+        if path.name == MANIFEST:
+            for check in (verify, open_shards):
+                with pytest.raises(DataError, match=r"manifest\.json"):
+                    check(copy)
+        else:
+            assert verify(copy) == [f"{path}: block 0 (bytes 0 to {size:,}) is damaged"]
+        flip(path, bit)
     assert verify(copy) == []
 
 
@@ -132,31 +171,56 @@ def test_the_damaged_block_is_named(tmp_path: Path, make_shards: MakeShards) -> 
     ]
 
 
-def test_every_damage_to_the_manifest_is_found(copy: Path) -> None:
-    path = copy / MANIFEST
-    content = path.read_bytes()
-    chance = random.Random(0)
-    for bit in chance.sample(range(8 * len(content)), 60):
-        damaged = bytearray(content)
-        damaged[bit // 8] ^= 1 << bit % 8
-        path.write_bytes(damaged)
-        for check in (verify, open_shards):
-            with pytest.raises(DataError, match=r"manifest\.json"):
-                check(copy)
-
-
 @pytest.mark.parametrize("suffix", ["bin", "idx"])
-def test_truncated_or_missing_files_are_refused_at_open(copy: Path, suffix: str) -> None:
+def test_files_cut_short_grown_or_missing_are_found(copy: Path, suffix: str) -> None:
     path = sorted(copy.glob(f"train-*.{suffix}"))[3]
-    with open(path, "r+b") as file:
-        file.truncate(path.stat().st_size - 1)
-    with pytest.raises(DataError, match=rf"{path.name}: .* bytes, .* truncated"):
-        open_shards(copy)
-    assert [line for line in verify(copy) if path.name in line]
+    content = path.read_bytes()
+    for changed in (content[:-1], content[: len(content) // 2], b"", content + b"\0"):
+        path.write_bytes(changed)
+        with pytest.raises(DataError, match=rf"{path.name}: .* bytes, .* truncated"):
+            open_shards(copy)
+        found = verify(copy)
+        assert found[0].startswith(f"{path}: {len(changed):,} bytes, the manifest says")
+        assert all(line.startswith(f"{path}: ") for line in found)
     path.unlink()
     with pytest.raises(DataError, match=rf"{path.name}: No such file"):
         open_shards(copy)
     assert verify(copy) == [f"{path}: No such file or directory"]
+
+
+@pytest.mark.parametrize("suffix", ["bin", "idx"])
+def test_swapped_files_are_found(
+    copy: Path, tmp_path: Path, make_shards: MakeShards, suffix: str
+) -> None:
+    """In a real folder, and between shards of the same size, which can be opened."""
+    long, short = np.array([50256, 1]), np.array([50256])
+    twins = make_shards(tmp_path / "twins", [[long, short], [short, long]])
+    for folder in (copy, twins):
+        one, other = sorted(folder.glob(f"*.{suffix}"))[:2]
+        first, second = one.read_bytes(), other.read_bytes()
+        one.write_bytes(second)
+        other.write_bytes(first)
+        assert {line.split(": ")[0] for line in verify(folder)} == {str(one), str(other)}
+    open_shards(twins)
+
+
+def test_a_manifest_cut_short_grown_or_swapped_is_found(
+    copy: Path, tmp_path: Path, make_shards: MakeShards
+) -> None:
+    path = copy / MANIFEST
+    content = path.read_bytes()
+    places = random.Random(0).sample(range(len(content)), 100)
+    for changed in (b"", *(content[:place] for place in places), content + b"\n", content * 2):
+        path.write_bytes(changed)
+        for check in (verify, open_shards):
+            with pytest.raises(DataError, match=r"manifest\.json"):
+                check(copy)
+    other = make_shards(tmp_path / "other", [[np.array([50256])]])
+    shutil.copy(other / MANIFEST, path)
+    shard = copy / f"train-00000-00-{'0' * 16}"
+    assert verify(copy) == [
+        f"{shard}.{suffix}: No such file or directory" for suffix in ("bin", "idx")
+    ]
 
 
 def test_a_header_that_contradicts_the_manifest_is_refused_at_open(copy: Path) -> None:

@@ -59,7 +59,7 @@ def test_flops_table_shows_blocks_components_and_what_is_saved():
 
 
 def test_every_command_has_help_with_an_example(monkeypatch, capsys):
-    shards = ("shards info", "shards verify")
+    shards = [f"shards {command}" for command in ("info", "verify", "export", "import")]
     for command in ("prepare", "vocab train", "train", "flops", "compare", "doctor", *shards):
         monkeypatch.setattr(sys, "argv", ["sparse-gpt", *command.split(), "--help"])
         with pytest.raises(SystemExit) as stopped:
@@ -93,6 +93,24 @@ def test_prepare_then_info_then_verify_then_damage(tmp_path):
     assert damaged.returncode == 1
     assert shard.name in damaged.stdout + damaged.stderr
     assert "block 0" in damaged.stdout + damaged.stderr
+
+
+def test_export_then_import_then_verify(refused, tmp_path):
+    ours, theirs, back = (tmp_path / name for name in ("ours", "theirs", "back"))
+    arguments = ("prepare", NOVEL, "--separator", "\nChapter ", "--held-out", "0.2", "--out", ours)
+    assert sparse_gpt(*arguments).returncode == 0
+    done = sparse_gpt("shards", "export", ours, "--format", "nanogpt", "--out", theirs)
+    assert done.stdout.split() == [str(theirs / "train.bin"), str(theirs / "val.bin")], done.stderr
+    files = (theirs / "train.bin", "--held-out", theirs / "val.bin")
+    done = sparse_gpt("shards", "import", *files, "--format", "nanogpt", "--out", back, "--json")
+    assert done.returncode == 0, done.stderr
+    before = json.loads(sparse_gpt("shards", "info", ours, "--json").stdout)
+    after = json.loads(done.stdout)
+    assert (after["train"], after["held_out"]) == (before["train"], before["held_out"])
+    assert sparse_gpt("shards", "verify", back).returncode == 0
+    shards = ("shards", "import", *files, "--out", tmp_path / "other")
+    assert "train.bin: not a token file of llm.c" in refused(*shards, "--format", "llmc")
+    assert not (tmp_path / "other").exists()
 
 
 @pytest.mark.parametrize(
