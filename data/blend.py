@@ -53,6 +53,11 @@ class Blend:
         return int(self.sources[0].dataset.manifest.tokenizer["vocab_size"])
 
     @property
+    def vocab_hash(self) -> str:
+        """Of that vocabulary: sha256, hex."""
+        return str(self.sources[0].dataset.manifest.tokenizer["vocab_hash"])
+
+    @property
     def epoch_tokens(self) -> int:
         """Tokens of training after which the first source has been read once."""
         length = int(self.quotas.sum())

@@ -10,11 +10,12 @@ import yaml
 from ranks import ROOT, finish, metrics, sparse_gpt, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data import open_blend, open_shards, prepare
+from data import open_blend, open_shards, prepare, train_vocab
 from data.batches import count_windows
 from data.order import blend_counts
 from launch.config import ConfigError, load_config
 from launch.corpus import check_epochs, open_data
+from launch.run_dir import check_run_dir
 from launch.sweep.grid import read_sweep
 
 
@@ -83,6 +84,15 @@ def test_a_blend_trains_resumes_elsewhere_and_changes_only_on_request(blend_file
         [error] = refused.stderr.splitlines()
         assert f"{what} is not the data that {cut} was trained on" in error
         assert "data.allow_change=true" in error
+
+    novel, other_ids = str(ROOT / "data/samples/persuasion.txt"), tmp_path / "other-ids"
+    train_vocab([novel], tmp_path / "bpe", size=1024, progress=False)
+    prepare([novel], other_ids, vocab=tmp_path / "bpe", held_out=0)
+    config = load_config(blend_file, [f"run_dir={cut}", f"data.path={other_ids}"])
+    for allow in (False, True):
+        data = config.data.model_copy(update={"allow_change": allow})
+        with pytest.raises(ConfigError, match="other-ids has another vocabulary"):
+            check_run_dir(config.model_copy(update={"data": data}), open_data(data))
 
     went_on = sparse_gpt(*further, even, "data.allow_change=true")
     assert went_on.returncode == 0, went_on.stderr
