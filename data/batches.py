@@ -127,33 +127,24 @@ class Batches:
         self.documents, self.pin = documents, pin
 
     def __iter__(self) -> Iterator[Batch]:
-        rows = self.global_batch // self.world_size
-        steps = max(1, _LOOKAHEAD // rows)
-        mine = np.arange(steps)[:, None] * self.global_batch
-        mine = mine + np.arange(self.rank, self.global_batch, self.world_size)
-        first = self.start
+        steps = max(1, _LOOKAHEAD * self.world_size // self.global_batch)
+        sizes = [split.n_tokens for split in self.splits]
+        start = self.start
         while True:
-            samples = (first + mine).astype(np.int64)
-            sources, starts = self._places(samples.reshape(-1))
-            sources, starts = sources.reshape(samples.shape), starts.reshape(samples.shape)
+            samples = order.rank_samples(
+                start, steps, self.global_batch, self.rank, self.world_size
+            )
+            places = order.places(
+                samples.reshape(-1), self.quotas, sizes, self.keys, self.seq_len, self.seed
+            )
+            sources, starts = (part.reshape(samples.shape) for part in places)
             for step in range(steps):
                 windows = self._read(sources[step], starts[step])
                 documents = None
                 if self.documents:
                     documents = self._read_documents(sources[step], starts[step])
                 yield Batch(windows, torch.from_numpy(samples[step]), documents)
-            first += steps * self.global_batch
-
-    def _places(self, samples: order.Int64s) -> tuple[order.Int64s, order.Int64s]:
-        """(source, first token of the window in it) of each global sample."""
-        sources, ordinals = order.blend(samples, self.quotas, self.seed)
-        starts = np.empty_like(ordinals)
-        for number, (split, key) in enumerate(zip(self.splits, self.keys, strict=True)):
-            own = sources == number
-            starts[own] = order.window_starts(
-                ordinals[own], split.n_tokens, self.seq_len, self.seed, key
-            )
-        return sources, starts
+            start += steps * self.global_batch
 
     def _read(self, sources: order.Int64s, starts: order.Int64s) -> torch.Tensor:
         windows = _empty_windows(self.splits[0], len(starts), self.seq_len, self.pin)

@@ -6,6 +6,7 @@ are given matters, and a source keeps its permutations when others join or leave
 """
 
 import json
+import os
 from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -50,6 +51,11 @@ class Blend:
     def vocab_size(self) -> int:
         """Of the vocabulary that the sources share."""
         return int(self.sources[0].dataset.manifest.tokenizer["vocab_size"])
+
+    @property
+    def vocab_hash(self) -> str:
+        """Of that vocabulary: sha256, hex."""
+        return str(self.sources[0].dataset.manifest.tokenizer["vocab_hash"])
 
     @property
     def epoch_tokens(self) -> int:
@@ -114,7 +120,7 @@ def _check_alike(datasets: Mapping[str, Dataset], what: str, of: Callable[[Manif
 
 
 def _unique_names(folders: list[str]) -> dict[str, str]:
-    parts = {folder: Path(folder).resolve().parts for folder in folders}
+    parts = {folder: Path(os.path.abspath(folder)).parts for folder in folders}
     lengths = range(1, max(map(len, parts.values())) + 1)
     tries = ({f: "/".join(whole[-n:]) for f, whole in parts.items()} for n in lengths)
     return next(names for names in tries if len(set(names.values())) == len(folders))

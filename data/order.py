@@ -126,3 +126,30 @@ def blend_counts(samples: int, quotas: Int64s, seed: int) -> Int64s:
     cycles, rest = divmod(samples, int(quotas.sum()))
     sources, _ = blend(np.arange(samples - rest, samples), quotas, seed)
     return cycles * quotas + np.bincount(sources, minlength=len(quotas))
+
+
+def places(
+    samples: Int64s,
+    quotas: Int64s,
+    n_tokens: Sequence[int],
+    keys: Sequence[int],
+    seq_len: int,
+    seed: int,
+) -> tuple[Int64s, Int64s]:
+    """(source, the token in it at which the window starts) of each global sample number (≥ 0).
+
+    quotas, n_tokens, keys  of each source: samples a cycle, tokens, and what keys its order
+    """
+    sources, ordinals = blend(samples, quotas, seed)
+    starts = np.empty_like(ordinals)
+    for number, (size, key) in enumerate(zip(n_tokens, keys, strict=True)):
+        own = sources == number
+        starts[own] = window_starts(ordinals[own], size, seq_len, seed, key)
+    return sources, starts
+
+
+def rank_samples(start: int, steps: int, global_batch: int, rank: int, world_size: int) -> Int64s:
+    """Global numbers of the samples that a rank takes in `steps` steps from sample `start` on:
+    (steps, global_batch / world_size)."""
+    firsts = start + np.arange(steps, dtype=np.int64) * global_batch
+    return firsts[:, None] + np.arange(rank, global_batch, world_size)

@@ -280,7 +280,7 @@ def _submit(
     from launch.slurm import submit, train_script
 
     deepspeed_config(run, nodes * devices)
-    check_run_dir(run, open_data(run.data).hash)
+    check_run_dir(run, open_data(run.data))
     run_dir = Path(run.run_dir)
     script = train_script(run_dir, nodes, devices, time_limit, arguments)
     print(script if dry_run else submit(run_dir / "train.sbatch", script))

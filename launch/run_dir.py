@@ -13,6 +13,7 @@ from typing import Any
 
 import xxhash
 
+from data import Blend
 from data.files import publish_text
 from launch.checkpoint import read_manifest, tag_of
 from launch.config import ConfigError, RunConfig, load_config, to_yaml
@@ -25,8 +26,11 @@ from launch.world import World
 _MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "fault", "guard", "run_dir", "compile"}
 
 
-def check_run_dir(config: RunConfig, data_manifest_hash: str) -> None:
-    """Raises ConfigError if `run_dir` holds a run of another configuration or other data."""
+def check_run_dir(config: RunConfig, blend: Blend) -> None:
+    """Raises ConfigError if `run_dir` holds a run of another configuration or other data.
+
+    Other data of the same vocabulary pass with `data.allow_change`.
+    """
     folder = Path(config.run_dir)
     saved = folder / "config.yaml"
     if not saved.exists():
@@ -38,9 +42,13 @@ def check_run_dir(config: RunConfig, data_manifest_hash: str) -> None:
             f"{saved}: holds a run with another {', '.join(changed)}; "
             "choose another run_dir, or remove that folder"
         )
-    same_data = _read_provenance(folder)["data_manifest_hash"] == data_manifest_hash
-    if not same_data and not config.data.allow_change:
-        what = config.data.path or "the blend"
+    record, what = _read_provenance(folder), config.data.path or "the blend"
+    if record.get("vocab_hash") not in (None, blend.vocab_hash):  # None: of an older version
+        raise ConfigError(
+            f"data: {what} has another vocabulary than {folder} was trained with: the same ids "
+            "are other text; choose another run_dir, or prepare the data with that vocabulary"
+        )
+    if record["data_manifest_hash"] != blend.hash and not config.data.allow_change:
         raise ConfigError(
             f"data: {what} is not the data that {folder} was trained on; choose another run_dir, "
             "give the data of before, or set data.allow_change=true to go on with these"
@@ -87,7 +95,7 @@ def finished(config: RunConfig) -> bool:
 
 
 def open_run_dir(
-    config: RunConfig, world: World, data_manifest_hash: str, step: int, preflight: dict[str, Any]
+    config: RunConfig, world: World, blend: Blend, step: int, preflight: dict[str, Any]
 ) -> Path:
     """Make the folder, or enter it again, and record this start after `step` completed steps."""
     folder = Path(config.run_dir)
@@ -96,15 +104,16 @@ def open_run_dir(
         before = _read_provenance(folder) if (folder / "config.yaml").exists() else {}
         start = {"step": step, **_this_start(world), "preflight": preflight}
         came_from = read_manifest(folder / "checkpoints" / tag_of(step))
-        if came_from and came_from["data_manifest_hash"] != data_manifest_hash:
+        if came_from and came_from["data_manifest_hash"] != blend.hash:
             start["data_change"] = {
                 "sample": came_from["samples"],  # the first of the new data
                 "from": came_from["data_manifest_hash"],
-                "to": data_manifest_hash,
+                "to": blend.hash,
             }
         record = {
             **before,
-            "data_manifest_hash": data_manifest_hash,
+            "data_manifest_hash": blend.hash,
+            "vocab_hash": blend.vocab_hash,
             "starts": [*before.get("starts", []), start],
         }
         publish_text(folder / "provenance.json", json.dumps(record, indent=1) + "\n")

@@ -73,7 +73,7 @@ def train(config: RunConfig) -> None:
     state = checkpoints.load_newest()
     if state.guard:
         engine.guard.load(state.guard)
-    run_dir = open_run_dir(config, world, blend.hash, state.step, found)
+    run_dir = open_run_dir(config, world, blend, state.step, found)
     batches = read_from(config, blend, world, state.samples)
     with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
         if state.step == 0:
@@ -172,7 +172,7 @@ def check(config: RunConfig, world_size: int) -> Blend:
             raise ConfigError("model.ffn.backend: triton has no fp16; use auto, or bf16")
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("precision: fp16 needs a GPU; on the CPU use fp32 or bf16")
-    check_run_dir(config, blend.hash)
+    check_run_dir(config, blend)
     return blend
 
 

@@ -50,6 +50,20 @@ def test_base_is_inherited_and_overrides_win(file):
     assert load_config(child, ["duration.tokens=5000"]).duration.steps is None
 
 
+def test_a_blend_and_a_path_replace_each_other(file):
+    file(GOOD, "base.yaml")
+    child = "base: base.yaml\ndata: {blend: {a: 3, b: {weight: 1, max_epochs: 2}}, max_epochs: 4}"
+    config = load_config(file(child, "child.yaml"))
+    assert config.data.path is None
+    found = {path: (part.weight, part.max_epochs) for path, part in config.data.blend.items()}
+    assert found == {"a": (3, None), "b": (1, 2)}
+    assert load_config(file(to_yaml(config), "resolved.yaml")) == config
+    again = load_config(file(child, "child.yaml"), ["data.path=c"]).data
+    assert (again.path, again.blend, again.max_epochs) == ("c", None, 4)
+    whole = load_config(file(child, "child.yaml"), ["data.blend={c: 1}"]).data
+    assert list(whole.blend) == ["c"]  # nothing of the inherited one is left in it
+
+
 def test_base_that_leads_back_to_itself(file):
     file("base: b.yaml", "a.yaml")
     with pytest.raises(ConfigError, match="inherits from itself"):
@@ -73,6 +87,19 @@ def test_base_that_leads_back_to_itself(file):
         ("batch.global_tokens=1000", "use 896 or 1024"),
         ("duration={steps: 1, tokens: 5}", "exactly one of steps, tokens, flops"),
         ("duration={}", "exactly one of steps, tokens, flops"),
+        (
+            "data={path: a, blend: {a: 1}}",
+            "data: give exactly one of path, blend; here is path and",
+        ),
+        ("data.path=null", "data: give exactly one of path, blend; here is none"),
+        ("data.blend={shards/a: -1}", "data.blend.shards/a.weight: input should be greater than 0"),
+        ("data.blend={shards/a: true}", "data.blend.shards/a: input should be"),
+        (
+            "data.blend={a: {weight: 1, epochs: 3}}",
+            "data.blend.a.epochs: unknown key; did you mean",
+        ),
+        ("data.blend={}", "data.blend: dictionary should have at least 1 item"),
+        ("data.max_epochs=0", "data.max_epochs: input should be greater than 0"),
         ("precision=fp8", "precision: input should be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
         ("data=null", "data: "),
         ("no-equals-sign", "written key=value"),
