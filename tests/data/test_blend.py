@@ -1,3 +1,4 @@
+import resource
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -154,10 +155,19 @@ def test_names_are_as_long_as_tells_them_apart(tmp_path: Path, make_shards: Make
     assert sorted(source.name for source in pair.sources) == ["en", "fr"]
 
 
-def test_maps_are_shared_among_the_sources(three: list[str]) -> None:
-    """Each holds a file descriptor."""
-    blend = open_blend(dict.fromkeys(three, 1))
-    assert sum(source.dataset.train.max_maps for source in blend.sources) <= 256
+def test_sources_share_the_file_descriptors(tmp_path: Path, make_shards: MakeShards) -> None:
+    folders = [
+        make_shards(tmp_path / f"s{number}", [[np.array([number, i])] for i in range(110)])
+        for number in range(3)
+    ]
+    blend = open_blend({str(folder): 1 for folder in folders})
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (300, limits[1]))
+    try:
+        epoch = windows_of(blend, 10, seq_len=2, global_batch=33, documents=True)
+    finally:
+        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    assert len(epoch) == 330
 
 
 @pytest.mark.parametrize(
