@@ -16,7 +16,7 @@ reader, blend; order, batches; and files, by which all are published. Only readi
 
 from typing import TYPE_CHECKING, Any
 
-from data.blend import Blend, Source, alone, open_blend
+from data.blend import Blend, Source, open_blend
 from data.errors import DataError
 from data.manifest import Manifest
 from data.prepare import prepare
@@ -37,7 +37,6 @@ __all__ = [
     "Source",
     "Split",
     "Tokenizer",
-    "alone",
     "evaluation",
     "load_tokenizer",
     "open_blend",
