@@ -18,7 +18,7 @@ Only reading documents imports `datasets`, and only batches and prefetch import 
 
 from typing import TYPE_CHECKING, Any
 
-from data.blend import Blend, Source, alone, open_blend
+from data.blend import Blend, Source, open_blend
 from data.errors import DataError
 from data.interop import export_shards, import_shards
 from data.manifest import Manifest
@@ -41,7 +41,6 @@ __all__ = [
     "Source",
     "Split",
     "Tokenizer",
-    "alone",
     "evaluation",
     "export_shards",
     "import_shards",

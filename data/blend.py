@@ -42,6 +42,12 @@ class Blend:
     sources: tuple[Source, ...]
     hash: str
 
+    @classmethod
+    def of_one(cls, dataset: Dataset) -> "Blend":
+        """A data set by itself, with its own hash, in the order that `Batches` gives its split."""
+        folder = dataset.train.folder
+        return cls((Source(str(folder), folder.name, dataset, 1, key=0),), dataset.manifest.hash)
+
     @property
     def quotas(self) -> order.Int64s:
         """(sources,)"""
@@ -62,12 +68,6 @@ class Blend:
         """Tokens of training after which the first source has been read once."""
         length = int(self.quotas.sum())
         return min(s.dataset.train.n_tokens * length // s.quota for s in self.sources)
-
-
-def alone(dataset: Dataset) -> Blend:
-    """A data set by itself, with its own hash, in the order that `Batches` gives its split."""
-    folder = dataset.train.folder
-    return Blend((Source(str(folder), folder.name, dataset, 1, key=0),), dataset.manifest.hash)
 
 
 def open_blend(weights: Mapping[str, float]) -> Blend:

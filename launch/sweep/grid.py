@@ -243,7 +243,7 @@ class _Grid:
 def _data_tokens(config: SweepConfig) -> int | None:
     """Tokens of training until a source has been read once; None where the data are not here."""
     try:
-        return open_data(DataConfig(**config.run.get("data", {}))).epoch_tokens
+        return open_data(DataConfig.model_validate(config.run.get("data"))).epoch_tokens
     except (DataError, ValidationError):
         return None
 

@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import Batches, Blend, DataError, alone, open_blend, open_shards, order
+from data import Batches, Blend, DataError, open_blend, open_shards, order
 
 MakeShards = Callable[..., Path]
 
@@ -109,10 +109,10 @@ def test_the_shares_are_those_asked_for(three: list[str]) -> None:
 
 def test_a_blend_of_one_is_the_data_set_by_itself(three: list[str]) -> None:
     dataset = open_shards(three[0])
-    found = windows_of(alone(dataset), 9, seq_len=10, global_batch=8, seed=5)
+    found = windows_of(Blend.of_one(dataset), 9, seq_len=10, global_batch=8, seed=5)
     assert torch.equal(found, windows_of(dataset.train, 9, seq_len=10, global_batch=8, seed=5))
-    assert alone(dataset).hash == dataset.manifest.hash
-    assert alone(dataset).epoch_tokens == 700
+    assert Blend.of_one(dataset).hash == dataset.manifest.hash
+    assert Blend.of_one(dataset).epoch_tokens == 700
 
 
 def test_neither_names_nor_order_of_folders_matter(three: list[str], tmp_path: Path) -> None:

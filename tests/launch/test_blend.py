@@ -3,14 +3,16 @@
 import json
 import re
 import shutil
+from itertools import islice
 
 import numpy as np
 import pytest
+import xxhash
 import yaml
 from ranks import ROOT, finish, metrics, sparse_gpt, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from data import open_blend, open_shards, prepare, train_vocab
+from data import Batches, open_blend, open_shards, prepare, train_vocab
 from data.batches import count_windows
 from data.order import blend_counts
 from launch.config import ConfigError, load_config
@@ -47,6 +49,12 @@ def blend_file(run_file, pair):
 
 def hashes(run_dir):
     return {row["step"]: row.get("data/batch_hash") for row in metrics(run_dir)}
+
+
+def batch_hash(batch):
+    """As `launch.train.batch_hash`, on one rank."""
+    rows = batch.windows.numpy()
+    return sum(xxhash.xxh3_64_intdigest(row.tobytes()) % 2**43 for row in rows) % 2**53
 
 
 def test_a_blend_trains_resumes_elsewhere_and_changes_only_on_request(blend_file, pair, tmp_path):
@@ -99,6 +107,9 @@ def test_a_blend_trains_resumes_elsewhere_and_changes_only_on_request(blend_file
     starts = json.loads((cut / "provenance.json").read_text())["starts"]
     before, after = (open_blend(dict(zip(pair, w, strict=True))).hash for w in ((3, 1), (1, 1)))
     assert starts[2]["data_change"] == {"sample": 8 * 16, "from": before, "to": after}
+    new = Batches(open_blend(dict.fromkeys(pair, 1)), seq_len=32, global_batch=16, start=8 * 16)
+    after_change = [hashes(cut)[step] for step in range(9, 13)]
+    assert after_change == [batch_hash(batch) for batch in islice(new, 4)]
     last = metrics(cut)[-1]
     assert last["step"] == 12
     assert last["val/loss"] == pytest.approx(np.mean([last[tag] for tag in tags[1:]]))
