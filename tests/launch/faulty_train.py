@@ -30,7 +30,7 @@ class FaultyEngine(Engine):
         if self.world.rank == 1:
             self.module.blocks[0].register_forward_hook(self.err)
 
-    def step(self, tokens: torch.Tensor, targets: torch.Tensor, step: int) -> Any:
+    def step(self, tokens: torch.Tensor, targets: torch.Tensor, step: int, *rest: Any) -> Any:
         self.kinds = list(dict.fromkeys(kind for kind, when in faults if when == step))
         for kind in self.kinds:
             faults.remove((kind, step))
@@ -38,7 +38,7 @@ class FaultyEngine(Engine):
             weight = self.module.blocks[1].attention.qkv.weight
             bits = weight.data.view({2: torch.int16, 4: torch.int32}[weight.element_size()])
             bits[3, 5] ^= 1
-        result = super().step(tokens, targets, step)
+        result = super().step(tokens, targets, step, *rest)
         self.kinds = []
         return result
 
