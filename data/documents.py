@@ -1,6 +1,6 @@
 """Sources to a stream of documents.
 
-    sources ──find_files──▶ files ──cut──▶ slices ──read──▶ (origin, text) of each document
+    sources ──find_files──▶ files ──cut──▶ slices ──read──▶ documents, and rejects
 
 A source is a file, a folder (its .txt, .jsonl, .ndjson and .json files, recursively) or a glob; the
 last three suffixes mean JSON Lines (one object a line, blank lines skipped), anything else is
@@ -10,26 +10,27 @@ included; JSON Lines may begin with a mark, which is not part of any text). Docu
 but white space are dropped.
 
 A slice is a byte range of one file that holds whole documents, so that slices can be read by any
-process in any order. They are cut by one sequential pass over the input, which also hashes it.
-`read` streams them through `datasets` in Arrow batches; the parsing is ours because neither its
-text nor its JSON reader keeps line ends or can say which line is broken.
+process in any order. They are cut by one sequential pass over the input, which also hashes it. The
+parsing is ours because the text and JSON readers of `datasets` neither keep line ends nor can say
+which line is broken, and cost a second a worker to import.
 """
 
+import codecs
 import glob
 import json
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
 from data.errors import DataError
+from data.rejects import Reject
 
 SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
-SLICE_BYTES = 4 << 20  # what one worker tokenizes at a time: about half a second
-_BATCH = 1024  # documents an Arrow batch
+SLICE_BYTES = 4 << 20  # what one worker tokenizes at a time: less than half a second
 
 
 @dataclass(frozen=True)
@@ -46,11 +47,20 @@ class Slice:
     """Bytes [start, end) of a file; `line` is the number of its first line, `hash` its xxh3-128."""
 
     path: Path
+    name: str
     kind: str
     start: int
     end: int
     line: int
     hash: str
+
+
+class Document(NamedTuple):
+    """A text, the name of its file, and the line at which it starts."""
+
+    file: str
+    line: int
+    text: str
 
 
 @dataclass(frozen=True)
@@ -112,7 +122,7 @@ def cut(
                 content = view[start:end]
                 whole.update(content)
                 digest = xxhash.xxh3_128_hexdigest(content)
-                slices.append(Slice(file.path, file.kind, start, end, line, digest))
+                slices.append(Slice(file.path, file.name, file.kind, start, end, line, digest))
                 start, line = end, line + content.count(b"\n")
     except OSError as error:
         raise DataError(f"{file.path}: cannot read: {error.strerror}") from None
@@ -133,30 +143,18 @@ def _boundary(view: mmap.mmap | bytes, kind: str, separator: str | None, at: int
     return found if found != -1 else size
 
 
-def read(slices: Iterable[Slice], reading: Reading) -> Iterator[tuple[str, str]]:
-    """(origin, text) of every document of the slices; the origin is "file:line" or "file: byte n".
+def read(slices: Iterable[Slice], reading: Reading) -> Iterator[Document | Reject]:
+    """Every document of the slices, and a Reject for each that is not as it should be.
 
-    Raises DataError that names the file and line (or byte) of whatever is not as it should be.
+    Raises DataError if a file cannot be read, or is not the one that was cut.
     """
-    import pyarrow as pa
-    from datasets import IterableDataset
-    from datasets.iterable_dataset import ArrowExamplesIterable
-
-    schema = pa.schema({"origin": pa.string(), "text": pa.large_string()})
-
-    def tables(slices: list[Slice]) -> Iterator[tuple[tuple[int, int], pa.Table]]:
-        for number, part in enumerate(slices):
-            rows = list(_documents(part, reading))
-            columns = [list(column) for column in zip(*rows, strict=True)] or [[], []]
-            yield (number, 0), pa.table(columns, schema=schema)
-
-    # IterableDataset.from_generator would do the same, but needs a writable cache folder.
-    stream = IterableDataset(ArrowExamplesIterable(tables, {"slices": list(slices)}))
-    for table in stream.with_format("arrow").iter(batch_size=_BATCH):
-        yield from zip(table["origin"].to_pylist(), table["text"].to_pylist(), strict=True)
+    for part in slices:
+        for document in _documents(part, reading):
+            if isinstance(document, Reject) or not (document.text.isspace() or not document.text):
+                yield document
 
 
-def _documents(part: Slice, reading: Reading) -> Iterator[tuple[str, str]]:
+def _documents(part: Slice, reading: Reading) -> Iterator[Document | Reject]:
     try:
         with open(part.path, "rb") as handle:
             handle.seek(part.start)
@@ -165,57 +163,70 @@ def _documents(part: Slice, reading: Reading) -> Iterator[tuple[str, str]]:
         raise DataError(f"{part.path}: cannot read: {error.strerror}") from None
     if xxhash.xxh3_128_hexdigest(content) != part.hash:
         raise DataError(f"{part.path}: changed while it was being read; run again")
-    try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = part.line + content.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{part.path}:{line}: not UTF-8 text (byte {part.start + error.start} of the file is "
-            f"0x{content[error.start]:02x}); convert the file to UTF-8"
-        ) from None
     if part.kind == "jsonl":
-        documents = _json_lines(part, text, reading.text_field)
-    elif reading.separator is None:
-        documents = iter([(str(part.path), text)])
-    else:
-        documents = _split(part, text, reading.separator)
-    return (document for document in documents if document[1] and not document[1].isspace())
+        if part.start == 0:
+            content = content.removeprefix(codecs.BOM_UTF8)
+        lines = enumerate(content.split(b"\n"), part.line)
+        return _json_lines(part.name, lines, reading.text_field)
+    return _texts(part, content, reading.separator)
 
 
-def _split(part: Slice, text: str, separator: str) -> Iterator[tuple[str, str]]:
-    """The text cut before each separator; the pieces together are the text."""
+def _texts(part: Slice, content: bytes, separator: str | None) -> Iterator[Document | Reject]:
+    """The content cut before each separator; the pieces together are the content."""
+    pieces = [content]
+    if separator is not None:
+        mark = separator.encode()
+        head, *tails = content.split(mark)
+        pieces = [head, *(mark + tail for tail in tails)]
     line = part.line
-    head, *tails = text.split(separator)
-    for piece in (head, *(separator + tail for tail in tails)):
-        yield f"{part.path}:{line}", piece
-        line += piece.count("\n")
+    for piece in pieces:
+        try:
+            yield Document(part.name, line, piece.decode())
+        except UnicodeDecodeError as error:
+            at = line + piece.count(b"\n", 0, error.start)
+            yield Reject(part.name, line, f"{_not_utf8(error)}, in line {at}")
+        line += piece.count(b"\n")
 
 
-def _json_lines(part: Slice, content: str, field: str) -> Iterator[tuple[str, str]]:
-    if part.start == 0:
-        content = content.removeprefix("\ufeff")
-    for number, line in enumerate(content.split("\n"), part.line):
+def _json_lines(
+    name: str, lines: Iterable[tuple[int, bytes]], field: str
+) -> Iterator[Document | Reject]:
+    for number, line in lines:
         if not line or line.isspace():
             continue
-        origin = f"{part.path}:{number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{origin}: not JSON: {error}; each line must be one object") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{origin}: not a JSON object; each line must be one, with {field!r}")
-        if field not in row:
-            keys = ", ".join(row) or "none"
-            raise DataError(f"{origin}: no key {field!r}; keys there: {keys} (set the text field)")
-        text = row[field]
-        if not isinstance(text, str):
-            raise DataError(f"{origin}: {field!r} is {type(text).__name__}, must be a string")
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:  # an escape like \ud800
-                raise DataError(
-                    f"{origin}: {field!r} holds half a surrogate pair at character {error.start}; "
-                    "no encoding can hold it: mend or remove the line"
-                ) from None
-        yield origin, text
+            yield Document(name, number, _json_text(line, field))
+        except ValueError as error:
+            yield Reject(name, number, str(error))
+
+
+def _json_text(line: bytes, field: str) -> str:
+    """The text in a line; raises ValueError that says what is wrong with it."""
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}; each line must be one object") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"not a JSON object; each line must be one, with {field!r}")
+    if field not in row:
+        keys = ", ".join(row) or "none"
+        raise ValueError(f"no key {field!r}; keys there: {keys} (set the text field)")
+    text = row[field]
+    if not isinstance(text, str):
+        raise ValueError(f"{field!r} is {type(text).__name__}, must be a string")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # an escape like \ud800
+            raise ValueError(
+                f"{field!r} holds half a surrogate pair at character {error.start}; no encoding "
+                "can hold it"
+            ) from None
+    return text
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return f"not UTF-8 text (byte {error.start} of the document is 0x{byte:02x})"

@@ -2,9 +2,10 @@
 
 Unit UUUUU writes `SPLIT-UUUUU-PP-KEY.bin` and `.idx` (parts PP: more than one where it holds more
 than `shard_tokens`), and last its record, `unit-UUUUU-KEY.json`: a sealed JSON file with "splits"
-as in the manifest. KEY is a hash of the unit's bytes, the tokenizer and the options, so a unit
-whose record is there and whose files match it need not be done again, by whatever process. The
-records of all units together are the manifest's shards; nothing is merged or rewritten.
+as in the manifest, "rejected", a list of {file, line, reason}, and "engine". KEY is a hash of the
+unit's bytes, the tokenizer and the options, so a unit whose record is there and whose files match
+it need not be done again, by whatever process. The records of all units together are the manifest's
+shards; nothing is merged or rewritten.
 """
 
 import hashlib
@@ -28,6 +29,7 @@ from data.manifest import (
     write_sealed,
 )
 from data.reader import damages
+from data.rejects import Reject
 from data.shards import ShardEntry, ShardWriter, Vocabulary, dtype_for
 from data.tokenizer import Tokenizer
 
@@ -37,6 +39,34 @@ _NAME = re.compile(
 )
 
 Shards = dict[str, list[ShardEntry]]
+
+
+@dataclass(frozen=True)
+class Tokenized:
+    """Documents of a part of the input, in its order.
+
+    tokens   1-D, of the shards' dtype: the documents back to back, each opened by end of text
+    lengths  int64, tokens of each document       hashes   uint64, its `content_hash`
+    rejects  what is not among them
+    """
+
+    tokens: npt.NDArray[np.unsignedinteger]
+    lengths: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.uint64]
+    rejects: list[Reject]
+
+
+@dataclass(frozen=True)
+class Record:
+    """What a finished unit made: its shards, what it set aside, and by which engine and version."""
+
+    splits: Shards
+    rejected: list[Reject]
+    engine: str
+
+    def documents(self) -> int:
+        """Documents in the shards."""
+        return sum(shard.documents for split in SPLITS for shard in self.splits[split])
 
 
 @dataclass(frozen=True)
@@ -109,6 +139,11 @@ def _grouped(slices: Iterable[Slice], size: int) -> Iterator[list[Slice]]:
         yield group
 
 
+def held_out_below(fraction: float) -> int:
+    """Documents whose content hash is below this are for validation."""
+    return int(fraction * 2**64)
+
+
 def refuse_strangers(out: Path, units: list[Unit], allowed: set[str]) -> None:
     """Raise DataError unless everything in `out` is allowed or a file that these units write."""
     ours = {(unit.number, unit.key) for unit in units}
@@ -118,34 +153,54 @@ def refuse_strangers(out: Path, units: list[Unit], allowed: set[str]) -> None:
         match = _NAME.fullmatch(path.name)
         if match is None:
             raise DataError(f"{out}: not empty: it holds {path.name!r}; choose another folder")
-        if (int(match[1] or match[2]), match[3]) not in ours:
+        if _unit_of(match) not in ours:
             raise DataError(
                 f"{out}: holds shards made from other input or options ({path.name}); choose "
                 "another folder, or delete this one to start afresh"
             )
 
 
-def finished(out: Path, unit: Unit) -> Shards | None:
-    """The unit's shards if its record is there and every file matches it."""
+def files_of(out: Path, units: list[Unit]) -> set[Path]:
+    """The files in `out` that these units write, temporary ones included."""
+    ours = {(unit.number, unit.key) for unit in units}
+    found = ((path, _NAME.fullmatch(path.name)) for path in out.iterdir())
+    return {path for path, match in found if match and _unit_of(match) in ours}
+
+
+def _unit_of(match: re.Match[str]) -> tuple[int, str]:
+    return int(match[1] or match[2]), match[3]
+
+
+def finished(out: Path, unit: Unit) -> Record | None:
+    """The unit's record if it is there and every file matches it."""
+    record = read_record(out, unit)
+    if record is None:
+        return None
+    damaged = any(damages(out, shard) for split in SPLITS for shard in record.splits[split])
+    return None if damaged else record
+
+
+def read_record(out: Path, unit: Unit) -> Record | None:
+    """The unit's record if it is there and whole itself."""
     try:
-        shards = shards_from_json(read_sealed(unit.record(out))["splits"])
+        fields = read_sealed(unit.record(out))
     except (FileNotFoundError, DataError):
         return None
-    damaged = any(damages(out, shard) for split in SPLITS for shard in shards[split])
-    return None if damaged else shards
+    rejected = [Reject(**row) for row in fields["rejected"]]
+    return Record(shards_from_json(fields["splits"]), rejected, fields["engine"])
 
 
 class UnitWriter:
     """Distributes one unit's documents over its shards; a context manager that lets go of what is
     unfinished when it ends."""
 
-    def __init__(self, out: Path, unit: Unit, tokenizer: Tokenizer, shard_tokens: int) -> None:
-        self._out, self._unit, self._shard_tokens = out, unit, shard_tokens
+    def __init__(self, out: Path, unit: Unit, tokenizer: Tokenizer, options: Options) -> None:
+        self._out, self._unit, self._options = out, unit, options
         self._vocabulary = Vocabulary(
             tokenizer.vocab_hash, dtype_for(tokenizer.vocab_size), tokenizer.eot
         )
         self._open: dict[str, ShardWriter] = {}
-        self._shards: Shards = {split: [] for split in SPLITS}
+        self._record = Record({split: [] for split in SPLITS}, [], tokenizer.engine)
 
     def __enter__(self) -> "UnitWriter":
         return self
@@ -154,26 +209,52 @@ class UnitWriter:
         for writer in self._open.values():
             writer.close()
 
-    def add(self, split: str, ids: npt.NDArray[np.uint32], document_hash: int) -> None:
-        """Append a document (ids with end of text first) to the split's shard, or to a new one if
-        it does not fit there."""
-        writer = self._open.get(split)
-        if writer is not None and writer.tokens + len(ids) > self._shard_tokens:
-            self._finish(split)
-            writer = None
-        if writer is None:
-            part = f"{len(self._shards[split]):02d}-{self._unit.key}"
-            name = f"{self._unit.name(split)}-{part}"
-            writer = self._open[split] = ShardWriter(self._out, name, self._vocabulary)
-        writer.add(ids, document_hash)
+    def add(self, found: Tokenized) -> None:
+        """Append documents to their splits' shards, or to new ones where they do not fit."""
+        self._record.rejected.extend(found.rejects)
+        held_out = found.hashes < np.uint64(held_out_below(self._options.held_out))
+        for split, rows in zip(SPLITS, (~held_out, held_out), strict=True):
+            tokens = found.tokens if rows.all() else found.tokens[np.repeat(rows, found.lengths)]
+            self._add(split, tokens, found.lengths[rows], found.hashes[rows])
 
-    def finish(self) -> Shards:
+    def _add(
+        self,
+        split: str,
+        tokens: npt.NDArray[np.unsignedinteger],
+        lengths: npt.NDArray[np.int64],
+        hashes: npt.NDArray[np.uint64],
+    ) -> None:
+        ends = np.cumsum(lengths)
+        first = done = 0
+        while first < len(lengths):
+            writer = self._open.get(split) or self._start(split)
+            room = self._options.shard_tokens - writer.tokens
+            last = int(np.searchsorted(ends, done + room, side="right"))
+            if last == first and writer.tokens:
+                self._finish(split)
+                continue
+            last = max(last, first + 1)  # a document that is longer than a shard has its own
+            end = int(ends[last - 1])
+            writer.extend(tokens[done:end], lengths[first:last], hashes[first:last])
+            first, done = last, end
+
+    def finish(self) -> Record:
         """Publish what is open, then the record."""
         for split in list(self._open):
             self._finish(split)
-        write_sealed(self._unit.record(self._out), {"splits": shards_to_json(self._shards)})
-        return self._shards
+        fields = {
+            "splits": shards_to_json(self._record.splits),
+            "rejected": [asdict(reject) for reject in self._record.rejected],
+            "engine": self._record.engine,
+        }
+        write_sealed(self._unit.record(self._out), fields)
+        return self._record
+
+    def _start(self, split: str) -> ShardWriter:
+        part = f"{len(self._record.splits[split]):02d}-{self._unit.key}"
+        name = f"{self._unit.name(split)}-{part}"
+        self._open[split] = ShardWriter(self._out, name, self._vocabulary)
+        return self._open[split]
 
     def _finish(self, split: str) -> None:
-        self._shards[split].append(self._open[split].finish())
-        del self._open[split]
+        self._record.splits[split].append(self._open.pop(split).finish())

@@ -68,8 +68,18 @@ def prepare(
     vocab: Annotated[
         Path | None, typer.Option(help="Rank file of `vocab train` or tiktoken; default GPT-2's.")
     ] = None,
+    pattern: Annotated[
+        str, typer.Option(help="How text is split before merging: r50k, cl100k or o200k.")
+    ] = "r50k",
+    engine: Annotated[
+        str, typer.Option(help="tiktoken, gigatoken (the same ids, faster), or auto.")
+    ] = "auto",
     shard_tokens: Annotated[int, typer.Option(help="Tokens a shard at most.")] = 100_000_000,
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
+    max_rejected: Annotated[
+        float, typer.Option(help="Fraction of documents that may be broken: they are set aside.")
+    ] = 0.01,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first broken one.")] = False,
     as_json: Json = False,
 ) -> None:
     """Tokenize documents into shards; run again to resume."""
@@ -84,6 +94,9 @@ def prepare(
         separator=_unescaped(separator),
         text_field=text_field,
         vocab=vocab,
+        pattern=pattern,
+        engine=engine,
+        max_rejected=0 if strict else max_rejected,
         progress=not as_json,
     )
     info(out, as_json)
@@ -131,7 +144,16 @@ def info(folder: Path, as_json: Json = False) -> None:
         for split in (dataset.train, dataset.held_out)
     }
     if as_json:
-        print(json.dumps({**found, "tokenizer": manifest.tokenizer, "hash": manifest.hash}))
+        print(
+            json.dumps(
+                {
+                    **found,
+                    "rejected": manifest.rejected,
+                    "tokenizer": manifest.tokenizer,
+                    "hash": manifest.hash,
+                }
+            )
+        )
         return
     table = Table("split", title=f"{folder}: {manifest.tokenizer['name']} tokens, {manifest.dtype}")
     for column in ("documents", "tokens", "shards"):
@@ -139,6 +161,8 @@ def info(folder: Path, as_json: Json = False) -> None:
     for split, counts in found.items():
         table.add_row(split, *(f"{count:,}" for count in counts.values()))
     show(table)
+    if manifest.rejected:
+        print(f"{manifest.rejected:,} broken documents were set aside: {folder}/rejected.jsonl")
 
 
 @shards_app.command(epilog="Example: sparse-gpt shards verify shards/novels")

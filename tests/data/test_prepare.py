@@ -198,10 +198,16 @@ GOOD = '{"text": "good"}\n'
         ({"a.txt": "one document"}, {}, "the corpus is one document"),
         ({"a.txt": "xayaz"}, {"separator": "a", "held_out": 1e-9}, "none of the 3 documents is he"),
         ({"a.txt": "xayaz"}, {"separator": "a", "held_out": 0.9999}, "all 3 documents are held"),
-        ({"a.jsonl": GOOD * 3 + "{"}, {}, r"a\.jsonl:4: not JSON"),
+        ({"a.jsonl": GOOD * 3 + "{"}, {}, r"a\.jsonl:4: not JSON.*1 of 4 documents .* than 1.00%"),
+        (
+            {"a.jsonl": GOOD * 200 + "{"},
+            {"max_rejected": 0},
+            r"a\.jsonl:201: not JSON: [^;]*; each",
+        ),
+        ({"a.jsonl": GOOD}, {"max_rejected": -1}, "max_rejected is -1; it is a fraction"),
         ({"a.jsonl": GOOD}, {"text_field": "body"}, r"a\.jsonl:1: no key 'body'; keys there: text"),
         ({"a.txt": "\xff"}, {}, r"a\.txt:1: not UTF-8"),
-        ({"a.txt": " " * 2_000_000 + "x"}, {"held_out": 0}, r"a\.txt: text that tiktoken cannot"),
+        ({"a.txt": " " * 2_000_000 + "x"}, {"held_out": 0}, r"a\.txt:1: text that tiktoken cannot"),
         ({"a.txt": "x"}, {"separator": ""}, "separator is empty"),
         ({"a.txt": "x"}, {"held_out": 1}, "held_out is 1"),
         ({"a.txt": "x"}, {"shard_tokens": 0}, "shard_tokens is 0"),
@@ -220,20 +226,61 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_bad_input_late_in_the_work_leaves_nothing_of_this_run(
+def test_too_many_rejects_late_in_the_work_keep_what_is_finished(
     corpus: Path, tmp_path: Path
 ) -> None:
-    """Found by a worker process, after units were finished; those of an earlier run stay."""
-    files = sorted(corpus.iterdir())[:4]
+    """A run that allows more goes on from there."""
+    files = [*sorted(corpus.iterdir())[:4], tmp_path / "bad.txt"]
+    files[-1].write_bytes(b"\xff")
     options = {"held_out": 0.1, "shard_tokens": 60_000, "separator": "\nChapter "}
-    prepare(files[:2], tmp_path / "out", **options)
-    before = content(tmp_path / "out")
-    (tmp_path / "bad.txt").write_bytes(b"\xff")
-    for out, workers in ((tmp_path / "out", 1), (tmp_path / "new", 2)):
-        with pytest.raises(DataError, match=r"bad\.txt:1"):
-            prepare([*files, tmp_path / "bad.txt"], out, workers=workers, **options)
-    assert content(tmp_path / "out") == before
-    assert not (tmp_path / "new").exists()
+    for out, workers in ((tmp_path / "one", 1), (tmp_path / "two", 2)):
+        with pytest.raises(DataError, match=r"bad\.txt:1: not UTF-8"):
+            prepare(files, out, workers=workers, max_rejected=0, **options)
+        kept = content(out)
+        assert len([name for name in kept if name.startswith("unit-")]) == 4
+        manifest = prepare(files, out, max_rejected=0.05, **options)
+        assert manifest.rejected == 1
+        assert kept.items() < content(out).items()
+    with pytest.raises(DataError, match=r"bad\.txt:1"):  # all done, and still too many
+        prepare(files, tmp_path / "one", max_rejected=0, **options)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert verify(tmp_path / "one") == []
+
+
+def test_broken_documents_are_set_aside(tmp_path: Path) -> None:
+    """The same for any number of workers, and the shards are those of the good ones alone."""
+    good = (SAMPLES / "persuasion.txt").read_text().split("\n\n") * 12
+    lines = [json.dumps({"text": text}).encode() for text in good if text]
+    for at, line in ((10, b'{"text": "\xff"}'), (9_000, b"{"), (12_000, b'{"text": null}')):
+        lines.insert(at - 1, line)
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    for workers in (1, 2):
+        manifest = prepare([tmp_path / "a.jsonl"], tmp_path / f"{workers}", workers=workers)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    assert manifest.rejected == 3
+    with open(tmp_path / "1" / "rejected.jsonl") as file:
+        rejects = [json.loads(line) for line in file]
+    assert [(reject["file"], reject["line"]) for reject in rejects] == [
+        ("a.jsonl", 10),
+        ("a.jsonl", 9_000),
+        ("a.jsonl", 12_000),
+    ]
+    assert rejects[2]["reason"] == "'text' is NoneType, must be a string"
+    clean = prepare([json_lines(tmp_path / "b.jsonl", good)], tmp_path / "clean")
+    for split in SPLITS:
+        (shard,), (expected,) = manifest.splits[split], clean.splits[split]
+        assert (shard.bin, shard.idx) == (expected.bin, expected.idx)
+    assert not (tmp_path / "clean" / "rejected.jsonl").exists()
+
+
+def test_a_run_stops_early_where_much_is_broken(tmp_path: Path) -> None:
+    """Not only when all is read: the first 20,000 of a million documents are enough to see."""
+    lines = ['{"text": "a document"}', "{"] * 5 + ['{"text": "a document"}'] * 300
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines * 1000))
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON.* of \d\d\d?,\d{3} documents"):
+        prepare([path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_folders_that_are_not_for_us(novels: Path, tmp_path: Path) -> None:

@@ -27,7 +27,7 @@ def test_tokens_are_tiktokens_and_the_index_finds_every_document(novels: Path) -
     tokenizer = load_tokenizer()
     expected: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
     for file in find_files([SAMPLES]):
-        for _, text in read(cut(file, "\nChapter ")[0], Reading("\nChapter ", "text")):
+        for _, _, text in read(cut(file, "\nChapter ")[0], Reading("\nChapter ", "text")):
             split = SPLITS[content_hash(text) < int(0.05 * 2**64)]
             expected[split].append([50256, *tokenizer.encode(text).tolist()])
     manifest = read_manifest(novels)

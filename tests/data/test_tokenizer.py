@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiktoken_ext.openai_public import r50k_pat_str
 
 from data import DataError, load_tokenizer
-from data.tokenizer import PATTERN, VOCABULARY
+from data.tokenizer import PATTERNS, VOCABULARY
 
 
 def test_known_ids_and_attributes() -> None:
@@ -18,7 +18,7 @@ def test_known_ids_and_attributes() -> None:
     assert ids.tolist() == [15496, 995]
     assert (tokenizer.vocab_size, tokenizer.eot) == (50257, 50256)
     assert tokenizer.vocab_hash == hashlib.sha256(VOCABULARY.read_bytes()).hexdigest()
-    assert r50k_pat_str == PATTERN
+    assert PATTERNS["r50k"] == r50k_pat_str
 
 
 @settings(max_examples=100, deadline=None)
