@@ -119,8 +119,12 @@ class Tokenizer:
 
 
 def _only_for_tiktoken(text: str) -> bool:
-    if not text.isascii() and len(text.encode("utf-16-le", "surrogatepass")) != 2 * len(text):
-        return True  # surrogate pairs stand for the characters beyond U+FFFF
+    if not text.isascii():
+        try:
+            if len(text.encode("utf-16-le")) != 2 * len(text):
+                return True  # a character beyond U+FFFF takes two units
+        except UnicodeEncodeError:  # half a surrogate pair
+            return True
     if len(text) < _LONG_RUN:
         return False
     words = [len(word) for word in text.split()]
