@@ -7,6 +7,7 @@ that tiktoken may refuse them, which must not depend on the engine.
 
 import base64
 import hashlib
+import threading
 from collections.abc import Iterable
 from functools import lru_cache
 from importlib.util import find_spec
@@ -70,6 +71,7 @@ class Tokenizer:
             special_tokens={"<|endoftext|>": self.eot},  # for decoding; encode() allows none
         )
         self._fast = None
+        self._one_at_a_time = threading.Lock()  # gigatoken refuses a second thread
         if engine == "gigatoken":
             from importlib.metadata import version
 
@@ -87,7 +89,8 @@ class Tokenizer:
         """
         if self._fast is None or _only_for_tiktoken(text):
             return self.reference(text)
-        ids: npt.NDArray[np.uint32] = self._fast.encode(text)
+        with self._one_at_a_time:
+            ids: npt.NDArray[np.uint32] = self._fast.encode(text)
         return ids
 
     def reference(self, text: str) -> npt.NDArray[np.uint32]:

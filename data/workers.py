@@ -17,8 +17,8 @@ def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Generator[tuple[Item, Result], None, None]:
     """(item, function(item)) for each item, in order; at most two items a worker are under way,
-    and no more are taken from `items`. What `function` raises is raised here. One worker is a
-    thread of this process: engines let go of Python's lock, so it overlaps with the caller."""
+    and no more are taken from `items`. What `function` raises is raised here. One worker is this
+    process itself, with two threads: tiktoken lets go of Python's lock."""
     pool = _pool(workers)
     try:
         under_way: deque[tuple[Item, Future[Result]]] = deque()
@@ -35,7 +35,7 @@ def in_order(
 
 def _pool(workers: int) -> Executor:
     if workers == 1:
-        return ThreadPoolExecutor(1)
+        return ThreadPoolExecutor(2)
     # Spawned, not forked: Arrow, tokenizers and progress bars have threads, and locks with them.
     context = multiprocessing.get_context("spawn")
     return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
