@@ -1,6 +1,6 @@
 """Corpora become batches; this room knows nothing of models, engines or runs.
 
-    prepare       documents (text, JSON Lines) to token shards on disk, resumable
+    prepare       documents (text, JSON Lines, parquet, the hub) to token shards, resumable
     open_shards   a folder of shards, memory-mapped: .train, .held_out, .manifest
     train_vocab   documents to a byte-pair vocabulary for `prepare`
     verify        every hash of a folder of shards
@@ -8,13 +8,14 @@
     evaluation    one pass over a split
     DataError     bad input, in one line for its user
 
-The files, from text to tensor: documents, tokenizer, units, workers, prepare; shards, manifest,
-reader; order, batches; and files, by which all are published. Only reading documents imports
-`datasets`, and only batches imports torch.
+The files, from text to tensor: documents, streams, rejects, tokenizer, units, workers, claim,
+prepare; shards, manifest, reader; order, batches; and files, by which all are published. Only hub
+data sets import `datasets`, and only batches imports torch.
 """
 
 from typing import TYPE_CHECKING, Any
 
+from data.claim import part_of_environment
 from data.errors import DataError
 from data.manifest import Manifest
 from data.prepare import prepare
@@ -36,6 +37,7 @@ __all__ = [
     "evaluation",
     "load_tokenizer",
     "open_shards",
+    "part_of_environment",
     "prepare",
     "train_vocab",
     "verify",

@@ -45,18 +45,18 @@ class Part:
             raise DataError(f"part is {text!r}; it is i/n with 1 ≤ i ≤ n, e.g. 2/8")
         return cls(int(match[1]), int(match[2]))
 
-    @classmethod
-    def from_environment(cls) -> "Part":
-        """The part of this process: a task of a Slurm array, or RANK of WORLD_SIZE as launchers set
-        them; else all."""
-        for number, count, first in (
-            ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
-            ("RANK", "WORLD_SIZE", ""),
-        ):
-            if number in os.environ and count in os.environ:
-                rank = int(os.environ[number]) - int(os.environ.get(first, "0"))
-                return cls(rank + 1, int(os.environ[count]))
-        return cls()
+
+def part_of_environment() -> str | None:
+    """The part of this process as prepare's "i/n": by its task of a Slurm array, or RANK of
+    WORLD_SIZE as launchers set them; None outside both."""
+    for number, count, first in (
+        ("SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT", "SLURM_ARRAY_TASK_MIN"),
+        ("RANK", "WORLD_SIZE", ""),
+    ):
+        if number in os.environ and count in os.environ:
+            rank = int(os.environ[number]) - int(os.environ.get(first, "0"))
+            return f"{rank + 1}/{os.environ[count]}"
+    return None
 
 
 @contextmanager

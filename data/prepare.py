@@ -14,18 +14,18 @@ interrupt, a full disk or too many rejected documents leave the finished units f
 import errno
 import math
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
-from itertools import islice
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from data.claim import Part, claim, publishing
-from data.documents import Slice, cut, find_files, read
+from data.documents import SLICE_BYTES, Document, Reading, Slice, cut, find_files, read
 from data.errors import DataError, Resumable
 from data.manifest import (
     FORMAT,
@@ -66,6 +66,8 @@ def prepare(
     shard_tokens: int = 100_000_000,
     separator: str | None = None,
     text_field: str = "text",
+    min_chars: int = 0,
+    where: Mapping[str, str] | None = None,
     vocab: str | Path | None = None,
     pattern: str = "r50k",
     engine: str = "auto",
@@ -73,14 +75,18 @@ def prepare(
     part: str | None = None,
     progress: bool = False,
 ) -> Manifest | None:
-    """Tokenize files, folders or globs into the shard folder `out`; run again to resume.
+    """Tokenize files, folders, globs or hub data sets into the shard folder `out`; run again to
+    resume.
 
     workers       processes that tokenize; with more than one, a calling script needs the usual
                   `if __name__ == "__main__":`, for they are spawned
     held_out      fraction of the documents for validation, chosen by hash; 0 for none
     shard_tokens  tokens a shard at most, unless one document is longer
     separator     where text files are split into documents; None: one document a file
-    text_field    the key of the text in JSON Lines
+    text_field    the key of the text in JSON Lines, or its column in parquet and hub data sets
+    min_chars     documents of fewer characters are left out
+    where         rows are left out unless each of these keys has this value (as JSON writes it, if
+                  it is no string)
     vocab         rank file in tiktoken's format; None: GPT-2's
     pattern       how text is split before merging: "r50k" as for GPT-2, "cl100k" or "o200k"
     engine        "tiktoken", "gigatoken", or "auto" for the faster that is installed; all give the
@@ -97,7 +103,8 @@ def prepare(
     written, is full or holds anything that this input with these options does not produce, and if
     a split that was asked for is empty.
     """
-    options = Options(held_out, shard_tokens, separator, text_field)
+    conditions = tuple((where or {}).items())
+    options = Options(held_out, shard_tokens, separator, text_field, min_chars, conditions)
     if workers < 1:
         raise DataError(f"workers is {workers}; it must be at least 1")
     load = partial(load_tokenizer, vocab, pattern, engine)
@@ -108,6 +115,8 @@ def prepare(
             raise DataError(f"{out}: lies in the source {source}; write the shards elsewhere")
     slices, rows = [], []
     for file in find_files(sources):
+        if conditions and file.kind == "text":
+            raise DataError(f"{file.path}: where chooses among rows, but this file is plain text")
         of_file, row = cut(file, separator)
         slices += of_file
         rows.append(row)
@@ -139,26 +148,58 @@ def _do_units(
             tally.add(record.documents(), record.rejected)
         else:
             todo.append(unit)
-    chunks = [chunk for unit in todo for chunk in unit.chunks]
-    total = sum(chunk_bytes(chunk) for chunk in chunks)
+    total = sum(chunk_bytes(chunk) for unit in todo for chunk in unit.chunks)
+    pieces = (piece for unit in todo for piece in _pieces(unit, options.reading))
     tokenize = partial(_tokenize, options=options, load=load)
-    with Progress(total, progress) as bar, closing(in_order(tokenize, chunks, workers)) as results:
-        for unit in todo:
+    with Progress(total, progress) as bar, closing(in_order(tokenize, pieces, workers)) as results:
+        by_unit = groupby(results, key=lambda result: result[0].unit)
+        for unit, (_, of_unit) in zip(todo, by_unit, strict=True):
             with UnitWriter(out, unit, load(), options) as writer:
-                for chunk, found in islice(results, len(unit.chunks)):
+                for piece, found in of_unit:
                     writer.add(found)
-                    tally.add(len(found.lengths), found.rejects, whole=chunk is chunks[-1])
-                    bar.advance(chunk_bytes(chunk), len(found.tokens))
+                    tally.add(len(found.lengths), found.rejects)
+                    bar.advance(piece.bytes, found.characters, len(found.tokens))
+                if unit is todo[-1]:
+                    tally.add(0, [], whole=True)
                 writer.finish()
 
 
-def _tokenize(chunk: list[Slice], options: Options, load: Callable[[], Tokenizer]) -> Tokenized:
-    """What a worker makes of a chunk."""
+@dataclass(frozen=True)
+class _Piece:
+    """What a worker does at a time: it reads the slices itself, or gets the documents of streamed
+    ones. `bytes` of the input are done with it; `unit` is the unit's number."""
+
+    unit: int
+    bytes: int
+    slices: list[Slice]
+    documents: list[Document | Reject] | None = None
+
+
+def _pieces(unit: Unit, reading: Reading) -> Iterator[_Piece]:
+    for chunk in unit.chunks:
+        if not any(part.streamed for part in chunk):
+            yield _Piece(unit.number, chunk_bytes(chunk), chunk)
+            continue
+        block: list[Document | Reject] = []
+        filled = 0
+        for document in read(chunk, reading):
+            block.append(document)
+            filled += len(document.text) if isinstance(document, Document) else 0
+            if filled >= SLICE_BYTES:
+                yield _Piece(unit.number, 0, [], block)
+                block, filled = [], 0
+        yield _Piece(unit.number, chunk_bytes(chunk), [], block)
+
+
+def _tokenize(piece: _Piece, options: Options, load: Callable[[], Tokenizer]) -> Tokenized:
+    """What a worker makes of a piece."""
     tokenizer = load()
     dtype = DTYPES[dtype_for(tokenizer.vocab_size)]
     end_of_text = np.array([tokenizer.eot], dtype)
     pieces, lengths, hashes, rejects = [np.empty(0, dtype)], [], [], []
-    for document in read(chunk, options.reading):
+    characters = 0
+    documents = piece.documents
+    for document in read(piece.slices, options.reading) if documents is None else documents:
         if isinstance(document, Reject):
             rejects.append(document)
             continue
@@ -177,8 +218,14 @@ def _tokenize(chunk: list[Slice], options: Options, load: Callable[[], Tokenizer
         pieces += (end_of_text, ids.astype(dtype))
         lengths.append(1 + len(ids))
         hashes.append(document_hash)
-    tokens = np.concatenate(pieces)
-    return Tokenized(tokens, np.array(lengths, np.int64), np.array(hashes, np.uint64), rejects)
+        characters += len(text)
+    return Tokenized(
+        np.concatenate(pieces),
+        np.array(lengths, np.int64),
+        np.array(hashes, np.uint64),
+        rejects,
+        characters,
+    )
 
 
 def _publish(

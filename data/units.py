@@ -47,13 +47,14 @@ class Tokenized:
 
     tokens   1-D, of the shards' dtype: the documents back to back, each opened by end of text
     lengths  int64, tokens of each document       hashes   uint64, its `content_hash`
-    rejects  what is not among them
+    rejects  what is not among them               characters  of all texts
     """
 
     tokens: npt.NDArray[np.unsignedinteger]
     lengths: npt.NDArray[np.int64]
     hashes: npt.NDArray[np.uint64]
     rejects: list[Reject]
+    characters: int
 
 
 @dataclass(frozen=True)
@@ -77,6 +78,8 @@ class Options:
     shard_tokens: int
     separator: str | None
     text_field: str
+    min_chars: int = 0
+    where: tuple[tuple[str, str], ...] = ()
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -89,7 +92,7 @@ class Options:
     @property
     def reading(self) -> Reading:
         """The part that says how documents are taken from files."""
-        return Reading(self.separator, self.text_field)
+        return Reading(self.separator, self.text_field, self.min_chars, self.where)
 
 
 @dataclass(frozen=True)
@@ -113,7 +116,7 @@ def plan(slices: list[Slice], options: Options, tokenizer: Tokenizer) -> list[Un
     """All units of the input, in its order; a pure function of its bytes and the options."""
     units: list[Unit] = []
     for group in _grouped(slices, options.shard_tokens * BYTES_PER_TOKEN):
-        content = [(part.kind, part.hash) for part in group]
+        content = [(part.file.kind, part.file.codec, part.hash) for part in group]
         identity = json.dumps([FORMAT, tokenizer.identity(), asdict(options), content])
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         units.append(Unit(len(units), key, list(_grouped(group, SLICE_BYTES))))
