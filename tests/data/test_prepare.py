@@ -5,14 +5,16 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DataError, open_shards, prepare, verify
+from data import DataError, open_shards, part_of_environment, prepare, verify
 from data.manifest import SPLITS, read_manifest
 from data.shards import INDEX, content_hash
 
@@ -45,18 +47,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+OPTIONS: dict[str, Any] = {"held_out": 0.1, "shard_tokens": 60_000, "separator": "\nChapter "}
 PREPARE = """
 import sys
 from data import prepare
 if __name__ == "__main__":
-    prepare([sys.argv[1]], sys.argv[2], workers=int(sys.argv[3]), held_out=0.1,
+    prepare([sys.argv[1]], sys.argv[2], workers=int(sys.argv[3]), part=sys.argv[4], held_out=0.1,
             shard_tokens=60_000, separator="\\nChapter ", progress=True)
 """
 
 
-def start_prepare(script: Path, corpus: Path, out: Path, workers: int) -> subprocess.Popen[str]:
+def start_prepare(
+    script: Path, corpus: Path, out: Path, workers: int, part: str = "1/1"
+) -> subprocess.Popen[str]:
     script.write_text(PREPARE)
-    command = [sys.executable, str(script), str(corpus), str(out), str(workers)]
+    command = [sys.executable, str(script), str(corpus), str(out), str(workers), part]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -105,6 +110,123 @@ def test_same_bytes_for_any_workers_and_after_a_kill(corpus: Path, tmp_path: Pat
     assert verify(out) == []
     kept = [path for record in records for path in out.glob(f"*{record.stem.split('-')[2]}*")]
     assert {path: path.stat().st_mtime_ns for path in kept} == {p: finished[p] for p in kept}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    prepare([corpus], out, **OPTIONS)
+    return content(out)
+
+
+@pytest.mark.parametrize(
+    ("kills", "workers"),
+    [(3, 1), *(pytest.param(20, workers, marks=pytest.mark.long) for workers in (1, 2))],
+)
+def test_killed_at_any_moment(
+    corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path, kills: int, workers: int
+) -> None:
+    """SIGKILL at random moments of one job, from its start to its last unit, then a last run."""
+    random = np.random.default_rng(kills)
+    out = tmp_path / "out"
+    for units in sorted(random.integers(0, 16, kills)):
+        process = start_prepare(tmp_path / "run.py", corpus, out, workers)
+        while process.poll() is None and len(list(out.glob("unit-*"))) < units:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        while running(process.pid):
+            time.sleep(0.01)
+    process = start_prepare(tmp_path / "run.py", corpus, out, workers)
+    assert process.communicate(timeout=60) == (None, "")
+    assert content(out) == undisturbed
+
+
+def test_parts_together_are_the_whole(
+    corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """One after the other, at the same time, and after one of them was killed."""
+    out = tmp_path / "in turn"
+    for part in ("2/3", "1/3"):
+        assert prepare([corpus], out, part=part, **OPTIONS) is None
+        with pytest.raises(DataError, match="in turn: unfinished"):
+            open_shards(out)
+    manifest = prepare([corpus], out, part="3/3", **OPTIONS)
+    assert content(out) == undisturbed
+    assert prepare([corpus], out, part="1/3", **OPTIONS) == manifest
+    assert content(out) == undisturbed
+
+    out = tmp_path / "together"
+    killed = start_prepare(tmp_path / "run.py", corpus, out, 1, "1/2")
+    while not list(out.glob("unit-*")):
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.001)
+    killed.kill()
+    killed.communicate()
+    both = [start_prepare(tmp_path / "run.py", corpus, out, 1, f"{i}/2") for i in (1, 2)]
+    assert [process.communicate(timeout=60) for process in both] == [(None, ""), (None, "")]
+    assert content(out) == undisturbed
+    assert verify(out) == []
+
+
+@pytest.mark.parametrize("part", ["1/2", "1/1", "2/3"])
+def test_a_part_has_one_process(corpus: Path, tmp_path: Path, part: str) -> None:
+    out = tmp_path / "out"
+    process = start_prepare(tmp_path / "run.py", corpus, out, 1, "1/2")
+    while not list(out.glob("unit-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    with pytest.raises(DataError, match=r"another prepare( with part 1/2)? is writing there"):
+        prepare([corpus], out, part=part, **OPTIONS)
+    assert process.wait(60) == 0
+    process.communicate()
+    assert len(list(out.glob("unit-*"))) == 8
+    assert [path.name for path in out.glob(".*")] == []
+
+
+def test_parts_of_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert part_of_environment() is None
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert part_of_environment() == "1/4"
+    for name, value in (("ID", "7"), ("COUNT", "3"), ("MIN", "5")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert part_of_environment() == "3/3"
+    for part in ("0/2", "3/2", "two"):
+        with pytest.raises(DataError, match=r"part is .*; it is i/n with 1 ≤ i ≤ n"):
+            prepare([SAMPLES], tmp_path / "out", part=part)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(
+    corpus: Path, undisturbed: dict[str, bytes], small_disk: Path, tmp_path: Path
+) -> None:
+    out = small_disk / "out"
+    for _ in range(2):
+        with pytest.raises(DataError, match="out: No space left on device; make room there and ru"):
+            prepare([corpus], out, **OPTIONS)
+        kept = content(out)
+        assert 0 < len(kept) < len(undisturbed)
+        assert kept.items() < undisturbed.items()  # whole files under their names, and no others
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    prepare([corpus], out, **OPTIONS)
+    assert content(out) == undisturbed
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_one_worker_leaves_what_two_leave(tmp_path: Path) -> None:
