@@ -177,6 +177,8 @@ def cut(
                     whole.update(block)
                     of_slice.update(block)
                 slices.append(Slice(file, start, end, line, of_slice.hexdigest(), number))
+                if isinstance(view, mmap.mmap):  # what was read counts as our memory until then
+                    view.madvise(mmap.MADV_DONTNEED, 0, end)
     except OSError as error:
         raise DataError(f"{file.path}: cannot read: {error.strerror}") from None
     return slices, {"name": file.name, "bytes": size, "xxh3_128": whole.hexdigest()}

@@ -10,8 +10,10 @@ import hashlib
 import threading
 from collections.abc import Iterable
 from functools import lru_cache
+from importlib.metadata import version
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -37,6 +39,7 @@ PATTERNS = {
         r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
     ),
 }
+_RENEW_AFTER = 125_000_000  # characters; gigatoken keeps every different word it has met
 _LONG_RUN = 900_000  # characters; tiktoken's regular expression runs out of stack at a million
 
 
@@ -70,16 +73,18 @@ class Tokenizer:
             mergeable_ranks=ranks,
             special_tokens={"<|endoftext|>": self.eot},  # for decoding; encode() allows none
         )
-        self._fast = None
+        self._file = file
         self._one_at_a_time = threading.Lock()  # gigatoken refuses a second thread
-        if engine == "gigatoken":
-            from importlib.metadata import version
-
-            import gigatoken
-
+        self._fast = self._make_fast() if engine == "gigatoken" else None
+        if self._fast is not None:
             self.engine = f"gigatoken {version('gigatoken')}"
-            # No special tokens: it would find them in text.
-            self._fast = gigatoken.Tokenizer.from_tiktoken(file, pattern, special_tokens={})
+
+    def _make_fast(self) -> Any:
+        import gigatoken
+
+        self._renew_after = _RENEW_AFTER
+        # No special tokens: it would find them in text.
+        return gigatoken.Tokenizer.from_tiktoken(self._file, self.pattern, special_tokens={})
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         """Ids of `text`, 1-D uint32, read-only; a literal "<|endoftext|>" is encoded as text.
@@ -90,6 +95,9 @@ class Tokenizer:
         if self._fast is None or _only_for_tiktoken(text):
             return self.reference(text)
         with self._one_at_a_time:
+            self._renew_after -= len(text)
+            if self._renew_after < 0:
+                self._fast = self._make_fast()
             ids: npt.NDArray[np.uint32] = self._fast.encode(text)
         return ids
 
