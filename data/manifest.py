@@ -13,6 +13,7 @@ with the 64 digits of that hash replaced by zeros. The manifest's other keys:
     options    what `prepare` was asked for that changes the shards
     sources    a list of {name, bytes, xxh3_128}
     rejected   documents that were set aside; `rejected.jsonl` beside it names them
+    duplicates  documents that dedup left out
     splits     "train" and "held_out": a list of shards, in the order of their tokens, each
                {name, tokens, documents, bin: {bytes, sha256, blocks}, idx: {the same}}
 """
@@ -84,6 +85,7 @@ class Manifest:
     sources: list[dict[str, Any]]
     splits: dict[str, list[ShardEntry]]
     rejected: int = 0
+    duplicates: int = 0
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -25,6 +25,7 @@ from typing import Any
 import numpy as np
 
 from data.claim import Part, claim, publishing
+from data.dedup import Seen
 from data.documents import SLICE_BYTES, Document, Reading, Slice, cut, find_files, read
 from data.errors import DataError, Resumable
 from data.manifest import (
@@ -48,6 +49,7 @@ from data.units import (
     Unit,
     UnitWriter,
     chunk_bytes,
+    content_hashes,
     finished,
     plan,
     read_record,
@@ -68,6 +70,7 @@ def prepare(
     text_field: str = "text",
     min_chars: int = 0,
     where: Mapping[str, str] | None = None,
+    dedup: bool = False,
     vocab: str | Path | None = None,
     pattern: str = "r50k",
     engine: str = "auto",
@@ -87,6 +90,8 @@ def prepare(
     min_chars     documents of fewer characters are left out
     where         rows are left out unless each of these keys has this value (as JSON writes it, if
                   it is no string)
+    dedup         leave out documents whose text, but for white space, came before; needs 8 to 24
+                  bytes of memory a document, and all parts in one
     vocab         rank file in tiktoken's format; None: GPT-2's
     pattern       how text is split before merging: "r50k" as for GPT-2, "cl100k" or "o200k"
     engine        "tiktoken", "gigatoken", or "auto" for the faster that is installed; all give the
@@ -104,7 +109,10 @@ def prepare(
     a split that was asked for is empty.
     """
     conditions = tuple((where or {}).items())
-    options = Options(held_out, shard_tokens, separator, text_field, min_chars, conditions)
+    options = Options(held_out, shard_tokens, separator, text_field, min_chars, conditions, dedup)
+    share = Part.parse(part or "1/1")
+    if dedup and share.count > 1:
+        raise DataError(f"dedup needs all documents, not part {share} of them; run it as one part")
     if workers < 1:
         raise DataError(f"workers is {workers}; it must be at least 1")
     load = partial(load_tokenizer, vocab, pattern, engine)
@@ -123,7 +131,7 @@ def prepare(
     if not slices:
         raise DataError(f"the corpus is empty: {len(rows)} file(s), 0 bytes; name some text")
     units = plan(slices, options, tokenizer)
-    with claim(out, units, Part.parse(part or "1/1")) as mine, _disk_full(out):
+    with claim(out, units, share) as mine, _disk_full(out):
         _do_units(mine, out, options, load, workers, Tally(max_rejected), progress)
         records = [record for unit in units if (record := read_record(out, unit))]
         if len(records) < len(units):
@@ -142,22 +150,31 @@ def _do_units(
     tally: Tally,
     progress: bool,
 ) -> None:
-    todo = []
+    done: dict[int, Record] = {}
     for unit in units:
         if record := finished(out, unit):
-            tally.add(record.documents(), record.rejected)
-        else:
-            todo.append(unit)
+            done[unit.number] = record
+            tally.add(record.documents() + record.duplicates, record.rejected)
+    todo = [unit for unit in units if unit.number not in done]
     total = sum(chunk_bytes(chunk) for unit in todo for chunk in unit.chunks)
     pieces = (piece for unit in todo for piece in _pieces(unit, options.reading))
     tokenize = partial(_tokenize, options=options, load=load)
+    seen = Seen()
     with Progress(total, progress) as bar, closing(in_order(tokenize, pieces, workers)) as results:
         by_unit = groupby(results, key=lambda result: result[0].unit)
-        for unit, (_, of_unit) in zip(todo, by_unit, strict=True):
+        for unit in units:
+            if unit.number in done:
+                if options.dedup:
+                    seen.add(content_hashes(out, done[unit.number]))
+                continue
             with UnitWriter(out, unit, load(), options) as writer:
-                for piece, found in of_unit:
-                    writer.add(found)
+                for piece, found in next(by_unit)[1]:
                     tally.add(len(found.lengths), found.rejects)
+                    if options.dedup:
+                        is_new = seen.add(found.hashes)
+                        writer.leave_out(int((~is_new).sum()))
+                        found = found.only(is_new)
+                    writer.add(found)
                     bar.advance(piece.bytes, found.characters, len(found.tokens))
                 if unit is todo[-1]:
                     tally.add(0, [], whole=True)
@@ -238,7 +255,9 @@ def _publish(
 ) -> None:
     splits = {s: [shard for record in records for shard in record.splits[s]] for s in SPLITS}
     rejected = [reject for record in records for reject in record.rejected]
-    Tally(max_rejected).add(sum(r.documents() for r in records), rejected, whole=True)
+    duplicates = sum(record.duplicates for record in records)
+    documents = duplicates + sum(record.documents() for record in records)
+    Tally(max_rejected).add(documents, rejected, whole=True)
     _refuse_empty(splits, out, options)
     write_rejects(out, rejected)
     manifest = {
@@ -249,6 +268,7 @@ def _publish(
         "options": asdict(options),
         "sources": rows,
         "rejected": len(rejected),
+        "duplicates": duplicates,
         "splits": shards_to_json(splits),
     }
     write_sealed(out / MANIFEST, manifest)

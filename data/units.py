@@ -2,17 +2,17 @@
 
 Unit UUUUU writes `SPLIT-UUUUU-PP-KEY.bin` and `.idx` (parts PP: more than one where it holds more
 than `shard_tokens`), and last its record, `unit-UUUUU-KEY.json`: a sealed JSON file with "splits"
-as in the manifest, "rejected", a list of {file, line, reason}, and "engine". KEY is a hash of the
-unit's bytes, the tokenizer and the options, so a unit whose record is there and whose files match
-it need not be done again, by whatever process. The records of all units together are the manifest's
-shards; nothing is merged or rewritten.
+as in the manifest, "rejected", a list of {file, line, reason}, "duplicates" and "engine". KEY is a
+hash of the unit's bytes, the tokenizer and the options (with dedup of all units before it too), so
+a unit whose record is there and whose files match it need not be done again, by whatever process.
+The records of all units together are the manifest's shards; nothing is merged or rewritten.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -30,7 +30,7 @@ from data.manifest import (
 )
 from data.reader import damages
 from data.rejects import Reject
-from data.shards import ShardEntry, ShardWriter, Vocabulary, dtype_for
+from data.shards import INDEX, ShardEntry, ShardWriter, Vocabulary, dtype_for
 from data.tokenizer import Tokenizer
 
 BYTES_PER_TOKEN = 4  # of English text, about; decides how much input makes a shard
@@ -56,13 +56,22 @@ class Tokenized:
     rejects: list[Reject]
     characters: int
 
+    def only(self, rows: npt.NDArray[np.bool_]) -> "Tokenized":
+        """The documents of these rows (a mask); rejects are all kept."""
+        if rows.all():
+            return self
+        tokens = self.tokens[np.repeat(rows, self.lengths)]
+        return replace(self, tokens=tokens, lengths=self.lengths[rows], hashes=self.hashes[rows])
 
-@dataclass(frozen=True)
+
+@dataclass
 class Record:
-    """What a finished unit made: its shards, what it set aside, and by which engine and version."""
+    """What a finished unit made: its shards, what it set aside, how many duplicates it left out,
+    and by which engine and version."""
 
     splits: Shards
     rejected: list[Reject]
+    duplicates: int
     engine: str
 
     def documents(self) -> int:
@@ -80,6 +89,7 @@ class Options:
     text_field: str
     min_chars: int = 0
     where: tuple[tuple[str, str], ...] = ()
+    dedup: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -115,9 +125,11 @@ class Unit:
 def plan(slices: list[Slice], options: Options, tokenizer: Tokenizer) -> list[Unit]:
     """All units of the input, in its order; a pure function of its bytes and the options."""
     units: list[Unit] = []
+    key = ""
     for group in _grouped(slices, options.shard_tokens * BYTES_PER_TOKEN):
         content = [(part.file.kind, part.file.codec, part.hash) for part in group]
-        identity = json.dumps([FORMAT, tokenizer.identity(), asdict(options), content])
+        before = key if options.dedup else ""
+        identity = json.dumps([FORMAT, tokenizer.identity(), asdict(options), content, before])
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         units.append(Unit(len(units), key, list(_grouped(group, SLICE_BYTES))))
     return units
@@ -190,7 +202,15 @@ def read_record(out: Path, unit: Unit) -> Record | None:
     except (FileNotFoundError, DataError):
         return None
     rejected = [Reject(**row) for row in fields["rejected"]]
-    return Record(shards_from_json(fields["splits"]), rejected, fields["engine"])
+    shards = shards_from_json(fields["splits"])
+    return Record(shards, rejected, fields["duplicates"], fields["engine"])
+
+
+def content_hashes(out: Path, record: Record) -> npt.NDArray[np.uint64]:
+    """Those of all documents in the unit's shards."""
+    shards = [shard for split in SPLITS for shard in record.splits[split]]
+    indexes = [np.fromfile(out / f"{shard.name}.idx", INDEX)["hash"] for shard in shards]
+    return np.concatenate([np.empty(0, np.uint64), *indexes])
 
 
 class UnitWriter:
@@ -203,7 +223,7 @@ class UnitWriter:
             tokenizer.vocab_hash, dtype_for(tokenizer.vocab_size), tokenizer.eot
         )
         self._open: dict[str, ShardWriter] = {}
-        self._record = Record({split: [] for split in SPLITS}, [], tokenizer.engine)
+        self._record = Record({split: [] for split in SPLITS}, [], 0, tokenizer.engine)
 
     def __enter__(self) -> "UnitWriter":
         return self
@@ -217,19 +237,16 @@ class UnitWriter:
         self._record.rejected.extend(found.rejects)
         held_out = found.hashes < np.uint64(held_out_below(self._options.held_out))
         for split, rows in zip(SPLITS, (~held_out, held_out), strict=True):
-            tokens = found.tokens if rows.all() else found.tokens[np.repeat(rows, found.lengths)]
-            self._add(split, tokens, found.lengths[rows], found.hashes[rows])
+            self._add(split, found.only(rows))
 
-    def _add(
-        self,
-        split: str,
-        tokens: npt.NDArray[np.unsignedinteger],
-        lengths: npt.NDArray[np.int64],
-        hashes: npt.NDArray[np.uint64],
-    ) -> None:
-        ends = np.cumsum(lengths)
+    def leave_out(self, duplicates: int) -> None:
+        """Count documents that are not added."""
+        self._record.duplicates += duplicates
+
+    def _add(self, split: str, found: Tokenized) -> None:
+        ends = np.cumsum(found.lengths)
         first = done = 0
-        while first < len(lengths):
+        while first < len(ends):
             writer = self._open.get(split) or self._start(split)
             room = self._options.shard_tokens - writer.tokens
             last = int(np.searchsorted(ends, done + room, side="right"))
@@ -238,7 +255,8 @@ class UnitWriter:
                 continue
             last = max(last, first + 1)  # a document that is longer than a shard has its own
             end = int(ends[last - 1])
-            writer.extend(tokens[done:end], lengths[first:last], hashes[first:last])
+            rows = slice(first, last)
+            writer.extend(found.tokens[done:end], found.lengths[rows], found.hashes[rows])
             first, done = last, end
 
     def finish(self) -> Record:
@@ -248,6 +266,7 @@ class UnitWriter:
         fields = {
             "splits": shards_to_json(self._record.splits),
             "rejected": [asdict(reject) for reject in self._record.rejected],
+            "duplicates": self._record.duplicates,
             "engine": self._record.engine,
         }
         write_sealed(self._unit.record(self._out), fields)

@@ -85,6 +85,9 @@ def prepare(
         list[str] | None,
         typer.Option(metavar="KEY=VALUE", help="Leave out rows without this value; repeatable."),
     ] = None,
+    dedup: Annotated[
+        bool, typer.Option("--dedup", help="Leave out documents whose text came before.")
+    ] = False,
     vocab: Annotated[
         Path | None, typer.Option(help="Rank file of `vocab train` or tiktoken; default GPT-2's.")
     ] = None,
@@ -124,6 +127,7 @@ def prepare(
         text_field=text_field,
         min_chars=min_chars,
         where=_conditions(where or []),
+        dedup=dedup,
         vocab=vocab,
         pattern=pattern,
         engine=engine,

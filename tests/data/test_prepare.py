@@ -15,6 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import DataError, open_shards, part_of_environment, prepare, verify
+from data.dedup import Seen
 from data.manifest import SPLITS, read_manifest
 from data.shards import INDEX, content_hash
 
@@ -403,6 +404,55 @@ def test_a_run_stops_early_where_much_is_broken(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON.* of \d\d\d?,\d{3} documents"):
         prepare([path], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=12))
+def test_a_hash_is_new_once(batches: list[list[int]]) -> None:
+    seen, before = Seen(), set[int]()
+    for batch in batches:
+        is_new = seen.add(np.array(batch, np.uint64))
+        assert is_new.tolist() == [n not in before | set(batch[:i]) for i, n in enumerate(batch)]
+        before |= set(batch)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_duplicates_are_left_out(tmp_path: Path, workers: int) -> None:
+    """Over units and files, also where units of an earlier run are taken over."""
+    texts = [
+        f"document  number {n % 700}" if n % 2 else f"document number\n{n}" for n in range(2000)
+    ]
+    sources = [json_lines(tmp_path / f"{i}.jsonl", texts[i::20]) for i in range(20)]
+    expected = {content_hash(text) for text in texts}
+    options: dict[str, Any] = {"held_out": 0.1, "shard_tokens": 500, "dedup": True}
+    out = tmp_path / "out"
+    manifest = prepare(sources, out, workers=workers, **options)
+    found = [h for split in SPLITS for h in hashes(out, split)]
+    assert sorted(found) == sorted(expected)
+    assert manifest.duplicates == len(texts) - len(expected) > 0
+    before = content(out)
+    units = sorted(out.glob("unit-*"))
+    assert len(units) == 20
+    for unit in (units[2], units[7], units[-1]):
+        unit.unlink()
+    assert prepare(sources, out, **options) == manifest
+    assert content(out) == before
+    with pytest.raises(DataError, match="dedup needs all documents, not part 1/2"):
+        prepare(sources, out, part="1/2", **options)
+
+
+@pytest.mark.long
+def test_memory_of_ten_million_documents(tmp_path: Path) -> None:
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for n in range(10_000_000):
+            file.write(f'{{"text": "the short document of number {n}"}}\n')
+    code = (
+        "import resource\nfrom data import prepare\n"
+        f"prepare([{str(tmp_path / 'a.jsonl')!r}], {str(tmp_path / 'out')!r}, dedup=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1e9
 
 
 def test_folders_that_are_not_for_us(novels: Path, tmp_path: Path) -> None:
