@@ -60,7 +60,7 @@ def train_vocab(
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     bpe.train_from_iterator(
         texts(),
         trainers.BpeTrainer(
@@ -78,7 +78,7 @@ def train_vocab(
     publish(out)
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The character that stands for each byte in GPT-2's byte-level alphabet: itself where it is
     printable, else the next from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}
