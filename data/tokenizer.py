@@ -83,8 +83,12 @@ class Tokenizer:
         import gigatoken
 
         self._renew_after = _RENEW_AFTER
-        # No special tokens: it would find them in text.
-        return gigatoken.Tokenizer.from_tiktoken(self._file, self.pattern, special_tokens={})
+        try:  # without special tokens, which it would find in text
+            return gigatoken.Tokenizer.from_tiktoken(self._file, self.pattern, special_tokens={})
+        except ValueError as error:
+            raise DataError(
+                f"{self._file}: gigatoken cannot use it: {error}; use the engine tiktoken"
+            ) from None
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         """Ids of `text`, 1-D uint32, read-only; a literal "<|endoftext|>" is encoded as text.
