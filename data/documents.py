@@ -173,7 +173,7 @@ def cut(
             for start, end, line, number in _cuts(file, view, separator, slice_bytes):
                 of_slice = xxhash.xxh3_128()
                 for at in range(start, end, SLICE_BYTES):
-                    block = view[at : min(at + SLICE_BYTES, end)]
+                    block = handle.read(min(SLICE_BYTES, end - at))
                     whole.update(block)
                     of_slice.update(block)
                 slices.append(Slice(file, start, end, line, of_slice.hexdigest(), number))

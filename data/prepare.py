@@ -15,6 +15,7 @@ import errno
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
@@ -121,13 +122,14 @@ def prepare(
     for source in map(Path, sources):
         if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
             raise DataError(f"{out}: lies in the source {source}; write the shards elsewhere")
-    slices, rows = [], []
-    for file in find_files(sources):
+    files = find_files(sources)
+    for file in files:
         if conditions and file.kind == "text":
             raise DataError(f"{file.path}: where chooses among rows, but this file is plain text")
-        of_file, row = cut(file, separator)
-        slices += of_file
-        rows.append(row)
+    with ThreadPoolExecutor(workers) as pool:  # reading and hashing let go of Python's lock
+        cuts = list(pool.map(partial(cut, separator=separator), files))
+    slices = [part for of_file, _ in cuts for part in of_file]
+    rows = [row for _, row in cuts]
     if not slices:
         raise DataError(f"the corpus is empty: {len(rows)} file(s), 0 bytes; name some text")
     units = plan(slices, options, tokenizer)

@@ -1,5 +1,6 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -17,6 +18,7 @@ from hypothesis import strategies as st
 from data import DataError, open_shards, part_of_environment, prepare, verify
 from data.dedup import Seen
 from data.manifest import SPLITS, read_manifest
+from data.progress import Progress
 from data.shards import INDEX, content_hash
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples"
@@ -485,3 +487,22 @@ def test_two_at_once_in_one_folder(corpus: Path, tmp_path: Path) -> None:
     process.communicate()
     assert verify(out) == []
     assert all(read_manifest(out).documents(split) for split in SPLITS)
+
+
+def test_progress_shows_rates(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    with Progress(4_000_000, wanted=True) as bar:
+        for _ in range(2):
+            time.sleep(0.1)
+            bar.advance(1_000_000, 1_500_000, 500_000)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    rates = re.findall(r"2\.0/4\.0 MB +([0-9.]+) MB/s, ([0-9.]+)M tokens/s +0:0", drawn)
+    megabytes, tokens = map(float, rates[-1])
+    assert 1 < megabytes <= 15
+    assert megabytes == pytest.approx(3 * tokens, rel=0.02)
+    with Progress(1, wanted=False) as bar:
+        bar.advance(1, 1, 1)
+    assert capsys.readouterr().err == ""
