@@ -46,6 +46,10 @@ BLOCK_BYTES = 4 << 20
 MAX_TOKENS = 2**31 - 1  # what llm.c's count can hold
 INDEX = np.dtype([("start", "<u8"), ("hash", "<u8")])
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_SPACES = [chr(point) for point in range(0x3001) if chr(point).isspace()]  # no others in Unicode
+_WIDE_SPACES = [space for space in _SPACES if not space.isascii()]
+_TO_SPACE = bytes(ord(" ") if chr(b).isspace() and b < 128 else b for b in range(256))
+_LONG = 2048  # characters from which on arrays are faster than words
 _HEADER = struct.Struct("<iiiI8sQQIII4x32s")
 _LLM_C = {2: (20240520, 1), 4: (20240801, 7)}
 _TAG = b"sprsgpt\0"
@@ -58,7 +62,17 @@ def dtype_for(vocab_size: int) -> str:
 
 def content_hash(text: str) -> int:
     """xxh3-64 of the text with every run of white space made one space and the ends stripped."""
-    return xxhash.xxh3_64_intdigest(" ".join(text.split()).encode())
+    if len(text) < _LONG:
+        return xxhash.xxh3_64_intdigest(" ".join(text.split()).encode())
+    if not text.isascii():
+        for space in _WIDE_SPACES:
+            if space in text:
+                text = text.replace(space, " ")
+    content = np.frombuffer(text.encode().translate(_TO_SPACE), np.uint8)
+    is_space = content == ord(" ")
+    keep = np.ones(len(content), np.bool_)
+    keep[1:] = ~(is_space[1:] & is_space[:-1])
+    return xxhash.xxh3_64_intdigest(content[keep].tobytes().strip())
 
 
 @dataclass(frozen=True)

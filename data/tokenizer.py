@@ -5,7 +5,7 @@ it was seen to differ in goes to tiktoken all the same: characters beyond U+FFFF
 that tiktoken may refuse them, which must not depend on the engine.
 """
 
-import base64
+import binascii
 import hashlib
 import threading
 from collections.abc import Iterable
@@ -183,8 +183,11 @@ def load_tokenizer(
     lines = content.splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            text, rank = line.split()
+            token = binascii.a2b_base64(text)
+            if binascii.b2a_base64(token, newline=False) != text:
+                raise ValueError("it skips what is not base64")
+            ranks[token] = int(rank)
         except ValueError:
             raise DataError(
                 f"{file}:{number}: is not a base64 token and its rank, as in tiktoken's files"
