@@ -1,6 +1,6 @@
 """Corpora become batches; this room knows nothing of models, engines or runs.
 
-    prepare       documents (text, JSON Lines) to token shards on disk, resumable
+    prepare       documents (text, JSON Lines, parquet, the hub) to token shards, resumable
     open_shards   a folder of shards, memory-mapped: .train, .held_out, .manifest
     open_blend    several of them in fixed shares
     train_vocab   documents to a byte-pair vocabulary for `prepare`
@@ -11,14 +11,15 @@
     prefetched    batches read by a thread ahead of their use
     DataError     bad input, in one line for its user
 
-The files, from text to tensor: documents, tokenizer, units, workers, prepare; shards, manifest,
-remote, reader, blend, interop; order, batches, prefetch; and files, by which all are published.
-Only reading documents imports `datasets`, and only batches and prefetch import torch.
+The files, from text to tensor: documents, streams, rejects, tokenizer, units, workers, claim,
+prepare; shards, manifest, remote, reader, blend, interop; order, batches, prefetch; and files, by
+which all are published. Only hub data sets import `datasets`, and only batches and prefetch torch.
 """
 
 from typing import TYPE_CHECKING, Any
 
 from data.blend import Blend, Source, open_blend
+from data.claim import part_of_environment
 from data.errors import DataError
 from data.interop import export_shards, import_shards
 from data.manifest import Manifest
@@ -48,6 +49,7 @@ __all__ = [
     "open_blend",
     "open_shards",
     "prefetched",
+    "part_of_environment",
     "prepare",
     "train_vocab",
     "verify",

@@ -1,64 +1,103 @@
 """Sources to a stream of documents.
 
-    sources ──find_files──▶ files ──cut──▶ slices ──read──▶ (origin, text) of each document
+    sources ──find_files──▶ files ──cut──▶ slices ──read──▶ documents, and rejects
 
-A source is a file, a folder (its .txt, .jsonl, .ndjson and .json files, recursively) or a glob; the
-last three suffixes mean JSON Lines (one object a line, blank lines skipped), anything else is
-UTF-8 text: one document a file, or split before each `separator`, which stays at the head of the
-document it opens. Text is taken exactly as it lies in the file (CRLF and a byte-order mark
-included; JSON Lines may begin with a mark, which is not part of any text). Documents of nothing
-but white space are dropped.
+A source is a file, a folder (its files with a known suffix, recursively), a glob, or a data set of
+the hub (`hf:NAME[:SUBSET][:SPLIT]`). The suffixes .jsonl, .ndjson and .json mean JSON Lines (one
+object a line, blank lines skipped), .parquet rows of columns, anything else UTF-8 text: one
+document a file, or split before each `separator`, which stays at the head of the document it opens;
+.gz and .zst after any of them but .parquet are undone. Text is taken exactly as it lies in the file
+(CRLF and a byte-order mark included; JSON Lines may begin with a mark, which is not part of any
+text). Documents of nothing but white space are dropped.
 
-A slice is a byte range of one file that holds whole documents, so that slices can be read by any
-process in any order. They are cut by one sequential pass over the input, which also hashes it.
-`read` streams them through `datasets` in Arrow batches; the parsing is ours because neither its
-text nor its JSON reader keeps line ends or can say which line is broken.
+A slice is a part of one file that holds whole documents, so that slices can be read by any process
+in any order. Text and JSON Lines are cut at byte offsets, the rest as streams.py says, by one
+sequential pass over the input, which also hashes it. The parsing is ours because the text and JSON
+readers of `datasets` neither keep line ends nor can say which line is broken, and cost a second a
+worker to import.
 """
 
+import codecs
 import glob
 import json
 import mmap
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import xxhash
 
 from data.errors import DataError
+from data.rejects import Reject
+from data.streams import (
+    HUB,
+    HUB_SHARD_BYTES,
+    hub_rows,
+    hub_shards,
+    open_compressed,
+    parquet_rows,
+    row_groups,
+    shown,
+)
 
-SUFFIXES = {".txt": "text", ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl"}
-SLICE_BYTES = 4 << 20  # what one worker tokenizes at a time: about half a second
-_BATCH = 1024  # documents an Arrow batch
+SUFFIXES = {
+    ".txt": "text",
+    ".jsonl": "jsonl",
+    ".ndjson": "jsonl",
+    ".json": "jsonl",
+    ".parquet": "parquet",
+}
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+SLICE_BYTES = 4 << 20  # what one worker tokenizes at a time: less than half a second
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file: where it is, its name without the way to it, and "text" or "jsonl"."""
+    """One input file: where it is, its name without the way to it, and "text", "jsonl", "parquet"
+    or "hub"; codec: "gzip" or "zstd" if it is compressed."""
 
     path: Path
     name: str
     kind: str
+    codec: str | None = None
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)  # a terabyte has 250,000
 class Slice:
-    """Bytes [start, end) of a file; `line` is the number of its first line, `hash` its xxh3-128."""
+    """Bytes [start, end) of a file; `line` is the number of its first line or row, `hash` its
+    xxh3-128, `number` the row group of parquet, or the shard of a hub data set."""
 
-    path: Path
-    kind: str
+    file: SourceFile
     start: int
     end: int
     line: int
     hash: str
+    number: int = 0
+
+    @property
+    def streamed(self) -> bool:
+        """Whether it may hold far more text than a worker should return at a time."""
+        return self.file.codec is not None or self.file.kind in ("parquet", "hub")
+
+
+class Document(NamedTuple):
+    """A text, the name of its file, and the line at which it starts (of parquet: the row)."""
+
+    file: str
+    line: int
+    text: str
 
 
 @dataclass(frozen=True)
 class Reading:
-    """How documents are taken from files."""
+    """How documents are taken from files: rows count if each key of `where` has its value, and
+    documents from `min_chars` characters on."""
 
     separator: str | None
     text_field: str
+    min_chars: int = 0
+    where: tuple[tuple[str, str], ...] = ()
 
 
 def find_files(sources: Sequence[str | Path]) -> list[SourceFile]:
@@ -67,10 +106,14 @@ def find_files(sources: Sequence[str | Path]) -> list[SourceFile]:
     files: list[SourceFile] = []
     for source in sources:
         path = Path(source)
-        if path.is_dir():
-            found = sorted(p for p in path.rglob("*") if p.suffix in SUFFIXES and p.is_file())
+        if str(source).startswith(HUB):
+            files.append(SourceFile(path, str(source), "hub"))
+        elif path.is_dir():
+            found = sorted(p for p in path.rglob("*") if _is_known(p) and p.is_file())
             if not found:
-                raise DataError(f"{path}: the folder holds no {', '.join(SUFFIXES)} file")
+                raise DataError(
+                    f"{path}: the folder holds no {', '.join(SUFFIXES)} file, compressed or not"
+                )
             files += [_source_file(p, p.relative_to(path).as_posix()) for p in found]
         elif path.exists():
             files.append(_source_file(path, path.name))
@@ -92,31 +135,78 @@ def find_files(sources: Sequence[str | Path]) -> list[SourceFile]:
     return files
 
 
+def _suffix(path: Path) -> str:
+    """The suffix that says the kind: the one before .gz or .zst."""
+    return Path(path.stem).suffix if path.suffix in CODECS else path.suffix
+
+
+def _is_known(path: Path) -> bool:
+    return _suffix(path) in SUFFIXES
+
+
 def _source_file(path: Path, name: str) -> SourceFile:
-    return SourceFile(path, name, SUFFIXES.get(path.suffix, "text"))
+    codec = CODECS.get(path.suffix)
+    kind = SUFFIXES.get(_suffix(path), "text")
+    if codec and kind == "parquet":
+        raise DataError(f"{path}: parquet has its own compression; undo the {path.suffix}")
+    return SourceFile(path, name, kind, codec)
 
 
 def cut(
     file: SourceFile, separator: str | None, slice_bytes: int = SLICE_BYTES
 ) -> tuple[list[Slice], dict[str, Any]]:
-    """Slices of at least `slice_bytes` (the last: fewer), and the file's row in the manifest."""
-    slices: list[Slice] = []
+    """Slices, of text and JSON Lines of at least `slice_bytes` (the last: fewer), and the file's
+    row in the manifest."""
+    if file.kind == "hub":
+        shards, identity = hub_shards(file.name)
+        slices = [
+            Slice(file, 0, HUB_SHARD_BYTES, 1, f"{identity}-{number}", number)
+            for number in range(shards)
+        ]
+        return slices, {"name": file.name, "shards": shards, "identity": identity}
+    slices = []
     whole = xxhash.xxh3_128()
     try:
         size = file.path.stat().st_size
         with open(file.path, "rb") as handle:
             view = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ) if size else b""
-            start, line = 0, 1
-            while start < size:
-                end = _boundary(view, file.kind, separator, start + slice_bytes, size)
-                content = view[start:end]
-                whole.update(content)
-                digest = xxhash.xxh3_128_hexdigest(content)
-                slices.append(Slice(file.path, file.kind, start, end, line, digest))
-                start, line = end, line + content.count(b"\n")
+            for start, end, line, number in _cuts(file, view, separator, slice_bytes):
+                of_slice = xxhash.xxh3_128()
+                for at in range(start, end, SLICE_BYTES):
+                    block = handle.read(min(SLICE_BYTES, end - at))
+                    whole.update(block)
+                    of_slice.update(block)
+                slices.append(Slice(file, start, end, line, of_slice.hexdigest(), number))
+                if isinstance(view, mmap.mmap):  # what was read counts as our memory until then
+                    view.madvise(mmap.MADV_DONTNEED, 0, end)
     except OSError as error:
         raise DataError(f"{file.path}: cannot read: {error.strerror}") from None
     return slices, {"name": file.name, "bytes": size, "xxh3_128": whole.hexdigest()}
+
+
+def _cuts(
+    file: SourceFile, view: mmap.mmap | bytes, separator: str | None, slice_bytes: int
+) -> Iterator[tuple[int, int, int, int]]:
+    """(start, end, line, number) of each slice; they cover the file."""
+    size = len(view)
+    if file.kind == "parquet":
+        groups = row_groups(file.path)
+        ends = [*(start for start, _ in groups[1:]), size]
+        start, row = 0, 1
+        for number, ((_, rows), end) in enumerate(zip(groups, ends, strict=False)):
+            yield start, end, row, number
+            start, row = end, row + rows
+    elif file.codec is not None:
+        if size:
+            yield 0, size, 1, 0
+    else:
+        start, line = 0, 1
+        while start < size:
+            end = _boundary(view, file.kind, separator, start + slice_bytes, size)
+            yield start, end, line, 0
+            if end < size:
+                line += view[start:end].count(b"\n")
+            start = end
 
 
 def _boundary(view: mmap.mmap | bytes, kind: str, separator: str | None, at: int, size: int) -> int:
@@ -133,89 +223,158 @@ def _boundary(view: mmap.mmap | bytes, kind: str, separator: str | None, at: int
     return found if found != -1 else size
 
 
-def read(slices: Iterable[Slice], reading: Reading) -> Iterator[tuple[str, str]]:
-    """(origin, text) of every document of the slices; the origin is "file:line" or "file: byte n".
+def read(slices: Iterable[Slice], reading: Reading) -> Iterator[Document | Reject]:
+    """Every document of the slices, and a Reject for each that is not as it should be.
 
-    Raises DataError that names the file and line (or byte) of whatever is not as it should be.
+    Raises DataError if a file cannot be read, or is not the one that was cut.
     """
-    import pyarrow as pa
-    from datasets import IterableDataset
-    from datasets.iterable_dataset import ArrowExamplesIterable
-
-    schema = pa.schema({"origin": pa.string(), "text": pa.large_string()})
-
-    def tables(slices: list[Slice]) -> Iterator[tuple[tuple[int, int], pa.Table]]:
-        for number, part in enumerate(slices):
-            rows = list(_documents(part, reading))
-            columns = [list(column) for column in zip(*rows, strict=True)] or [[], []]
-            yield (number, 0), pa.table(columns, schema=schema)
-
-    # IterableDataset.from_generator would do the same, but needs a writable cache folder.
-    stream = IterableDataset(ArrowExamplesIterable(tables, {"slices": list(slices)}))
-    for table in stream.with_format("arrow").iter(batch_size=_BATCH):
-        yield from zip(table["origin"].to_pylist(), table["text"].to_pylist(), strict=True)
+    for part in slices:
+        for document in _documents(part, reading):
+            if isinstance(document, Reject) or _is_wanted(document.text, reading.min_chars):
+                yield document
 
 
-def _documents(part: Slice, reading: Reading) -> Iterator[tuple[str, str]]:
+def _is_wanted(text: str, min_chars: int) -> bool:
+    return len(text) >= max(min_chars, 1) and not text.isspace()
+
+
+def _documents(part: Slice, reading: Reading) -> Iterator[Document | Reject]:
+    file = part.file
+    if file.kind in ("parquet", "hub"):
+        return _table(part, reading)
+    if file.codec is not None:
+        return _compressed(part, reading)
+    content = b"".join(_content(part))
+    if file.kind == "jsonl":
+        lines = enumerate(content.split(b"\n"), part.line)
+        return _json_lines(file.name, lines, reading)
+    return _texts(part, content, reading.separator)
+
+
+def _content(part: Slice) -> Iterator[bytes]:
+    """The slice in blocks; raises DataError at its end if they are not what was cut."""
+    found = xxhash.xxh3_128()
     try:
-        with open(part.path, "rb") as handle:
+        with open(part.file.path, "rb") as handle:
             handle.seek(part.start)
-            content = handle.read(part.end - part.start)
+            for at in range(part.start, part.end, SLICE_BYTES):
+                block = handle.read(min(SLICE_BYTES, part.end - at))
+                found.update(block)
+                yield block
     except OSError as error:
-        raise DataError(f"{part.path}: cannot read: {error.strerror}") from None
-    if xxhash.xxh3_128_hexdigest(content) != part.hash:
-        raise DataError(f"{part.path}: changed while it was being read; run again")
+        raise DataError(f"{part.file.path}: cannot read: {error.strerror}") from None
+    if found.hexdigest() != part.hash:
+        raise DataError(f"{part.file.path}: changed while it was being read; run again")
+
+
+def _compressed(part: Slice, reading: Reading) -> Iterator[Document | Reject]:
+    path, name, codec = part.file.path, part.file.name, part.file.codec
+    for _ in _content(part):
+        pass  # that it is what was cut
     try:
-        text = content.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = part.line + content.count(b"\n", 0, error.start)
-        raise DataError(
-            f"{part.path}:{line}: not UTF-8 text (byte {part.start + error.start} of the file is "
-            f"0x{content[error.start]:02x}); convert the file to UTF-8"
-        ) from None
-    if part.kind == "jsonl":
-        documents = _json_lines(part, text, reading.text_field)
-    elif reading.separator is None:
-        documents = iter([(str(part.path), text)])
+        with open_compressed(path, str(codec)) as content:
+            if part.file.kind == "text":
+                yield from _texts(part, content.read(), reading.separator)
+            else:
+                yield from _json_lines(name, enumerate(content, 1), reading)
+    except OSError as error:
+        raise DataError(f"{path}: damaged or not {codec}: {error}") from None
+
+
+def _table(part: Slice, reading: Reading) -> Iterator[Document | Reject]:
+    columns = list(dict.fromkeys([reading.text_field, *(key for key, _ in reading.where)]))
+    if part.file.kind == "hub":
+        rows = hub_rows(part.file.name, part.number, columns)
+        name = f"{part.file.name}#{part.number}"
     else:
-        documents = _split(part, text, reading.separator)
-    return (document for document in documents if document[1] and not document[1].isspace())
+        for _ in _content(part):
+            pass  # that it is what was cut
+        rows = parquet_rows(part.file.path, part.number, columns)
+        name = part.file.name
+    for number, values in enumerate(rows, part.line):
+        row = dict(zip(columns, values, strict=True))
+        if any(_decoded(row[key]) != value for key, value in reading.where):
+            continue
+        text = values[0]
+        if not isinstance(text, bytes):
+            found = type(text).__name__
+            yield Reject(name, number, f"{reading.text_field!r} is {found}, must be a string")
+            continue
+        try:
+            yield Document(name, number, text.decode())
+        except UnicodeDecodeError as error:
+            yield Reject(name, number, _not_utf8(error))
 
 
-def _split(part: Slice, text: str, separator: str) -> Iterator[tuple[str, str]]:
-    """The text cut before each separator; the pieces together are the text."""
+def _decoded(value: Any) -> str:
+    return value.decode(errors="replace") if isinstance(value, bytes) else shown(value)
+
+
+def _texts(part: Slice, content: bytes, separator: str | None) -> Iterator[Document | Reject]:
+    """The content cut before each separator; the pieces together are the content."""
+    pieces = [content]
+    if separator is not None:
+        mark = separator.encode()
+        head, *tails = content.split(mark)
+        pieces = [head, *(mark + tail for tail in tails)]
     line = part.line
-    head, *tails = text.split(separator)
-    for piece in (head, *(separator + tail for tail in tails)):
-        yield f"{part.path}:{line}", piece
-        line += piece.count("\n")
+    for piece in pieces:
+        try:
+            yield Document(part.file.name, line, piece.decode())
+        except UnicodeDecodeError as error:
+            at = line + piece.count(b"\n", 0, error.start)
+            yield Reject(part.file.name, line, f"{_not_utf8(error)}, in line {at}")
+        line += piece.count(b"\n")
 
 
-def _json_lines(part: Slice, content: str, field: str) -> Iterator[tuple[str, str]]:
-    if part.start == 0:
-        content = content.removeprefix("\ufeff")
-    for number, line in enumerate(content.split("\n"), part.line):
+def _json_lines(
+    name: str, lines: Iterable[tuple[int, bytes]], reading: Reading
+) -> Iterator[Document | Reject]:
+    for number, line in lines:
+        if number == 1:
+            line = line.removeprefix(codecs.BOM_UTF8)
         if not line or line.isspace():
             continue
-        origin = f"{part.path}:{number}"
         try:
-            row = json.loads(line)
-        except (ValueError, RecursionError) as error:
-            raise DataError(f"{origin}: not JSON: {error}; each line must be one object") from None
-        if not isinstance(row, dict):
-            raise DataError(f"{origin}: not a JSON object; each line must be one, with {field!r}")
-        if field not in row:
-            keys = ", ".join(row) or "none"
-            raise DataError(f"{origin}: no key {field!r}; keys there: {keys} (set the text field)")
-        text = row[field]
-        if not isinstance(text, str):
-            raise DataError(f"{origin}: {field!r} is {type(text).__name__}, must be a string")
-        if not text.isascii():
-            try:
-                text.encode()
-            except UnicodeEncodeError as error:  # an escape like \ud800
-                raise DataError(
-                    f"{origin}: {field!r} holds half a surrogate pair at character {error.start}; "
-                    "no encoding can hold it: mend or remove the line"
-                ) from None
-        yield origin, text
+            text = _json_text(line, reading)
+        except ValueError as error:
+            yield Reject(name, number, str(error))
+        else:
+            if text is not None:
+                yield Document(name, number, text)
+
+
+def _json_text(line: bytes, reading: Reading) -> str | None:
+    """The text in a line, or None if it is not wanted; raises ValueError that says what is wrong
+    with the line."""
+    field = reading.text_field
+    try:
+        row = json.loads(line.decode())
+    except UnicodeDecodeError as error:
+        raise ValueError(_not_utf8(error)) from None
+    except (ValueError, RecursionError) as error:
+        raise ValueError(f"not JSON: {error}; each line must be one object") from None
+    if not isinstance(row, dict):
+        raise ValueError(f"not a JSON object; each line must be one, with {field!r}")
+    if any(shown(row.get(key)) != value for key, value in reading.where):
+        return None
+    if field not in row:
+        keys = ", ".join(row) or "none"
+        raise ValueError(f"no key {field!r}; keys there: {keys} (set the text field)")
+    text = row[field]
+    if not isinstance(text, str):
+        raise ValueError(f"{field!r} is {type(text).__name__}, must be a string")
+    if not text.isascii():
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:  # an escape like \ud800
+            raise ValueError(
+                f"{field!r} holds half a surrogate pair at character {error.start}; no encoding "
+                "can hold it"
+            ) from None
+    return text
+
+
+def _not_utf8(error: UnicodeDecodeError) -> str:
+    byte = error.object[error.start]
+    return f"not UTF-8 text (byte {error.start} of the document is 0x{byte:02x})"

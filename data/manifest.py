@@ -5,11 +5,15 @@ A sealed JSON file is an object whose first key, "hash", is the sha256 of the fi
 with the 64 digits of that hash replaced by zeros. The manifest's other keys:
 
     format     "sparse-gpt shards 1"
-    tokenizer  name, engine, version, vocab_size, vocab_hash (sha256 of the vocabulary file)
+    tokenizer  name, vocab_size, vocab_hash (sha256 of the vocabulary file), pattern (how text is
+               split before merging), pattern_hash (its sha256), engines (name and version of each
+               that made a shard)
     dtype      "uint16" or "uint32"
     eot        id, position ("before each document")
     options    what `prepare` was asked for that changes the shards
     sources    a list of {name, bytes, xxh3_128}
+    rejected   documents that were set aside; `rejected.jsonl` beside it names them
+    duplicates  documents that dedup left out
     splits     "train" and "held_out": a list of shards, in the order of their tokens, each
                {name, tokens, documents, bin: {bytes, sha256, blocks}, idx: {the same}}
 """
@@ -80,6 +84,8 @@ class Manifest:
     options: dict[str, Any]
     sources: list[dict[str, Any]]
     splits: dict[str, list[ShardEntry]]
+    rejected: int = 0
+    duplicates: int = 0
 
     @property
     def vocabulary(self) -> Vocabulary:

@@ -7,26 +7,28 @@ Workers tokenize chunks of the input; the parent writes what comes back in the o
 A document is held out if its content hash lies under held_out · 2^64: the same text always falls
 on the same side, whatever else is in the corpus, so exact duplicates cannot cross.
 
-Input that turns out to be bad takes with it whatever this run has written; a crash or an interrupt
-leaves the finished units for the next run.
+Input or options that turn out to be bad take with them whatever this run has written; a crash, an
+interrupt, a full disk or too many rejected documents leave the finished units for the next run.
 """
 
-import fcntl
+import errno
 import math
 import os
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from functools import partial
+from itertools import groupby
 from pathlib import Path
+from typing import Any
 
 import numpy as np
-import numpy.typing as npt
 
-from data.documents import Slice, cut, find_files, read
-from data.errors import DataError
-from data.files import TEMPORARY
+from data.claim import Part, claim, publishing
+from data.dedup import Seen
+from data.documents import SLICE_BYTES, Document, Reading, Slice, cut, find_files, read
+from data.errors import DataError, Resumable
 from data.manifest import (
     FORMAT,
     MANIFEST,
@@ -37,21 +39,25 @@ from data.manifest import (
     write_sealed,
 )
 from data.progress import Progress
-from data.shards import INDEX, content_hash, dtype_for
-from data.tokenizer import load_tokenizer
+from data.rejects import MAX_REJECTED, Reject, Tally, write_rejects
+from data.shards import DTYPES, INDEX, content_hash, dtype_for
+from data.tokenizer import Tokenizer, load_tokenizer
 from data.units import (
     Options,
+    Record,
     Shards,
+    Tokenized,
     Unit,
     UnitWriter,
     chunk_bytes,
+    content_hashes,
     finished,
     plan,
-    refuse_strangers,
+    read_record,
 )
 from data.workers import in_order
 
-Document = tuple[str, npt.NDArray[np.uint32], int]  # split, ids, content hash
+_AUDIT_EVERY = 512  # documents, of which one is encoded by tiktoken too: some 5% of the time
 
 
 def prepare(
@@ -63,145 +69,224 @@ def prepare(
     shard_tokens: int = 100_000_000,
     separator: str | None = None,
     text_field: str = "text",
+    min_chars: int = 0,
+    where: Mapping[str, str] | None = None,
+    dedup: bool = False,
     vocab: str | Path | None = None,
+    pattern: str = "r50k",
+    engine: str = "auto",
+    max_rejected: float = MAX_REJECTED,
+    part: str | None = None,
     progress: bool = False,
-) -> Manifest:
-    """Tokenize files, folders or globs into the shard folder `out`; run again to resume.
+) -> Manifest | None:
+    """Tokenize files, folders, globs or hub data sets into the shard folder `out`; run again to
+    resume.
 
     workers       processes that tokenize; with more than one, a calling script needs the usual
                   `if __name__ == "__main__":`, for they are spawned
     held_out      fraction of the documents for validation, chosen by hash; 0 for none
     shard_tokens  tokens a shard at most, unless one document is longer
     separator     where text files are split into documents; None: one document a file
-    text_field    the key of the text in JSON Lines
+    text_field    the key of the text in JSON Lines, or its column in parquet and hub data sets
+    min_chars     documents of fewer characters are left out
+    where         rows are left out unless each of these keys has this value (as JSON writes it, if
+                  it is no string)
+    dedup         leave out documents whose text, but for white space, came before; needs 8 to 24
+                  bytes of memory a document, and all parts in one
     vocab         rank file in tiktoken's format; None: GPT-2's
+    pattern       how text is split before merging: "r50k" as for GPT-2, "cl100k" or "o200k"
+    engine        "tiktoken", "gigatoken", or "auto" for the faster that is installed; all give the
+                  same ids, which is checked for one document in 512
+    max_rejected  fraction of the documents that may be broken: they are set aside in
+                  `rejected.jsonl`; with 0, the first stops the run
+    part          "i/n": do the i-th of n parts of the units; the parts may run at the same time, on
+                  several machines that share `out`
     progress      draw progress on stderr, if that is a terminal
 
-    Raises DataError for bad input or options, if `out` cannot be written or holds anything that
-    this input with these options does not produce, and if a split that was asked for is empty.
+    Returns the manifest, or None if other parts have units to do: the last to end writes it.
+
+    Raises DataError for bad input or options, if too many documents are broken, if `out` cannot be
+    written, is full or holds anything that this input with these options does not produce, and if
+    a split that was asked for is empty.
     """
-    options = Options(held_out, shard_tokens, separator, text_field)
+    conditions = tuple((where or {}).items())
+    options = Options(held_out, shard_tokens, separator, text_field, min_chars, conditions, dedup)
+    share = Part.parse(part or "1/1")
+    if dedup and share.count > 1:
+        raise DataError(f"dedup needs all documents, not part {share} of them; run it as one part")
     if workers < 1:
         raise DataError(f"workers is {workers}; it must be at least 1")
-    tokenizer = load_tokenizer(vocab)
+    load = partial(load_tokenizer, vocab, pattern, engine)
+    tokenizer = load()
     out = Path(out)
     for source in map(Path, sources):
         if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
             raise DataError(f"{out}: lies in the source {source}; write the shards elsewhere")
-    slices, rows = [], []
-    for file in find_files(sources):
-        of_file, row = cut(file, separator)
-        slices += of_file
-        rows.append(row)
+    files = find_files(sources)
+    for file in files:
+        if conditions and file.kind == "text":
+            raise DataError(f"{file.path}: where chooses among rows, but this file is plain text")
+    with ThreadPoolExecutor(workers) as pool:  # reading and hashing let go of Python's lock
+        cuts = list(pool.map(partial(cut, separator=separator), files))
+    slices = [part for of_file, _ in cuts for part in of_file]
+    rows = [row for _, row in cuts]
     if not slices:
         raise DataError(f"the corpus is empty: {len(rows)} file(s), 0 bytes; name some text")
     units = plan(slices, options, tokenizer)
-    with _claim(out, units):
-        done = {unit.number: finished(out, unit) for unit in units}
-        todo = [unit for unit in units if done[unit.number] is None]
-        done.update(_tokenize_units(todo, out, options, vocab, workers, progress))
-        in_order_of_input = [shards for unit in units if (shards := done[unit.number]) is not None]
-        splits = {s: [shard for shards in in_order_of_input for shard in shards[s]] for s in SPLITS}
-        _refuse_empty(splits, out, options)
-        manifest = {
-            "format": FORMAT,
-            "tokenizer": tokenizer.identity(),
-            "dtype": dtype_for(tokenizer.vocab_size),
-            "eot": {"id": tokenizer.eot, "position": "before each document"},
-            "options": asdict(options),
-            "sources": rows,
-            "splits": shards_to_json(splits),
-        }
-        write_sealed(out / MANIFEST, manifest)
+    with claim(out, units, share) as mine, _disk_full(out):
+        _do_units(mine, out, options, load, workers, Tally(max_rejected), progress)
+        records = [record for unit in units if (record := read_record(out, unit))]
+        if len(records) < len(units):
+            return None
+        with publishing(out, units):
+            _publish(out, records, options, tokenizer, rows, max_rejected)
     return read_manifest(out)
 
 
-def _tokenize_units(
+def _do_units(
     units: list[Unit],
     out: Path,
     options: Options,
-    vocab: str | Path | None,
+    load: Callable[[], Tokenizer],
     workers: int,
+    tally: Tally,
     progress: bool,
-) -> Iterator[tuple[int, Shards]]:
-    chunks = [chunk for unit in units for chunk in unit.chunks]
-    total = sum(chunk_bytes(chunk) for chunk in chunks)
-    tokenizer = load_tokenizer(vocab)
-    tokenize = partial(_tokenize, options=options, vocab=vocab)
-    with Progress(total, progress) as bar, closing(in_order(tokenize, chunks, workers)) as results:
+) -> None:
+    done: dict[int, Record] = {}
+    for unit in units:
+        if record := finished(out, unit):
+            done[unit.number] = record
+            tally.add(record.documents() + record.duplicates, record.rejected)
+    todo = [unit for unit in units if unit.number not in done]
+    total = sum(chunk_bytes(chunk) for unit in todo for chunk in unit.chunks)
+    pieces = (piece for unit in todo for piece in _pieces(unit, options.reading))
+    tokenize = partial(_tokenize, options=options, load=load)
+    seen = Seen()
+    with Progress(total, progress) as bar, closing(in_order(tokenize, pieces, workers)) as results:
+        by_unit = groupby(results, key=lambda result: result[0].unit)
         for unit in units:
-            with UnitWriter(out, unit, tokenizer, options.shard_tokens) as writer:
-                for chunk in unit.chunks:
-                    documents = next(results)
-                    for split, ids, document_hash in documents:
-                        writer.add(split, ids, document_hash)
-                    bar.advance(chunk_bytes(chunk), sum(len(ids) for _, ids, _ in documents))
-                yield unit.number, writer.finish()
+            if unit.number in done:
+                if options.dedup:
+                    seen.add(content_hashes(out, done[unit.number]))
+                continue
+            with UnitWriter(out, unit, load(), options) as writer:
+                for piece, found in next(by_unit)[1]:
+                    tally.add(len(found.lengths), found.rejects)
+                    if options.dedup:
+                        is_new = seen.add(found.hashes)
+                        writer.leave_out(int((~is_new).sum()))
+                        found = found.only(is_new)
+                    writer.add(found)
+                    bar.advance(piece.bytes, found.characters, len(found.tokens))
+                if unit is todo[-1]:
+                    tally.add(0, [], whole=True)
+                writer.finish()
 
 
-def _tokenize(chunk: list[Slice], options: Options, vocab: str | Path | None) -> list[Document]:
-    """The chunk's documents, as a worker sends them back."""
-    tokenizer = load_tokenizer(vocab)
-    documents = []
-    for origin, text in read(chunk, options.reading):
-        document_hash = content_hash(text)
+@dataclass(frozen=True)
+class _Piece:
+    """What a worker does at a time: it reads the slices itself, or gets the documents of streamed
+    ones. `bytes` of the input are done with it; `unit` is the unit's number."""
+
+    unit: int
+    bytes: int
+    slices: list[Slice]
+    documents: list[Document | Reject] | None = None
+
+
+def _pieces(unit: Unit, reading: Reading) -> Iterator[_Piece]:
+    for chunk in unit.chunks:
+        if not any(part.streamed for part in chunk):
+            yield _Piece(unit.number, chunk_bytes(chunk), chunk)
+            continue
+        block: list[Document | Reject] = []
+        filled = 0
+        for document in read(chunk, reading):
+            block.append(document)
+            filled += len(document.text) if isinstance(document, Document) else 0
+            if filled >= SLICE_BYTES:
+                yield _Piece(unit.number, 0, [], block)
+                block, filled = [], 0
+        yield _Piece(unit.number, chunk_bytes(chunk), [], block)
+
+
+def _tokenize(piece: _Piece, options: Options, load: Callable[[], Tokenizer]) -> Tokenized:
+    """What a worker makes of a piece."""
+    tokenizer = load()
+    dtype = DTYPES[dtype_for(tokenizer.vocab_size)]
+    end_of_text = np.array([tokenizer.eot], dtype)
+    pieces, lengths, hashes, rejects = [np.empty(0, dtype)], [], [], []
+    characters = 0
+    documents = piece.documents
+    for document in read(piece.slices, options.reading) if documents is None else documents:
+        if isinstance(document, Reject):
+            rejects.append(document)
+            continue
+        file, line, text = document
         try:
-            ids = np.concatenate(([np.uint32(tokenizer.eot)], tokenizer.encode(text)))
+            ids = tokenizer.encode(text)
         except DataError as error:
-            raise DataError(f"{origin}: {error}") from None
-        documents.append((split_of(document_hash, options.held_out), ids, document_hash))
-    return documents
+            rejects.append(Reject(file, line, str(error)))
+            continue
+        document_hash = content_hash(text)
+        if document_hash % _AUDIT_EVERY == 0 and not np.array_equal(ids, tokenizer.reference(text)):
+            raise DataError(
+                f"{file}:{line}: {tokenizer.engine} gives other ids than tiktoken; use the engine "
+                "tiktoken, and report the document"
+            )
+        pieces += (end_of_text, ids.astype(dtype))
+        lengths.append(1 + len(ids))
+        hashes.append(document_hash)
+        characters += len(text)
+    return Tokenized(
+        np.concatenate(pieces),
+        np.array(lengths, np.int64),
+        np.array(hashes, np.uint64),
+        rejects,
+        characters,
+    )
 
 
-def split_of(document_hash: int, held_out: float) -> str:
-    """ "train" or "held_out", by content alone."""
-    return SPLITS[document_hash < int(held_out * 2**64)]
+def _publish(
+    out: Path,
+    records: list[Record],
+    options: Options,
+    tokenizer: Tokenizer,
+    rows: list[dict[str, Any]],
+    max_rejected: float,
+) -> None:
+    splits = {s: [shard for record in records for shard in record.splits[s]] for s in SPLITS}
+    rejected = [reject for record in records for reject in record.rejected]
+    duplicates = sum(record.duplicates for record in records)
+    documents = duplicates + sum(record.documents() for record in records)
+    Tally(max_rejected).add(documents, rejected, whole=True)
+    _refuse_empty(splits, out, options)
+    write_rejects(out, rejected)
+    manifest = {
+        "format": FORMAT,
+        "tokenizer": {**tokenizer.identity(), "engines": sorted({r.engine for r in records})},
+        "dtype": dtype_for(tokenizer.vocab_size),
+        "eot": {"id": tokenizer.eot, "position": "before each document"},
+        "options": asdict(options),
+        "sources": rows,
+        "rejected": len(rejected),
+        "duplicates": duplicates,
+        "splits": shards_to_json(splits),
+    }
+    write_sealed(out / MANIFEST, manifest)
 
 
 @contextmanager
-def _claim(out: Path, units: list[Unit]) -> Iterator[None]:
-    """Hold `out` for this run alone. On DataError, what this run put there goes, with the folders
-    made for it; temporary files go in any case."""
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+def _disk_full(out: Path) -> Iterator[None]:
     try:
-        out.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=out):
-            pass
+        yield
     except OSError as error:
-        _remove_folders(missing)
-        raise DataError(f"{out}: cannot write there: {error.strerror}") from None
-    lock = os.open(out, os.O_RDONLY)  # the kernel lets go of it even on SIGKILL
-    try:
-        _lock(lock, out)
-        refuse_strangers(out, units, allowed={MANIFEST, TEMPORARY + MANIFEST})
-        before = set(out.iterdir())
-        try:
-            yield
-        except DataError:
-            for path in set(out.iterdir()) - before:
-                path.unlink()
-            _remove_folders(missing)
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
-        finally:
-            for path in out.glob(f"{TEMPORARY}*"):
-                path.unlink()
-    finally:
-        os.close(lock)
-
-
-def _lock(folder: int, out: Path) -> None:
-    try:
-        fcntl.flock(folder, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"{out}: another prepare is writing there; wait for it to end") from None
-    except OSError:
-        pass  # some network file systems cannot lock a folder
-
-
-def _remove_folders(folders: list[Path]) -> None:
-    for folder in folders:  # the innermost first
-        if folder.is_dir():
-            folder.rmdir()
+        raise Resumable(
+            f"{out}: {os.strerror(error.errno)}; make room there and run the same prepare again: "
+            "finished units are kept"
+        ) from None
 
 
 def _refuse_empty(splits: Shards, out: Path, options: Options) -> None:

@@ -1,4 +1,5 @@
-"""The progress bar of `prepare`: bytes, MB/s, tokens/s and time left, on a terminal's stderr."""
+"""The progress bar of `prepare`, over all its workers: input done, MB/s of text, tokens/s and time
+left, on a terminal's stderr."""
 
 from types import TracebackType
 
@@ -13,7 +14,6 @@ class Progress:
             DownloadColumn,
             TextColumn,
             TimeRemainingColumn,
-            TransferSpeedColumn,
         )
         from rich.progress import Progress as Bar
 
@@ -22,14 +22,13 @@ class Progress:
             TextColumn("tokenizing"),
             BarColumn(),
             DownloadColumn(),
-            TransferSpeedColumn(),
             TextColumn("{task.fields[rate]}"),
             TimeRemainingColumn(),
             console=console,
             disable=not (wanted and console.is_terminal),
         )
         self._task = self._bar.add_task("tokenizing", total=total_bytes, rate="")
-        self._tokens = 0
+        self._tokens = self._characters = 0
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -43,9 +42,13 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def advance(self, n_bytes: int, tokens: int) -> None:
-        """Count a piece of the input as done."""
+    def advance(self, n_bytes: int, characters: int, tokens: int) -> None:
+        """Count bytes of the input as done; characters and tokens are of the text in them."""
+        self._characters += characters
         self._tokens += tokens
         seconds = self._bar.tasks[0].elapsed
-        rate = f"{self._tokens / seconds / 1e6:.1f}M tokens/s" if seconds else ""
+        rate = ""
+        if seconds:
+            mega = (n / seconds / 1e6 for n in (self._characters, self._tokens))
+            rate = "{:.1f} MB/s, {:.2f}M tokens/s".format(*mega)
         self._bar.update(self._task, advance=n_bytes, rate=rate)

@@ -46,6 +46,10 @@ BLOCK_BYTES = 4 << 20
 MAX_TOKENS = 2**31 - 1  # what llm.c's count can hold
 INDEX = np.dtype([("start", "<u8"), ("hash", "<u8")])
 DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtype("<u4")}
+_SPACES = [chr(point) for point in range(0x3001) if chr(point).isspace()]  # no others in Unicode
+_WIDE_SPACES = [space for space in _SPACES if not space.isascii()]
+_TO_SPACE = bytes(ord(" ") if chr(b).isspace() and b < 128 else b for b in range(256))
+_LONG = 2048  # characters from which on arrays are faster than words
 _HEADER = struct.Struct("<iiiI8sQQIII4x32s")
 LLM_C = {2: (20240520, 1), 4: (20240801, 7)}  # magic and version by bytes a token
 _TAG = b"sprsgpt\0"
@@ -58,7 +62,17 @@ def dtype_for(vocab_size: int) -> str:
 
 def content_hash(text: str) -> int:
     """xxh3-64 of the text with every run of white space made one space and the ends stripped."""
-    return xxhash.xxh3_64_intdigest(" ".join(text.split()).encode())
+    if len(text) < _LONG:
+        return xxhash.xxh3_64_intdigest(" ".join(text.split()).encode())
+    if not text.isascii():
+        for space in _WIDE_SPACES:
+            if space in text:
+                text = text.replace(space, " ")
+    content = np.frombuffer(text.encode().translate(_TO_SPACE), np.uint8)
+    is_space = content == ord(" ")
+    keep = np.ones(len(content), np.bool_)
+    keep[1:] = ~(is_space[1:] & is_space[:-1])
+    return xxhash.xxh3_64_intdigest(content[keep].tobytes().strip())
 
 
 @dataclass(frozen=True)
@@ -122,32 +136,47 @@ class ShardWriter:
         self._bin, self._idx = folder / f"{name}.bin", folder / f"{name}.idx"
         self._vocabulary = vocabulary
         self._dtype = DTYPES[vocabulary.dtype]
-        self._documents: list[tuple[int, int]] = []
+        self._documents = 0
         self._file = open(temporary(self._bin), "wb")  # noqa: SIM115 - closed by finish or close
+        self._index = open(temporary(self._idx), "wb")  # noqa: SIM115 - the same
         self._file.write(bytes(HEADER_BYTES))
 
     def add(self, tokens: npt.NDArray[np.unsignedinteger], document_hash: int) -> None:
-        """Append one document (1-D ids, end of text first); raises DataError for an id that the
-        shard's dtype cannot hold and for more tokens than a shard can count."""
+        """`extend` by one document."""
+        self.extend(tokens, np.array([len(tokens)]), np.array([document_hash], np.uint64))
+
+    def extend(
+        self,
+        tokens: npt.NDArray[np.unsignedinteger],
+        lengths: npt.NDArray[np.int64],
+        hashes: npt.NDArray[np.uint64],
+    ) -> None:
+        """Append documents (1-D ids back to back, each opened by end of text, and a length and a
+        content hash for each); raises DataError for an id that the shard's dtype cannot hold and
+        for more tokens than a shard can count."""
         if tokens.max() > np.iinfo(self._dtype).max:
             raise DataError(f"{self._bin}: id {tokens.max()} does not fit {self._dtype.name}")
         if self.tokens + len(tokens) > MAX_TOKENS:
             raise DataError(f"{self._bin}: more than {MAX_TOKENS} tokens; split the document")
-        self._documents.append((self.tokens, document_hash))
-        self._file.write(tokens.astype(self._dtype).tobytes())
+        index = np.empty(len(lengths), INDEX)
+        index["start"] = self.tokens + np.cumsum(lengths) - lengths
+        index["hash"] = hashes
+        self._index.write(index.tobytes())
+        self._file.write(tokens.astype(self._dtype, copy=False).tobytes())
+        self._documents += len(lengths)
         self.tokens += len(tokens)
 
     def finish(self) -> ShardEntry:
         """Publish both files, the index first."""
         self._file.seek(0)
-        self._file.write(header(self.tokens, len(self._documents), self._vocabulary))
-        self._file.close()
-        temporary(self._idx).write_bytes(np.array(self._documents, INDEX).tobytes())
+        self._file.write(header(self.tokens, self._documents, self._vocabulary))
+        self.close()
         entries = [file_entry(temporary(path)) for path in (self._bin, self._idx)]
         publish(self._idx)
         publish(self._bin)
-        return ShardEntry(self._name, self.tokens, len(self._documents), *entries)
+        return ShardEntry(self._name, self.tokens, self._documents, *entries)
 
     def close(self) -> None:
-        """Let go of an unfinished shard; its temporary file stays for the caller to remove."""
+        """Let go of an unfinished shard; its temporary files stay for the caller to remove."""
         self._file.close()
+        self._index.close()

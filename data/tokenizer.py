@@ -1,10 +1,19 @@
-"""Byte-pair encoding from a rank file, GPT-2's by default; nothing here touches the network."""
+"""Byte-pair encoding from a rank file, GPT-2's by default; nothing here touches the network.
 
-import base64
+`tiktoken` is the reference. `gigatoken` (extra `fast`) gives the same ids many times faster. What
+it was seen to differ in goes to tiktoken all the same: characters beyond U+FFFF, and texts so long
+that tiktoken may refuse them, which must not depend on the engine.
+"""
+
+import binascii
 import hashlib
+import threading
 from collections.abc import Iterable
 from functools import lru_cache
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,8 +22,25 @@ from data.errors import DataError
 
 VOCABULARY = Path(__file__).parent / "vocab" / "gpt2.tiktoken"
 VOCAB_HASH = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
-# r50k_pat_str of tiktoken, copied so that an upgrade cannot change our tokens silently.
-PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"
+ENGINES = ("auto", "tiktoken", "gigatoken")
+# How text is split before merging, as in tiktoken_ext.openai_public; copied so that an upgrade
+# cannot change our tokens silently.
+PATTERNS = {
+    "r50k": r"'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s",
+    "cl100k": (
+        r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
+        r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
+    ),
+    "o200k": (
+        r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*[\p{Ll}\p{Lm}\p{Lo}\p{M}]+"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]+[\p{Ll}\p{Lm}\p{Lo}\p{M}]*"
+        r"(?i:'s|'t|'re|'ve|'m|'ll|'d)?"
+        r"|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n/]*|\s*[\r\n]+|\s+(?!\S)|\s+"
+    ),
+}
+_RENEW_AFTER = 125_000_000  # characters; gigatoken keeps every different word it has met
+_LONG_RUN = 900_000  # characters; tiktoken's regular expression runs out of stack at a million
 
 
 class Tokenizer:
@@ -24,38 +50,69 @@ class Tokenizer:
     vocab_size  the ranks and end of text: 50,257 for GPT-2
     eot         the last id, 50,256 for GPT-2; only writers place it, no text encodes to it
     vocab_hash  sha256 (hex) of the vocabulary file
+    pattern     the name in PATTERNS of how text is split before merging
+    engine      name and version of what encodes, e.g. "tiktoken 0.14.0"
     """
 
-    engine = "tiktoken"
-
-    def __init__(self, name: str, ranks: dict[bytes, int], vocab_hash: str) -> None:
+    def __init__(
+        self, file: Path, name: str, ranks: dict[bytes, int], vocab_hash: str, pattern: str,
+        engine: str,
+    ) -> None:  # fmt: skip
         import tiktoken
 
         self.name = name
         self.eot = len(ranks)
         self.vocab_size = len(ranks) + 1
         self.vocab_hash = vocab_hash
-        self.engine_version = tiktoken.__version__
+        self.pattern = pattern
+        self.engine = f"tiktoken {tiktoken.__version__}"
         self._encoding = tiktoken.Encoding(
             self.name,
             explicit_n_vocab=self.vocab_size,
-            pat_str=PATTERN,
+            pat_str=PATTERNS[pattern],
             mergeable_ranks=ranks,
             special_tokens={"<|endoftext|>": self.eot},  # for decoding; encode() allows none
         )
+        self._file = file
+        self._one_at_a_time = threading.Lock()  # gigatoken refuses a second thread
+        self._fast = self._make_fast() if engine == "gigatoken" else None
+        if self._fast is not None:
+            self.engine = f"gigatoken {version('gigatoken')}"
+
+    def _make_fast(self) -> Any:
+        import gigatoken
+
+        self._renew_after = _RENEW_AFTER
+        try:  # without special tokens, which it would find in text
+            return gigatoken.Tokenizer.from_tiktoken(self._file, self.pattern, special_tokens={})
+        except ValueError as error:
+            raise DataError(
+                f"{self._file}: gigatoken cannot use it: {error}; use the engine tiktoken"
+            ) from None
 
     def encode(self, text: str) -> npt.NDArray[np.uint32]:
         """Ids of `text`, 1-D uint32, read-only; a literal "<|endoftext|>" is encoded as text.
 
-        Raises DataError for text the engine cannot take: lone surrogates, or a run of about a
+        Raises DataError for text that tiktoken cannot take: lone surrogates, or a run of about a
         million spaces, on which its regular expression runs out of stack.
         """
+        if self._fast is None or _only_for_tiktoken(text):
+            return self.reference(text)
+        with self._one_at_a_time:
+            self._renew_after -= len(text)
+            if self._renew_after < 0:
+                self._fast = self._make_fast()
+            ids: npt.NDArray[np.uint32] = self._fast.encode(text)
+        return ids
+
+    def reference(self, text: str) -> npt.NDArray[np.uint32]:
+        """`encode` by tiktoken, whatever the engine."""
         try:
             return self._encoding.encode_to_numpy(
                 text, allowed_special=set(), disallowed_special=()
             )
         except ValueError as error:  # UnicodeEncodeError is one
-            raise DataError(f"text that {self.engine} cannot encode: {error}") from None
+            raise DataError(f"text that tiktoken cannot encode: {error}") from None
 
     def decode(self, ids: Iterable[int]) -> str:
         """Text of `ids`; end of text becomes "<|endoftext|>", broken UTF-8 becomes U+FFFD."""
@@ -67,24 +124,52 @@ class Tokenizer:
         return self._encoding.decode(array.tolist())
 
     def identity(self) -> dict[str, str | int]:
-        """What the tokens depend on; part of the manifest and of every work unit's name."""
+        """What the tokens depend on; part of the manifest and of every work unit's name. The engine
+        is not: all give the same ids."""
         return {
             "name": self.name,
-            "engine": self.engine,
-            "version": self.engine_version,
             "vocab_size": self.vocab_size,
             "vocab_hash": self.vocab_hash,
+            "pattern": self.pattern,
+            "pattern_hash": hashlib.sha256(PATTERNS[self.pattern].encode()).hexdigest(),
         }
 
 
-@lru_cache(maxsize=1)
-def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
+def _only_for_tiktoken(text: str) -> bool:
+    if not text.isascii():
+        try:
+            if len(text.encode("utf-16-le")) != 2 * len(text):
+                return True  # a character beyond U+FFFF takes two units
+        except UnicodeEncodeError:  # half a surrogate pair
+            return True
+    if len(text) < _LONG_RUN:
+        return False
+    words = [len(word) for word in text.split()]
+    return max(words, default=0) >= _LONG_RUN or len(text) - sum(words) >= _LONG_RUN
+
+
+@lru_cache(maxsize=4)
+def load_tokenizer(
+    path: str | Path | None = None, pattern: str = "r50k", engine: str = "tiktoken"
+) -> Tokenizer:
     """The tokenizer of a rank file in tiktoken's format (a base64 token and its rank a line), by
     default GPT-2's.
 
-    Text is split before merging as GPT-2 does it. Raises DataError if the file is missing, is no
-    such file, lacks a byte, or, for GPT-2's, is altered.
+    pattern  how text is split before merging: "r50k" as for GPT-2, "cl100k" or "o200k"
+    engine   "tiktoken", "gigatoken", or "auto" for the fastest that is installed
+
+    Raises DataError if the file is missing, is no such file, lacks a byte, or, for GPT-2's, is
+    altered, and for a pattern or an engine that is not there.
     """
+    if pattern not in PATTERNS:
+        raise DataError(f"pattern is {pattern!r}; there are {', '.join(PATTERNS)}")
+    if engine not in ENGINES:
+        raise DataError(f"engine is {engine!r}; there are {', '.join(ENGINES)}")
+    installed = find_spec("gigatoken") is not None
+    if engine == "gigatoken" and not installed:
+        raise DataError("the engine gigatoken needs: pip install 'sparse-gpt[fast]'")
+    if engine == "auto":
+        engine = "gigatoken" if installed else "tiktoken"
     file = VOCABULARY if path is None else Path(path)
     try:
         content = file.read_bytes()
@@ -100,8 +185,11 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
     lines = content.splitlines()
     for number, line in enumerate(lines, 1):
         try:
-            token, rank = line.split()
-            ranks[base64.b64decode(token, validate=True)] = int(rank)
+            text, rank = line.split()
+            token = binascii.a2b_base64(text)
+            if binascii.b2a_base64(token, newline=False) != text:
+                raise ValueError("it skips what is not base64")
+            ranks[token] = int(rank)
         except ValueError:
             raise DataError(
                 f"{file}:{number}: is not a base64 token and its rank, as in tiktoken's files"
@@ -112,4 +200,4 @@ def load_tokenizer(path: str | Path | None = None) -> Tokenizer:
         raise DataError(
             f"{file}: {len(missing)} bytes have no rank, the first 0x{missing[0].hex()}"
         )
-    return Tokenizer("gpt2" if path is None else file.stem, ranks, found)
+    return Tokenizer(file, "gpt2" if path is None else file.stem, ranks, found, pattern, engine)

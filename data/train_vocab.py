@@ -7,10 +7,10 @@ from pathlib import Path
 from data.documents import cut, find_files, read
 from data.errors import DataError
 from data.files import publish, temporary
-from data.prepare import split_of
+from data.rejects import MAX_REJECTED, Reject, Tally
 from data.shards import content_hash
-from data.tokenizer import PATTERN
-from data.units import Options
+from data.tokenizer import PATTERNS
+from data.units import Options, held_out_below
 
 
 def train_vocab(
@@ -25,9 +25,9 @@ def train_vocab(
 ) -> None:
     """Learn a vocabulary of `size` ids, end of text included, and write its rank file to `out`.
 
-    The documents that `prepare` would hold out with the same `held_out` are not looked at; the
-    other options are `prepare`'s too. Raises DataError for bad input or options, if the text is too
-    little for that many ids, or if `tokenizers` is not installed.
+    The documents that `prepare` would hold out with the same `held_out`, or reject, are not looked
+    at; the other options are `prepare`'s too. Raises DataError for bad input or options, if the
+    text is too little for that many ids, or if `tokenizers` is not installed.
     """
     try:
         from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
@@ -42,19 +42,25 @@ def train_vocab(
         raise DataError(f"{out.parent}: no such folder; make it first")
 
     def texts() -> Iterator[str]:
+        tally = Tally(MAX_REJECTED)
         for file in find_files(sources):
-            for _, text in read(cut(file, separator)[0], options.reading):
-                if split_of(content_hash(text), held_out) == "train":
-                    yield text
+            for document in read(cut(file, separator)[0], options.reading):
+                if isinstance(document, Reject):
+                    tally.add(0, [document])
+                    continue
+                tally.add(1, [])
+                if content_hash(document.text) >= held_out_below(held_out):
+                    yield document.text
+        tally.add(0, [], whole=True)
 
     bpe = Tokenizer(models.BPE())
     bpe.pre_tokenizer = pre_tokenizers.Sequence(
         [
-            pre_tokenizers.Split(Regex(PATTERN), behavior="isolated"),
+            pre_tokenizers.Split(Regex(PATTERNS["r50k"]), behavior="isolated"),
             pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False),
         ]
     )
-    alphabet = _byte_alphabet()
+    alphabet = byte_alphabet()
     bpe.train_from_iterator(
         texts(),
         trainers.BpeTrainer(
@@ -72,7 +78,7 @@ def train_vocab(
     publish(out)
 
 
-def _byte_alphabet() -> dict[str, int]:
+def byte_alphabet() -> dict[str, int]:
     """The character that stands for each byte in GPT-2's byte-level alphabet: itself where it is
     printable, else the next from U+0100 on."""
     printable = {*range(33, 127), *range(161, 173), *range(174, 256)}

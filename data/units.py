@@ -2,16 +2,17 @@
 
 Unit UUUUU writes `SPLIT-UUUUU-PP-KEY.bin` and `.idx` (parts PP: more than one where it holds more
 than `shard_tokens`), and last its record, `unit-UUUUU-KEY.json`: a sealed JSON file with "splits"
-as in the manifest. KEY is a hash of the unit's bytes, the tokenizer and the options, so a unit
-whose record is there and whose files match it need not be done again, by whatever process. The
-records of all units together are the manifest's shards; nothing is merged or rewritten.
+as in the manifest, "rejected", a list of {file, line, reason}, "duplicates" and "engine". KEY is a
+hash of the unit's bytes, the tokenizer and the options (with dedup of all units before it too), so
+a unit whose record is there and whose files match it need not be done again, by whatever process.
+The records of all units together are the manifest's shards; nothing is merged or rewritten.
 """
 
 import hashlib
 import json
 import re
 from collections.abc import Iterable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -28,7 +29,8 @@ from data.manifest import (
     write_sealed,
 )
 from data.reader import damages
-from data.shards import ShardEntry, ShardWriter, Vocabulary, dtype_for
+from data.rejects import Reject
+from data.shards import INDEX, ShardEntry, ShardWriter, Vocabulary, dtype_for
 from data.tokenizer import Tokenizer
 
 BYTES_PER_TOKEN = 4  # of English text, about; decides how much input makes a shard
@@ -40,6 +42,44 @@ Shards = dict[str, list[ShardEntry]]
 
 
 @dataclass(frozen=True)
+class Tokenized:
+    """Documents of a part of the input, in its order.
+
+    tokens   1-D, of the shards' dtype: the documents back to back, each opened by end of text
+    lengths  int64, tokens of each document       hashes   uint64, its `content_hash`
+    rejects  what is not among them               characters  of all texts
+    """
+
+    tokens: npt.NDArray[np.unsignedinteger]
+    lengths: npt.NDArray[np.int64]
+    hashes: npt.NDArray[np.uint64]
+    rejects: list[Reject]
+    characters: int
+
+    def only(self, rows: npt.NDArray[np.bool_]) -> "Tokenized":
+        """The documents of these rows (a mask); rejects are all kept."""
+        if rows.all():
+            return self
+        tokens = self.tokens[np.repeat(rows, self.lengths)]
+        return replace(self, tokens=tokens, lengths=self.lengths[rows], hashes=self.hashes[rows])
+
+
+@dataclass
+class Record:
+    """What a finished unit made: its shards, what it set aside, how many duplicates it left out,
+    and by which engine and version."""
+
+    splits: Shards
+    rejected: list[Reject]
+    duplicates: int
+    engine: str
+
+    def documents(self) -> int:
+        """Documents in the shards."""
+        return sum(shard.documents for split in SPLITS for shard in self.splits[split])
+
+
+@dataclass(frozen=True)
 class Options:
     """What changes the shards, besides the input and the tokenizer; see `prepare`."""
 
@@ -47,6 +87,9 @@ class Options:
     shard_tokens: int
     separator: str | None
     text_field: str
+    min_chars: int = 0
+    where: tuple[tuple[str, str], ...] = ()
+    dedup: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -59,7 +102,7 @@ class Options:
     @property
     def reading(self) -> Reading:
         """The part that says how documents are taken from files."""
-        return Reading(self.separator, self.text_field)
+        return Reading(self.separator, self.text_field, self.min_chars, self.where)
 
 
 @dataclass(frozen=True)
@@ -82,9 +125,11 @@ class Unit:
 def plan(slices: list[Slice], options: Options, tokenizer: Tokenizer) -> list[Unit]:
     """All units of the input, in its order; a pure function of its bytes and the options."""
     units: list[Unit] = []
+    key = ""
     for group in _grouped(slices, options.shard_tokens * BYTES_PER_TOKEN):
-        content = [(part.kind, part.hash) for part in group]
-        identity = json.dumps([FORMAT, tokenizer.identity(), asdict(options), content])
+        content = [(part.file.kind, part.file.codec, part.hash) for part in group]
+        before = key if options.dedup else ""
+        identity = json.dumps([FORMAT, tokenizer.identity(), asdict(options), content, before])
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         units.append(Unit(len(units), key, list(_grouped(group, SLICE_BYTES))))
     return units
@@ -109,6 +154,11 @@ def _grouped(slices: Iterable[Slice], size: int) -> Iterator[list[Slice]]:
         yield group
 
 
+def held_out_below(fraction: float) -> int:
+    """Documents whose content hash is below this are for validation."""
+    return int(fraction * 2**64)
+
+
 def refuse_strangers(out: Path, units: list[Unit], allowed: set[str]) -> None:
     """Raise DataError unless everything in `out` is allowed or a file that these units write."""
     ours = {(unit.number, unit.key) for unit in units}
@@ -118,34 +168,62 @@ def refuse_strangers(out: Path, units: list[Unit], allowed: set[str]) -> None:
         match = _NAME.fullmatch(path.name)
         if match is None:
             raise DataError(f"{out}: not empty: it holds {path.name!r}; choose another folder")
-        if (int(match[1] or match[2]), match[3]) not in ours:
+        if _unit_of(match) not in ours:
             raise DataError(
                 f"{out}: holds shards made from other input or options ({path.name}); choose "
                 "another folder, or delete this one to start afresh"
             )
 
 
-def finished(out: Path, unit: Unit) -> Shards | None:
-    """The unit's shards if its record is there and every file matches it."""
+def files_of(out: Path, units: list[Unit]) -> set[Path]:
+    """The files in `out` that these units write, temporary ones included."""
+    ours = {(unit.number, unit.key) for unit in units}
+    found = ((path, _NAME.fullmatch(path.name)) for path in out.iterdir())
+    return {path for path, match in found if match and _unit_of(match) in ours}
+
+
+def _unit_of(match: re.Match[str]) -> tuple[int, str]:
+    return int(match[1] or match[2]), match[3]
+
+
+def finished(out: Path, unit: Unit) -> Record | None:
+    """The unit's record if it is there and every file matches it."""
+    record = read_record(out, unit)
+    if record is None:
+        return None
+    damaged = any(damages(out, shard) for split in SPLITS for shard in record.splits[split])
+    return None if damaged else record
+
+
+def read_record(out: Path, unit: Unit) -> Record | None:
+    """The unit's record if it is there and whole itself."""
     try:
-        shards = shards_from_json(read_sealed(unit.record(out))["splits"])
+        fields = read_sealed(unit.record(out))
     except (FileNotFoundError, DataError):
         return None
-    damaged = any(damages(out, shard) for split in SPLITS for shard in shards[split])
-    return None if damaged else shards
+    rejected = [Reject(**row) for row in fields["rejected"]]
+    shards = shards_from_json(fields["splits"])
+    return Record(shards, rejected, fields["duplicates"], fields["engine"])
+
+
+def content_hashes(out: Path, record: Record) -> npt.NDArray[np.uint64]:
+    """Those of all documents in the unit's shards."""
+    shards = [shard for split in SPLITS for shard in record.splits[split]]
+    indexes = [np.fromfile(out / f"{shard.name}.idx", INDEX)["hash"] for shard in shards]
+    return np.concatenate([np.empty(0, np.uint64), *indexes])
 
 
 class UnitWriter:
     """Distributes one unit's documents over its shards; a context manager that lets go of what is
     unfinished when it ends."""
 
-    def __init__(self, out: Path, unit: Unit, tokenizer: Tokenizer, shard_tokens: int) -> None:
-        self._out, self._unit, self._shard_tokens = out, unit, shard_tokens
+    def __init__(self, out: Path, unit: Unit, tokenizer: Tokenizer, options: Options) -> None:
+        self._out, self._unit, self._options = out, unit, options
         self._vocabulary = Vocabulary(
             tokenizer.vocab_hash, dtype_for(tokenizer.vocab_size), tokenizer.eot
         )
         self._open: dict[str, ShardWriter] = {}
-        self._shards: Shards = {split: [] for split in SPLITS}
+        self._record = Record({split: [] for split in SPLITS}, [], 0, tokenizer.engine)
 
     def __enter__(self) -> "UnitWriter":
         return self
@@ -154,26 +232,51 @@ class UnitWriter:
         for writer in self._open.values():
             writer.close()
 
-    def add(self, split: str, ids: npt.NDArray[np.uint32], document_hash: int) -> None:
-        """Append a document (ids with end of text first) to the split's shard, or to a new one if
-        it does not fit there."""
-        writer = self._open.get(split)
-        if writer is not None and writer.tokens + len(ids) > self._shard_tokens:
-            self._finish(split)
-            writer = None
-        if writer is None:
-            part = f"{len(self._shards[split]):02d}-{self._unit.key}"
-            name = f"{self._unit.name(split)}-{part}"
-            writer = self._open[split] = ShardWriter(self._out, name, self._vocabulary)
-        writer.add(ids, document_hash)
+    def add(self, found: Tokenized) -> None:
+        """Append documents to their splits' shards, or to new ones where they do not fit."""
+        self._record.rejected.extend(found.rejects)
+        held_out = found.hashes < np.uint64(held_out_below(self._options.held_out))
+        for split, rows in zip(SPLITS, (~held_out, held_out), strict=True):
+            self._add(split, found.only(rows))
 
-    def finish(self) -> Shards:
+    def leave_out(self, duplicates: int) -> None:
+        """Count documents that are not added."""
+        self._record.duplicates += duplicates
+
+    def _add(self, split: str, found: Tokenized) -> None:
+        ends = np.cumsum(found.lengths)
+        first = done = 0
+        while first < len(ends):
+            writer = self._open.get(split) or self._start(split)
+            room = self._options.shard_tokens - writer.tokens
+            last = int(np.searchsorted(ends, done + room, side="right"))
+            if last == first and writer.tokens:
+                self._finish(split)
+                continue
+            last = max(last, first + 1)  # a document that is longer than a shard has its own
+            end = int(ends[last - 1])
+            rows = slice(first, last)
+            writer.extend(found.tokens[done:end], found.lengths[rows], found.hashes[rows])
+            first, done = last, end
+
+    def finish(self) -> Record:
         """Publish what is open, then the record."""
         for split in list(self._open):
             self._finish(split)
-        write_sealed(self._unit.record(self._out), {"splits": shards_to_json(self._shards)})
-        return self._shards
+        fields = {
+            "splits": shards_to_json(self._record.splits),
+            "rejected": [asdict(reject) for reject in self._record.rejected],
+            "duplicates": self._record.duplicates,
+            "engine": self._record.engine,
+        }
+        write_sealed(self._unit.record(self._out), fields)
+        return self._record
+
+    def _start(self, split: str) -> ShardWriter:
+        part = f"{len(self._record.splits[split]):02d}-{self._unit.key}"
+        name = f"{self._unit.name(split)}-{part}"
+        self._open[split] = ShardWriter(self._out, name, self._vocabulary)
+        return self._open[split]
 
     def _finish(self, split: str) -> None:
-        self._shards[split].append(self._open[split].finish())
-        del self._open[split]
+        self._record.splits[split].append(self._open.pop(split).finish())

@@ -5,8 +5,8 @@ import os
 import signal
 import threading
 from collections import deque
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -14,36 +14,37 @@ Result = TypeVar("Result")
 
 
 def in_order(
-    function: Callable[[Item], Result], items: Sequence[Item], workers: int
-) -> Generator[Result, None, None]:
-    """function(item) for each item, in order; at most two items a worker are under way. What
-    `function` raises is raised here. One worker is this process itself."""
-    workers = min(workers, len(items))
-    if workers <= 1:
-        yield from map(function, items)
-        return
-    # Spawned, not forked: Arrow, tokenizers and progress bars have threads, and locks with them.
-    pool = ProcessPoolExecutor(
-        workers, mp_context=multiprocessing.get_context("spawn"), initializer=_start_worker
-    )
+    function: Callable[[Item], Result], items: Iterable[Item], workers: int
+) -> Generator[tuple[Item, Result], None, None]:
+    """(item, function(item)) for each item, in order; at most two items a worker are under way,
+    and no more are taken from `items`. What `function` raises is raised here. One worker is this
+    process itself, with two threads: tiktoken lets go of Python's lock."""
+    pool = _pool(workers)
     try:
-        under_way: deque[Future[Result]] = deque()
+        under_way: deque[tuple[Item, Future[Result]]] = deque()
         for item in items:
-            under_way.append(pool.submit(function, item))
+            under_way.append((item, pool.submit(function, item)))
             if len(under_way) == 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
+                item, future = under_way.popleft()
+                yield item, future.result()
+        for item, future in under_way:
+            yield item, future.result()
     finally:
         pool.shutdown(cancel_futures=True)
+
+
+def _pool(workers: int) -> Executor:
+    if workers == 1:
+        return ThreadPoolExecutor(2)
+    # Spawned, not forked: Arrow, tokenizers and progress bars have threads, and locks with them.
+    context = multiprocessing.get_context("spawn")
+    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
 
 
 def _start_worker() -> None:
     """Leave interrupts to the parent, and do not outlive it: a worker that waits for its next item
     would never notice that the parent was killed."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Else `datasets` spends three seconds a worker on importing torch, which nothing here uses.
-    os.environ["USE_TORCH"] = "NO"
 
     def follow_parent() -> None:
         parent = multiprocessing.parent_process()

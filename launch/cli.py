@@ -32,6 +32,9 @@ vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a co
 app.add_typer(vocab_app, name="vocab")
 app.add_typer(sweep_app, name="sweep")
 
+SOURCES = (
+    "Text, JSON Lines (also .gz, .zst) or parquet files, folders, globs, hf:NAME[:SUBSET][:SPLIT]."
+)
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Override the file, e.g. optimizer.lr=1e-3."),
@@ -56,27 +59,66 @@ def _unescaped(separator: str | None) -> str | None:
     return separator and separator.replace("\\n", "\n")
 
 
+def _conditions(texts: list[str]) -> dict[str, str]:
+    from data import DataError
+
+    pairs = [text.partition("=") for text in texts]
+    for text, (key, equals, _) in zip(texts, pairs, strict=True):
+        if not (key and equals):
+            raise DataError(f"--where {text}: must be KEY=VALUE")
+    return {key: value for key, _, value in pairs}
+
+
 @app.command(epilog="Example: sparse-gpt prepare books/*.txt corpus.jsonl --out shards/books")
 def prepare(
-    sources: Annotated[list[str], typer.Argument(help="Text or JSON Lines files, folders, globs.")],
+    sources: Annotated[list[str], typer.Argument(help=SOURCES)],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     held_out: Annotated[float, typer.Option(help="Fraction of documents for validation.")] = 0.01,
     separator: Annotated[
         str | None,
         typer.Option(help=r"Split text files into documents before this text; \n is a line end."),
     ] = None,
-    text_field: Annotated[str, typer.Option(help="Key of the text in JSON Lines.")] = "text",
+    text_field: Annotated[
+        str, typer.Option(help="Key of the text in JSON Lines, or its column.")
+    ] = "text",
+    min_chars: Annotated[int, typer.Option(help="Leave out shorter documents.")] = 0,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Leave out rows without this value; repeatable."),
+    ] = None,
+    dedup: Annotated[
+        bool, typer.Option("--dedup", help="Leave out documents whose text came before.")
+    ] = False,
     vocab: Annotated[
         Path | None, typer.Option(help="Rank file of `vocab train` or tiktoken; default GPT-2's.")
     ] = None,
+    pattern: Annotated[
+        str, typer.Option(help="How text is split before merging: r50k, cl100k or o200k.")
+    ] = "r50k",
+    engine: Annotated[
+        str, typer.Option(help="tiktoken, gigatoken (the same ids, faster), or auto.")
+    ] = "auto",
     shard_tokens: Annotated[int, typer.Option(help="Tokens a shard at most.")] = 100_000_000,
     workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
+    max_rejected: Annotated[
+        float, typer.Option(help="Fraction of documents that may be broken: they are set aside.")
+    ] = 0.01,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first broken one.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Do the I-th of N parts, on one of N machines that share --out; by default as a "
+            "Slurm array's task or RANK and WORLD_SIZE say.",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Tokenize documents into shards; run again to resume."""
     import data
 
-    data.prepare(
+    part = part or data.part_of_environment()
+    made = data.prepare(
         sources,
         out,
         workers=workers,
@@ -84,22 +126,34 @@ def prepare(
         shard_tokens=shard_tokens,
         separator=_unescaped(separator),
         text_field=text_field,
+        min_chars=min_chars,
+        where=_conditions(where or []),
+        dedup=dedup,
         vocab=vocab,
+        pattern=pattern,
+        engine=engine,
+        max_rejected=0 if strict else max_rejected,
+        part=part,
         progress=not as_json,
     )
-    info(out, as_json)
+    if made is not None:
+        info(out, as_json)
+    elif as_json:
+        print(json.dumps({"part": part, "finished": False}))
+    else:
+        print(f"{out}: part {part} is done; the last part to end writes the manifest")
 
 
 @vocab_app.command(
     "train", epilog="Example: sparse-gpt vocab train corpus.jsonl --out bpe-4096.tiktoken"
 )
 def train_vocab(
-    sources: Annotated[list[str], typer.Argument(help="Text or JSON Lines files, folders, globs.")],
+    sources: Annotated[list[str], typer.Argument(help=SOURCES)],
     out: Annotated[Path, typer.Option(help="Rank file to write, for `prepare --vocab`.")],
     size: Annotated[int, typer.Option(help="Ids, end of text included.")] = 4096,
     held_out: Annotated[float, typer.Option(help="As given to prepare: not learned from.")] = 0.01,
     separator: Annotated[str | None, typer.Option(help="As given to prepare.")] = None,
-    text_field: Annotated[str, typer.Option(help="Key of the text in JSON Lines.")] = "text",
+    text_field: Annotated[str, typer.Option(help="As given to prepare.")] = "text",
 ) -> None:
     """Learn a byte-level BPE vocabulary from the training documents."""
     import data
@@ -132,7 +186,16 @@ def info(folder: Path, as_json: Json = False) -> None:
         for split in (dataset.train, dataset.held_out)
     }
     if as_json:
-        print(json.dumps({**found, "tokenizer": manifest.tokenizer, "hash": manifest.hash}))
+        print(
+            json.dumps(
+                {
+                    **found,
+                    "rejected": manifest.rejected,
+                    "tokenizer": manifest.tokenizer,
+                    "hash": manifest.hash,
+                }
+            )
+        )
         return
     table = Table("split", title=f"{folder}: {manifest.tokenizer['name']} tokens, {manifest.dtype}")
     for column in ("documents", "tokens", "shards"):
@@ -140,6 +203,8 @@ def info(folder: Path, as_json: Json = False) -> None:
     for split, counts in found.items():
         table.add_row(split, *(f"{count:,}" for count in counts.values()))
     show(table)
+    if manifest.rejected:
+        print(f"{manifest.rejected:,} broken documents were set aside: {folder}/rejected.jsonl")
 
 
 @shards_app.command(epilog="Example: sparse-gpt shards verify shards/novels")

@@ -1,19 +1,24 @@
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DataError, open_shards, prepare, verify
+from data import DataError, open_shards, part_of_environment, prepare, verify
+from data.dedup import Seen
 from data.manifest import SPLITS, read_manifest
+from data.progress import Progress
 from data.shards import INDEX, content_hash
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples"
@@ -45,18 +50,21 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+OPTIONS: dict[str, Any] = {"held_out": 0.1, "shard_tokens": 60_000, "separator": "\nChapter "}
 PREPARE = """
 import sys
 from data import prepare
 if __name__ == "__main__":
-    prepare([sys.argv[1]], sys.argv[2], workers=int(sys.argv[3]), held_out=0.1,
+    prepare([sys.argv[1]], sys.argv[2], workers=int(sys.argv[3]), part=sys.argv[4], held_out=0.1,
             shard_tokens=60_000, separator="\\nChapter ", progress=True)
 """
 
 
-def start_prepare(script: Path, corpus: Path, out: Path, workers: int) -> subprocess.Popen[str]:
+def start_prepare(
+    script: Path, corpus: Path, out: Path, workers: int, part: str = "1/1"
+) -> subprocess.Popen[str]:
     script.write_text(PREPARE)
-    command = [sys.executable, str(script), str(corpus), str(out), str(workers)]
+    command = [sys.executable, str(script), str(corpus), str(out), str(workers), part]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -105,6 +113,123 @@ def test_same_bytes_for_any_workers_and_after_a_kill(corpus: Path, tmp_path: Pat
     assert verify(out) == []
     kept = [path for record in records for path in out.glob(f"*{record.stem.split('-')[2]}*")]
     assert {path: path.stat().st_mtime_ns for path in kept} == {p: finished[p] for p in kept}
+
+
+@pytest.fixture(scope="module")
+def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("undisturbed") / "out"
+    prepare([corpus], out, **OPTIONS)
+    return content(out)
+
+
+@pytest.mark.parametrize(
+    ("kills", "workers"),
+    [(3, 1), *(pytest.param(20, workers, marks=pytest.mark.long) for workers in (1, 2))],
+)
+def test_killed_at_any_moment(
+    corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path, kills: int, workers: int
+) -> None:
+    """SIGKILL at random moments of one job, from its start to its last unit, then a last run."""
+    random = np.random.default_rng(kills)
+    out = tmp_path / "out"
+    for units in sorted(random.integers(0, 16, kills)):
+        process = start_prepare(tmp_path / "run.py", corpus, out, workers)
+        while process.poll() is None and len(list(out.glob("unit-*"))) < units:
+            time.sleep(0.001)
+        time.sleep(random.uniform(0, 0.05))
+        process.kill()
+        process.communicate()
+        while running(process.pid):
+            time.sleep(0.01)
+    process = start_prepare(tmp_path / "run.py", corpus, out, workers)
+    assert process.communicate(timeout=60) == (None, "")
+    assert content(out) == undisturbed
+
+
+def test_parts_together_are_the_whole(
+    corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path
+) -> None:
+    """One after the other, at the same time, and after one of them was killed."""
+    out = tmp_path / "in turn"
+    for part in ("2/3", "1/3"):
+        assert prepare([corpus], out, part=part, **OPTIONS) is None
+        with pytest.raises(DataError, match="in turn: unfinished"):
+            open_shards(out)
+    manifest = prepare([corpus], out, part="3/3", **OPTIONS)
+    assert content(out) == undisturbed
+    assert prepare([corpus], out, part="1/3", **OPTIONS) == manifest
+    assert content(out) == undisturbed
+
+    out = tmp_path / "together"
+    killed = start_prepare(tmp_path / "run.py", corpus, out, 1, "1/2")
+    while not list(out.glob("unit-*")):
+        assert killed.poll() is None, killed.communicate()
+        time.sleep(0.001)
+    killed.kill()
+    killed.communicate()
+    both = [start_prepare(tmp_path / "run.py", corpus, out, 1, f"{i}/2") for i in (1, 2)]
+    assert [process.communicate(timeout=60) for process in both] == [(None, ""), (None, "")]
+    assert content(out) == undisturbed
+    assert verify(out) == []
+
+
+@pytest.mark.parametrize("part", ["1/2", "1/1", "2/3"])
+def test_a_part_has_one_process(corpus: Path, tmp_path: Path, part: str) -> None:
+    out = tmp_path / "out"
+    process = start_prepare(tmp_path / "run.py", corpus, out, 1, "1/2")
+    while not list(out.glob("unit-*")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.001)
+    with pytest.raises(DataError, match=r"another prepare( with part 1/2)? is writing there"):
+        prepare([corpus], out, part=part, **OPTIONS)
+    assert process.wait(60) == 0
+    process.communicate()
+    assert len(list(out.glob("unit-*"))) == 8
+    assert [path.name for path in out.glob(".*")] == []
+
+
+def test_parts_of_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    for name in ("RANK", "WORLD_SIZE", "SLURM_ARRAY_TASK_ID", "SLURM_ARRAY_TASK_COUNT"):
+        monkeypatch.delenv(name, raising=False)
+    assert part_of_environment() is None
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert part_of_environment() == "1/4"
+    for name, value in (("ID", "7"), ("COUNT", "3"), ("MIN", "5")):
+        monkeypatch.setenv(f"SLURM_ARRAY_TASK_{name}", value)
+    assert part_of_environment() == "3/3"
+    for part in ("0/2", "3/2", "two"):
+        with pytest.raises(DataError, match=r"part is .*; it is i/n with 1 ≤ i ≤ n"):
+            prepare([SAMPLES], tmp_path / "out", part=part)
+
+
+@pytest.fixture
+def small_disk(tmp_path: Path) -> Iterator[Path]:
+    """A file system of 2 MiB."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
+    if subprocess.run(command, capture_output=True).returncode:
+        pytest.skip("only root may mount a small file system")
+    yield folder
+    subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_full_disk(
+    corpus: Path, undisturbed: dict[str, bytes], small_disk: Path, tmp_path: Path
+) -> None:
+    out = small_disk / "out"
+    for _ in range(2):
+        with pytest.raises(DataError, match="out: No space left on device; make room there and ru"):
+            prepare([corpus], out, **OPTIONS)
+        kept = content(out)
+        assert 0 < len(kept) < len(undisturbed)
+        assert kept.items() < undisturbed.items()  # whole files under their names, and no others
+    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    prepare([corpus], out, **OPTIONS)
+    assert content(out) == undisturbed
+    assert {path: path.stat().st_mtime_ns for path in before} == before
 
 
 def test_one_worker_leaves_what_two_leave(tmp_path: Path) -> None:
@@ -198,10 +323,16 @@ GOOD = '{"text": "good"}\n'
         ({"a.txt": "one document"}, {}, "the corpus is one document"),
         ({"a.txt": "xayaz"}, {"separator": "a", "held_out": 1e-9}, "none of the 3 documents is he"),
         ({"a.txt": "xayaz"}, {"separator": "a", "held_out": 0.9999}, "all 3 documents are held"),
-        ({"a.jsonl": GOOD * 3 + "{"}, {}, r"a\.jsonl:4: not JSON"),
+        ({"a.jsonl": GOOD * 3 + "{"}, {}, r"a\.jsonl:4: not JSON.*1 of 4 documents .* than 1.00%"),
+        (
+            {"a.jsonl": GOOD * 200 + "{"},
+            {"max_rejected": 0},
+            r"a\.jsonl:201: not JSON: [^;]*; each",
+        ),
+        ({"a.jsonl": GOOD}, {"max_rejected": -1}, "max_rejected is -1; it is a fraction"),
         ({"a.jsonl": GOOD}, {"text_field": "body"}, r"a\.jsonl:1: no key 'body'; keys there: text"),
         ({"a.txt": "\xff"}, {}, r"a\.txt:1: not UTF-8"),
-        ({"a.txt": " " * 2_000_000 + "x"}, {"held_out": 0}, r"a\.txt: text that tiktoken cannot"),
+        ({"a.txt": " " * 2_000_000 + "x"}, {"held_out": 0}, r"a\.txt:1: text that tiktoken cannot"),
         ({"a.txt": "x"}, {"separator": ""}, "separator is empty"),
         ({"a.txt": "x"}, {"held_out": 1}, "held_out is 1"),
         ({"a.txt": "x"}, {"shard_tokens": 0}, "shard_tokens is 0"),
@@ -220,20 +351,110 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
-def test_bad_input_late_in_the_work_leaves_nothing_of_this_run(
+def test_too_many_rejects_late_in_the_work_keep_what_is_finished(
     corpus: Path, tmp_path: Path
 ) -> None:
-    """Found by a worker process, after units were finished; those of an earlier run stay."""
-    files = sorted(corpus.iterdir())[:4]
+    """A run that allows more goes on from there."""
+    files = [*sorted(corpus.iterdir())[:4], tmp_path / "bad.txt"]
+    files[-1].write_bytes(b"\xff")
     options = {"held_out": 0.1, "shard_tokens": 60_000, "separator": "\nChapter "}
-    prepare(files[:2], tmp_path / "out", **options)
-    before = content(tmp_path / "out")
-    (tmp_path / "bad.txt").write_bytes(b"\xff")
-    for out, workers in ((tmp_path / "out", 1), (tmp_path / "new", 2)):
-        with pytest.raises(DataError, match=r"bad\.txt:1"):
-            prepare([*files, tmp_path / "bad.txt"], out, workers=workers, **options)
-    assert content(tmp_path / "out") == before
-    assert not (tmp_path / "new").exists()
+    for out, workers in ((tmp_path / "one", 1), (tmp_path / "two", 2)):
+        with pytest.raises(DataError, match=r"bad\.txt:1: not UTF-8"):
+            prepare(files, out, workers=workers, max_rejected=0, **options)
+        kept = content(out)
+        assert len([name for name in kept if name.startswith("unit-")]) == 4
+        manifest = prepare(files, out, max_rejected=0.05, **options)
+        assert manifest.rejected == 1
+        assert kept.items() < content(out).items()
+    with pytest.raises(DataError, match=r"bad\.txt:1"):  # all done, and still too many
+        prepare(files, tmp_path / "one", max_rejected=0, **options)
+    assert content(tmp_path / "one") == content(tmp_path / "two")
+    assert verify(tmp_path / "one") == []
+
+
+def test_broken_documents_are_set_aside(tmp_path: Path) -> None:
+    """The same for any number of workers, and the shards are those of the good ones alone."""
+    good = (SAMPLES / "persuasion.txt").read_text().split("\n\n") * 12
+    lines = [json.dumps({"text": text}).encode() for text in good if text]
+    for at, line in ((10, b'{"text": "\xff"}'), (9_000, b"{"), (12_000, b'{"text": null}')):
+        lines.insert(at - 1, line)
+    (tmp_path / "a.jsonl").write_bytes(b"\n".join(lines))
+    for workers in (1, 2):
+        manifest = prepare([tmp_path / "a.jsonl"], tmp_path / f"{workers}", workers=workers)
+    assert content(tmp_path / "1") == content(tmp_path / "2")
+    assert manifest.rejected == 3
+    with open(tmp_path / "1" / "rejected.jsonl") as file:
+        rejects = [json.loads(line) for line in file]
+    assert [(reject["file"], reject["line"]) for reject in rejects] == [
+        ("a.jsonl", 10),
+        ("a.jsonl", 9_000),
+        ("a.jsonl", 12_000),
+    ]
+    assert rejects[2]["reason"] == "'text' is NoneType, must be a string"
+    clean = prepare([json_lines(tmp_path / "b.jsonl", good)], tmp_path / "clean")
+    for split in SPLITS:
+        (shard,), (expected,) = manifest.splits[split], clean.splits[split]
+        assert (shard.bin, shard.idx) == (expected.bin, expected.idx)
+    assert not (tmp_path / "clean" / "rejected.jsonl").exists()
+
+
+def test_a_run_stops_early_where_much_is_broken(tmp_path: Path) -> None:
+    """Not only when all is read: the first 20,000 of a million documents are enough to see."""
+    lines = ['{"text": "a document"}', "{"] * 5 + ['{"text": "a document"}'] * 300
+    path = tmp_path / "a.jsonl"
+    path.write_text("\n".join(lines * 1000))
+    with pytest.raises(DataError, match=r"a\.jsonl:2: not JSON.* of \d\d\d?,\d{3} documents"):
+        prepare([path], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=12))
+def test_a_hash_is_new_once(batches: list[list[int]]) -> None:
+    seen, before = Seen(), set[int]()
+    for batch in batches:
+        is_new = seen.add(np.array(batch, np.uint64))
+        assert is_new.tolist() == [n not in before | set(batch[:i]) for i, n in enumerate(batch)]
+        before |= set(batch)
+
+
+@pytest.mark.parametrize("workers", [1, 2])
+def test_duplicates_are_left_out(tmp_path: Path, workers: int) -> None:
+    """Over units and files, also where units of an earlier run are taken over."""
+    texts = [
+        f"document  number {n % 700}" if n % 2 else f"document number\n{n}" for n in range(2000)
+    ]
+    sources = [json_lines(tmp_path / f"{i}.jsonl", texts[i::20]) for i in range(20)]
+    expected = {content_hash(text) for text in texts}
+    options: dict[str, Any] = {"held_out": 0.1, "shard_tokens": 500, "dedup": True}
+    out = tmp_path / "out"
+    manifest = prepare(sources, out, workers=workers, **options)
+    found = [h for split in SPLITS for h in hashes(out, split)]
+    assert sorted(found) == sorted(expected)
+    assert manifest.duplicates == len(texts) - len(expected) > 0
+    before = content(out)
+    units = sorted(out.glob("unit-*"))
+    assert len(units) == 20
+    for unit in (units[2], units[7], units[-1]):
+        unit.unlink()
+    assert prepare(sources, out, **options) == manifest
+    assert content(out) == before
+    with pytest.raises(DataError, match="dedup needs all documents, not part 1/2"):
+        prepare(sources, out, part="1/2", **options)
+
+
+@pytest.mark.long
+def test_memory_of_ten_million_documents(tmp_path: Path) -> None:
+    with open(tmp_path / "a.jsonl", "w") as file:
+        for n in range(10_000_000):
+            file.write(f'{{"text": "the short document of number {n}"}}\n')
+    code = (
+        "import resource\nfrom data import prepare\n"
+        f"prepare([{str(tmp_path / 'a.jsonl')!r}], {str(tmp_path / 'out')!r}, dedup=True)\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert int(done.stdout) < 1e9
 
 
 def test_folders_that_are_not_for_us(novels: Path, tmp_path: Path) -> None:
@@ -266,3 +487,22 @@ def test_two_at_once_in_one_folder(corpus: Path, tmp_path: Path) -> None:
     process.communicate()
     assert verify(out) == []
     assert all(read_manifest(out).documents(split) for split in SPLITS)
+
+
+def test_progress_shows_rates(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
+    monkeypatch.setenv("COLUMNS", "120")
+    with Progress(4_000_000, wanted=True) as bar:
+        for _ in range(2):
+            time.sleep(0.1)
+            bar.advance(1_000_000, 1_500_000, 500_000)
+    drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    rates = re.findall(r"2\.0/4\.0 MB +([0-9.]+) MB/s, ([0-9.]+)M tokens/s +0:0", drawn)
+    megabytes, tokens = map(float, rates[-1])
+    assert 1 < megabytes <= 15
+    assert megabytes == pytest.approx(3 * tokens, rel=0.02)
+    with Progress(1, wanted=False) as bar:
+        bar.advance(1, 1, 1)
+    assert capsys.readouterr().err == ""

@@ -3,11 +3,15 @@ import random
 import resource
 import shutil
 import struct
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
+import xxhash
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from data import DataError, load_tokenizer, open_shards, verify
 from data.documents import Reading, cut, find_files, read
@@ -31,11 +35,32 @@ def copy(novels: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(novels, tmp_path / "copy"))
 
 
+SPACES = [chr(c) for c in range(sys.maxunicode + 1) if chr(c).isspace()]
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    st.lists(
+        st.one_of(
+            st.sampled_from([*SPACES, "  ", "\r\n", "\u200b", "\u0085a\u00a0"]),
+            st.text(st.characters(exclude_categories=["Cs"])),
+            st.sampled_from(["word ", "é", "x" * 1024, " " * 1024, "\u3000" * 1024]),
+        ),
+        max_size=12,
+    ).map("".join)
+)
+def test_a_content_hash_does_not_see_white_space(text: str) -> None:
+    """By its definition, for short and long text; the ends are stripped."""
+    for long in (text, text + "\n" * 3000, text * 3 + "a" * 3000 + text):
+        expected = xxhash.xxh3_64_intdigest(" ".join(long.split()).encode())
+        assert content_hash(long) == expected
+
+
 def test_tokens_are_tiktokens_and_the_index_finds_every_document(novels: Path) -> None:
     tokenizer = load_tokenizer()
     expected: dict[str, list[list[int]]] = {split: [] for split in SPLITS}
     for file in find_files([SAMPLES]):
-        for _, text in read(cut(file, "\nChapter ")[0], Reading("\nChapter ", "text")):
+        for _, _, text in read(cut(file, "\nChapter ")[0], Reading("\nChapter ", "text")):
             split = SPLITS[content_hash(text) < int(0.05 * 2**64)]
             expected[split].append([50256, *tokenizer.encode(text).tolist()])
     manifest = read_manifest(novels)

@@ -5,10 +5,11 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiktoken_ext.openai_public import r50k_pat_str
+from tiktoken_ext import openai_public
 
-from data import DataError, load_tokenizer
-from data.tokenizer import PATTERN, VOCABULARY
+from data import DataError, load_tokenizer, prepare
+from data.manifest import SPLITS
+from data.tokenizer import PATTERNS, VOCABULARY, Tokenizer
 
 
 def test_known_ids_and_attributes() -> None:
@@ -18,7 +19,7 @@ def test_known_ids_and_attributes() -> None:
     assert ids.tolist() == [15496, 995]
     assert (tokenizer.vocab_size, tokenizer.eot) == (50257, 50256)
     assert tokenizer.vocab_hash == hashlib.sha256(VOCABULARY.read_bytes()).hexdigest()
-    assert r50k_pat_str == PATTERN
+    assert PATTERNS["r50k"] == openai_public.r50k_pat_str
 
 
 @settings(max_examples=100, deadline=None)
@@ -68,3 +69,100 @@ def test_a_file_that_is_no_rank_file_is_refused(
         load_tokenizer(ranks)
     with pytest.raises(DataError, match="cannot read the vocabulary"):
         load_tokenizer(tmp_path / "none")
+
+
+@pytest.mark.parametrize("name", ["cl100k", "o200k"])
+def test_patterns_are_tiktokens(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(openai_public, "load_tiktoken_bpe", lambda *_, **__: {})  # a download
+    assert PATTERNS[name] == getattr(openai_public, f"{name}_base")()["pat_str"]
+
+
+def test_patterns_and_engines_that_are_not_there() -> None:
+    with pytest.raises(DataError, match="pattern is 'p50k'; there are r50k, cl100k, o200k"):
+        load_tokenizer(pattern="p50k")
+    with pytest.raises(DataError, match="engine is 'bpe'; there are auto, tiktoken, gigatoken"):
+        load_tokenizer(engine="bpe")
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def fast(request: pytest.FixtureRequest) -> Tokenizer:
+    pytest.importorskip("gigatoken", reason="the extra fast is not installed")
+    tokenizer = load_tokenizer(pattern=request.param, engine="gigatoken")
+    assert tokenizer.engine.startswith("gigatoken ")
+    assert tokenizer.identity() == load_tokenizer(pattern=request.param).identity()
+    return tokenizer
+
+
+HARD = st.one_of(
+    st.text(max_size=40),
+    st.characters(categories=["Cs"]),  # halves of surrogate pairs
+    st.text(st.characters(min_codepoint=0x10000), max_size=5),
+    st.text(st.characters(max_codepoint=0xFFFF, categories=["Cc", "Cf", "Zs", "Zl", "Mn"])),
+    st.builds(str.__mul__, st.characters(), st.sampled_from([499, 500, 501, 5_000])),
+    st.sampled_from([" ", "\n", "\r\n", "  ", "<|endoftext|>", "'ll", "don't", "I'VE", "123456"]),
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(text=st.lists(HARD, max_size=6).map("".join))
+def test_the_fast_engine_gives_tiktokens_ids(fast: Tokenizer, text: str) -> None:
+    try:
+        expected = fast.reference(text)
+    except DataError:  # half a surrogate pair
+        with pytest.raises(DataError):
+            fast.encode(text)
+        return
+    ids = fast.encode(text)
+    assert ids.dtype == np.uint32
+    assert ids.tolist() == expected.tolist()
+    assert fast.eot not in ids
+
+
+def test_every_character_that_goes_to_the_fast_engine(fast: Tokenizer) -> None:
+    """Alone, in a word, in a number and among spaces: all 63,488 of the basic plane."""
+    for block in range(0, 0x10000, 64):
+        characters = [chr(c) for c in range(block, block + 64) if not 0xD800 <= c < 0xE000]
+        text = "".join(f"{c} a{c}b {c}{c}1{c}  {c}\n{c}" for c in characters)
+        assert np.array_equal(fast.encode(text), fast.reference(text)), hex(block)
+
+
+@pytest.mark.parametrize("run", [" ", "\n", "\u2003"])
+def test_what_tiktoken_refuses_no_engine_takes(fast: Tokenizer, run: str) -> None:
+    text = "a" + run * 1_100_000 + "b"
+    if fast.pattern == "r50k":
+        with pytest.raises(DataError, match="Max stack size"):
+            fast.reference(text)
+    try:
+        expected = fast.reference(text)
+    except DataError:
+        with pytest.raises(DataError, match="Max stack size"):
+            fast.encode(text)
+    else:
+        assert np.array_equal(fast.encode(text), expected)
+
+
+def test_engines_make_the_same_shards_and_a_wrong_one_is_found(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gigatoken", reason="the extra fast is not installed")
+    source = tmp_path / "a.jsonl"
+    source.write_text("".join(f'{{"text": "document {n} \\ud83d\\ude00"}}\n' for n in range(3_000)))
+    made = {e: prepare([source], tmp_path / e, engine=e) for e in ("tiktoken", "gigatoken", "auto")}
+    for split in SPLITS:
+        assert made["tiktoken"].splits[split] == made["gigatoken"].splits[split]
+    assert made["auto"] == made["gigatoken"]
+    for engine in ("tiktoken", "gigatoken"):
+        (found,) = made[engine].tokenizer["engines"]
+        assert found.startswith(f"{engine} ")
+
+    class Wrong:
+        def encode(self, text: str) -> np.ndarray:
+            return np.array([1, 2], np.uint32)
+
+    source.write_text("".join(f'{{"text": "document {n}"}}\n' for n in range(3_000)))
+    monkeypatch.setattr(load_tokenizer(None, "r50k", "gigatoken"), "_fast", Wrong())
+    with pytest.raises(
+        DataError, match=r"a\.jsonl:\d+: gigatoken .* gives other ids than tiktoken"
+    ):
+        prepare([source], tmp_path / "wrong", engine="gigatoken")
+    assert not (tmp_path / "wrong").exists()

@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import DataError, load_tokenizer, open_shards, prepare, train_vocab
-from data.prepare import split_of
 from data.shards import content_hash
+from data.units import held_out_below
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples"
 READING = {"separator": "\nChapter ", "held_out": 0.1}
@@ -53,7 +53,7 @@ def test_held_out_documents_are_not_learned_from(tmp_path: Path) -> None:
     tokenizer = load_tokenizer(tmp_path / "v.tiktoken")
     lengths: dict[str, list[int]] = {"train": [], "held_out": []}
     for word in words:
-        split = split_of(content_hash(word * 20), 0.5)
+        split = "held_out" if content_hash(word * 20) < held_out_below(0.5) else "train"
         lengths[split].append(len(tokenizer.encode(word * 20)))
     assert np.mean(lengths["held_out"]) > 2 * np.mean(lengths["train"])
 

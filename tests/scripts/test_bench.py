@@ -117,3 +117,27 @@ def test_drop_in(tmp_path):
     losses = {(row["layers"], row["state"]): row["loss"] for row in rows}
     assert losses["", "dense"] < math.log(1024)  # as good as a guess
     assert losses["all", "from noise"] != losses["last half", "from noise"]
+
+
+def test_prepare(tmp_path):
+    for extra in ("gigatoken", "tokenizers"):
+        pytest.importorskip(extra)
+    novel = (ROOT / "data/samples/persuasion.txt").read_text()
+    lines = [json.dumps({"text": text}) for text in novel.split("\n\n")[:200] if text.strip()]
+    (tmp_path / "novel.jsonl").write_text("\n".join(lines) + "\n")
+    bench("bench_prepare.py", tmp_path / "novel.jsonl", "--rounds", "2", "--json", tmp_path / "out")
+    report = json.loads((tmp_path / "out").read_text())
+    assert {row["way"]: row["same_ids"] for row in report["rows"]} == dict.fromkeys(
+        [
+            "plain tiktoken",
+            "prepare, tiktoken",
+            "prepare, gigatoken",
+            "prepare, tiktoken, 2 workers",
+            "prepare, gigatoken, 2 workers",
+            "tokenizers",
+            "datasets.map",
+            "gigatoken, its file API",
+        ],
+        True,
+    )
+    assert report["rows"][0]["speed_over_plain_tiktoken"] == [1, 1]
