@@ -54,11 +54,12 @@ from data.shards import (
     LLM_C,
     MAX_TOKENS,
     ShardEntry,
+    ShardWriter,
+    Vocabulary,
     content_hash,
     dtype_for,
 )
 from data.tokenizer import Tokenizer, load_tokenizer
-from data.units import Unit, UnitWriter
 
 Ids = npt.NDArray[np.integer[Any]]
 Document = npt.NDArray[np.uint32]  # ids, end of text first
@@ -133,11 +134,17 @@ def import_shards(
     with _whole(out) as aside:
         rows = [_row(file) for path in chain(*paths) for file in _files(path, format)]
         key = hashlib.sha256(json.dumps([identity, options, rows]).encode()).hexdigest()[:16]
-        with UnitWriter(aside, Unit(0, key, []), tokenizer, shard_tokens) as writer:
-            for split, of_split in zip(SPLITS, paths, strict=True):
-                for ids in documents(of_split, tokenizer):
-                    writer.add(split, ids, content_hash(tokenizer.decode(ids[1:])))
-            shards = writer.finish()
+        shards = {
+            split: _write_shards(
+                aside,
+                f"{split}-00000",
+                key,
+                documents(of_split, tokenizer),
+                tokenizer,
+                shard_tokens,
+            )
+            for split, of_split in zip(SPLITS, paths, strict=True)
+        }
         manifest = {
             "format": FORMAT,
             "tokenizer": identity,
@@ -149,6 +156,30 @@ def import_shards(
         }
         write_sealed(aside / MANIFEST, manifest)
     return read_manifest(out)
+
+
+def _write_shards(
+    folder: Path,
+    name: str,
+    key: str,
+    documents: Iterator[npt.NDArray[np.unsignedinteger]],
+    tokenizer: Tokenizer,
+    shard_tokens: int,
+) -> list[ShardEntry]:
+    vocabulary = Vocabulary(tokenizer.vocab_hash, dtype_for(tokenizer.vocab_size), tokenizer.eot)
+    entries: list[ShardEntry] = []
+    writer: ShardWriter | None = None
+    try:
+        for ids in documents:
+            if writer is not None and writer.tokens + len(ids) > shard_tokens:
+                entries.append(writer.finish())
+                writer = None
+            writer = writer or ShardWriter(folder, f"{name}-{len(entries):02d}-{key}", vocabulary)
+            writer.add(ids, content_hash(tokenizer.decode(ids[1:])))
+        return [*entries, writer.finish()] if writer is not None else entries
+    finally:
+        if writer is not None:
+            writer.close()
 
 
 def _of(format: str, table: Mapping[str, T]) -> T:
