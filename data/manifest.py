@@ -4,18 +4,18 @@ without one is not a data set.
 A sealed JSON file is an object whose first key, "hash", is the sha256 of the file's own bytes
 with the 64 digits of that hash replaced by zeros. The manifest's other keys:
 
-    format     "sparse-gpt shards 1"
-    tokenizer  name, vocab_size, vocab_hash (sha256 of the vocabulary file), pattern (how text is
-               split before merging), pattern_hash (its sha256), engines (name and version of each
-               that made a shard)
-    dtype      "uint16" or "uint32"
-    eot        id, position ("before each document")
-    options    what `prepare` was asked for that changes the shards
-    sources    a list of {name, bytes, xxh3_128}
-    rejected   documents that were set aside; `rejected.jsonl` beside it names them
+    format      "sparse-gpt shards 1"
+    tokenizer   name, vocab_size, vocab_hash (sha256 of the vocabulary file), pattern (how text is
+                split before merging), pattern_hash (its sha256), engines (name and version of each
+                that made a shard)
+    dtype       "uint16" or "uint32"
+    eot         id, position ("before each document")
+    options     what `prepare` was asked for that changes the shards
+    sources     a list of {name, bytes, xxh3_128}; of hub data sets {name, shards, identity}
+    rejected    documents that were set aside; `rejected.jsonl` beside it names them
     duplicates  documents that dedup left out
-    splits     "train" and "held_out": a list of shards, in the order of their tokens, each
-               {name, tokens, documents, bin: {bytes, sha256, blocks}, idx: {the same}}
+    splits      "train" and "held_out": a list of shards, in the order of their tokens, each
+                {name, tokens, documents, bin: {bytes, sha256, blocks}, idx: {the same}}
 """
 
 import hashlib

@@ -158,7 +158,10 @@ def _do_units(
             done[unit.number] = record
             tally.add(record.documents() + record.duplicates, record.rejected)
     todo = [unit for unit in units if unit.number not in done]
-    total = sum(chunk_bytes(chunk) for unit in todo for chunk in unit.chunks)
+    chunks = [chunk for unit in todo for chunk in unit.chunks]
+    total = sum(map(chunk_bytes, chunks))
+    if not any(part.streamed for chunk in chunks for part in chunk):
+        workers = max(1, min(workers, len(chunks)))  # a process takes a second to start
     pieces = (piece for unit in todo for piece in _pieces(unit, options.reading))
     tokenize = partial(_tokenize, options=options, load=load)
     seen = Seen()
