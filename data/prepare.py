@@ -221,15 +221,18 @@ def _tokenize(piece: _Piece, options: Options, load: Callable[[], Tokenizer]) ->
     pieces, lengths, hashes, rejects = [np.empty(0, dtype)], [], [], []
     characters = 0
     documents = piece.documents
-    for document in read(piece.slices, options.reading) if documents is None else documents:
+    if documents is None:
+        documents = list(read(piece.slices, options.reading))
+    texts = [document.text for document in documents if isinstance(document, Document)]
+    encoded = iter(tokenizer.encode_batch(texts))
+    for document in documents:
         if isinstance(document, Reject):
             rejects.append(document)
             continue
         file, line, text = document
-        try:
-            ids = tokenizer.encode(text)
-        except DataError as error:
-            rejects.append(Reject(file, line, str(error)))
+        ids = next(encoded)
+        if isinstance(ids, DataError):
+            rejects.append(Reject(file, line, str(ids)))
             continue
         document_hash = content_hash(text)
         if document_hash % _AUDIT_EVERY == 0 and not np.array_equal(ids, tokenizer.reference(text)):

@@ -137,7 +137,7 @@ def test_killed_at_any_moment(
         process = start_prepare(tmp_path / "run.py", corpus, out, workers)
         while process.poll() is None and not (out.exists() and any(out.iterdir())):
             time.sleep(0.001)
-        time.sleep(random.uniform(0, 0.3))
+        time.sleep(random.uniform(0, 0.15))
         process.kill()
         process.communicate()
         while running(process.pid):
@@ -182,8 +182,10 @@ def test_a_part_has_one_process(corpus: Path, tmp_path: Path, part: str) -> None
     while not list(out.glob("unit-*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.001)
+    process.send_signal(signal.SIGSTOP)  # else it might be done too soon
     with pytest.raises(DataError, match=r"another prepare( with part 1/2)? is writing there"):
         prepare([corpus], out, part=part, **OPTIONS)
+    process.send_signal(signal.SIGCONT)
     assert process.wait(60) == 0
     process.communicate()
     assert len(list(out.glob("unit-*"))) == 8

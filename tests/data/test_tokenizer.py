@@ -145,6 +145,8 @@ def test_engines_make_the_same_shards_and_a_wrong_one_is_found(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     pytest.importorskip("gigatoken", reason="the extra fast is not installed")
+    import awkward
+
     source = tmp_path / "a.jsonl"
     source.write_text("".join(f'{{"text": "document {n} \\ud83d\\ude00"}}\n' for n in range(3_000)))
     made = {e: prepare([source], tmp_path / e, engine=e) for e in ("tiktoken", "gigatoken", "auto")}
@@ -156,8 +158,8 @@ def test_engines_make_the_same_shards_and_a_wrong_one_is_found(
         assert found.startswith(f"{engine} ")
 
     class Wrong:
-        def encode(self, text: str) -> np.ndarray:
-            return np.array([1, 2], np.uint32)
+        def encode_batch(self, texts: list[str], parallel: bool) -> awkward.Array:
+            return awkward.Array([[1, 2]] * len(texts))
 
     source.write_text("".join(f'{{"text": "document {n}"}}\n' for n in range(3_000)))
     monkeypatch.setattr(load_tokenizer(None, "r50k", "gigatoken"), "_fast", Wrong())
