@@ -12,7 +12,7 @@ import psutil
 import pytest
 from ranks import ENVIRONMENT, ROOT, finish, metrics, start_ranks
 
-HOSTS = ("sgtest-a", "sgtest-b")
+HOSTS = tuple(f"sgtest-{os.getpid()}-{name}" for name in "ab")  # tests may run side by side
 
 SSH = f"""#!{sys.executable}
 # ssh [-o OPTION] HOST COMMAND...: the command gets neither our environment nor our standard input.
@@ -38,12 +38,10 @@ def ip(*arguments):
 
 
 @pytest.fixture
-def cluster(tmp_path, monkeypatch):
+def cluster(tmp_path, run_file, monkeypatch):
     """A hostfile of two hosts with a rank each; the commands run in `tmp_path`."""
     if os.geteuid() != 0 or shutil.which("ip") is None:
         pytest.skip("making network namespaces takes root and the ip command (iproute2)")
-    for host in HOSTS:
-        subprocess.run(["ip", "netns", "del", host], capture_output=True)
     try:
         ip("netns", "add", HOSTS[0])
     except subprocess.CalledProcessError as error:
@@ -79,6 +77,8 @@ def cluster(tmp_path, monkeypatch):
     (tmp_path / ".deepspeed_env").write_text("".join([*lines, "GLOO_SOCKET_IFNAME=cable\n"]))
     (tmp_path / "hosts").write_text("".join(f"{host} slots=1\n" for host in HOSTS))
     yield tmp_path / "hosts"
+    for rank in job(run_file):
+        rank.kill()
     for host in HOSTS:
         subprocess.run(["ip", "netns", "del", host], capture_output=True)
 
@@ -104,13 +104,8 @@ def until_step(log: Path, step):
 
 def ended(process, run_file, seconds):
     """Its output, once it has ended within `seconds` and left nothing on any host."""
-    try:
-        output, _ = process.communicate(timeout=seconds)
-        assert not job(run_file)
-    finally:
-        process.kill()
-        for rank in job(run_file):
-            rank.kill()
+    output, _ = process.communicate(timeout=seconds)
+    assert not job(run_file)
     return output
 
 
