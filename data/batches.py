@@ -152,19 +152,21 @@ class Batches:
         if len(self.splits) == 1:
             self.splits[0].read(starts, out)
             return windows
-        for number in np.unique(sources).tolist():
-            own = np.flatnonzero(sources == number)
-            self.splits[number].read(starts[own], [out[row] for row in own])
+        for split, own in self._by_source(sources):
+            split.read(starts[own], [out[row] for row in own])
         return windows
 
     def _read_documents(self, sources: order.Int64s, starts: order.Int64s) -> torch.Tensor:
         shape = len(starts), self.seq_len
         documents = torch.empty(shape, dtype=torch.int32, pin_memory=self.pin)
-        for number in np.unique(sources).tolist():
-            own = sources == number
-            found = self.splits[number].documents(starts[own], self.seq_len)
-            documents.numpy()[own] = found
+        for split, own in self._by_source(sources):
+            documents.numpy()[own] = split.documents(starts[own], self.seq_len)
         return documents
+
+    def _by_source(self, sources: order.Int64s) -> Iterator[tuple[Split, order.Int64s]]:
+        """Each source's split, and the rows that read it."""
+        for number in np.unique(sources).tolist():
+            yield self.splits[number], np.flatnonzero(sources == number)
 
 
 def evaluation(

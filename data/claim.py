@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError, Resumable
-from data.files import TEMPORARY
+from data.files import TEMPORARY, lock
 from data.manifest import MANIFEST
 from data.rejects import REJECTED
 from data.units import Unit, files_of, refuse_strangers
@@ -105,7 +105,7 @@ def claim(out: Path, units: list[Unit], part: Part) -> Iterator[list[Unit]]:
 def publishing(out: Path, units: list[Unit]) -> Iterator[None]:
     """One process at a time; for when all units are finished."""
     with open(units[0].record(out), "rb") as record:
-        with suppress(OSError):  # as in _lock
+        with suppress(OSError):  # as in `lock`
             fcntl.flock(record, fcntl.LOCK_EX)
         yield
 
@@ -113,31 +113,20 @@ def publishing(out: Path, units: list[Unit]) -> Iterator[None]:
 def _hold(out: Path, part: Part, stack: ExitStack) -> None:
     folder = os.open(out, os.O_RDONLY)
     stack.callback(os.close, folder)
-    _lock(folder, fcntl.LOCK_EX if part.count == 1 else fcntl.LOCK_SH, out, "prepare")
+    lock(folder, fcntl.LOCK_EX if part.count == 1 else fcntl.LOCK_SH, out, "prepare")
     if part.count == 1:
         return
     for path in out.iterdir():
         match = _PART_LOCK.fullmatch(path.name)
         if match and int(match[2]) != part.count:
             with open(path, "rb") as other:
-                _lock(
-                    other.fileno(), fcntl.LOCK_EX, out, f"prepare with part {match[1]}/{match[2]}"
-                )
+                lock(other.fileno(), fcntl.LOCK_EX, out, f"prepare with part {match[1]}/{match[2]}")
             path.unlink()  # of a run that was killed
     path = out / f"{TEMPORARY}part-{part.number}-of-{part.count}"
-    lock = os.open(path, os.O_WRONLY | os.O_CREAT)
-    stack.callback(os.close, lock)
-    _lock(lock, fcntl.LOCK_EX, out, f"prepare with part {part}")
+    mine = os.open(path, os.O_WRONLY | os.O_CREAT)
+    stack.callback(os.close, mine)
+    lock(mine, fcntl.LOCK_EX, out, f"prepare with part {part}")
     stack.callback(path.unlink)
-
-
-def _lock(handle: int, kind: int, out: Path, who: str) -> None:
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"{out}: another {who} is writing there; wait for it to end") from None
-    except OSError:
-        pass  # some network file systems cannot lock
 
 
 def _remove_folders(folders: list[Path]) -> None:

@@ -1,7 +1,11 @@
-"""Files that are whole or not there: written under another name, made to last, then named."""
+"""Files that are whole or not there: written under another name, made to last, then named, by one
+process at a time."""
 
+import fcntl
 import os
 from pathlib import Path
+
+from data.errors import DataError
 
 TEMPORARY = ".tmp-"
 
@@ -31,3 +35,14 @@ def publish_text(path: Path, text: str) -> None:
     """Make `path` a file of this text, in UTF-8."""
     temporary(path).write_bytes(text.encode())
     publish(path)
+
+
+def lock(handle: int, kind: int, folder: Path, who: str) -> None:
+    """Take a lock of `fcntl.flock`, which the kernel takes back when the process ends, even on
+    SIGKILL. Raises DataError if another process, a `who` that writes in `folder`, holds it."""
+    try:
+        fcntl.flock(handle, kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise DataError(f"{folder}: another {who} is writing there; wait for it to end") from None
+    except OSError:
+        pass  # some network file systems cannot lock

@@ -36,7 +36,7 @@ import numpy.typing as npt
 import xxhash
 
 from data.errors import DataError
-from data.files import publish, sync, temporary
+from data.files import lock, publish, sync, temporary
 from data.manifest import (
     FORMAT,
     MANIFEST,
@@ -217,15 +217,10 @@ def _whole(out: str | Path) -> Iterator[Path]:
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Refuse a second process; the kernel lets go of the lock even on SIGKILL."""
+    """Refuse a second process."""
     handle = os.open(folder, os.O_RDONLY)
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise DataError(f"{folder}: another run is writing there; wait for it to end") from None
-        except OSError:
-            pass  # some network file systems cannot lock a folder
+        lock(handle, fcntl.LOCK_EX, folder, "run")
         yield
     finally:
         os.close(handle)

@@ -35,7 +35,7 @@ def document_mask(documents: Tensor) -> Tensor:
     """Which keys a query may see: those at or before it of its own document.
 
     documents: `(batch, seq)` integers, another for each document of a row. Returns bool
-    `(batch, 1, seq, seq)`,
+    `(batch, 1, seq, seq)`, seq bytes a token.
     """
     same = documents[:, :, None] == documents[:, None, :]
     return same.tril()[:, None]

@@ -47,6 +47,15 @@ def windows_of(blend: Blend, count: int, **options: int) -> torch.Tensor:
     return torch.cat(found)
 
 
+def drawn_blend(
+    make_shards: MakeShards, folder: str, sizes: list[int], data: st.DataObject
+) -> tuple[list[str], Blend]:
+    """Sources of these sizes, and a blend of them with any weights."""
+    weights = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
+    paths = make_sources(make_shards, Path(folder), sizes)
+    return paths, open_blend(dict(zip(paths, weights, strict=True)))
+
+
 @settings(max_examples=12, deadline=None)
 @given(
     sizes=st.lists(st.integers(1000, 3000), min_size=2, max_size=4),
@@ -57,10 +66,8 @@ def windows_of(blend: Blend, count: int, **options: int) -> torch.Tensor:
 def test_same_samples_at_1_to_64_ranks_with_other_batches_from_any_sample(
     make_shards: MakeShards, sizes: list[int], seq_len: int, seed: int, data: st.DataObject
 ) -> None:
-    weights = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
     with TemporaryDirectory() as scratch:
-        paths = make_sources(make_shards, Path(scratch), sizes)
-        blend = open_blend(dict(zip(paths, weights, strict=True)))
+        _, blend = drawn_blend(make_shards, scratch, sizes, data)
         whole = windows_of(blend, 16, seq_len=seq_len, global_batch=64, seed=seed)
         world_size = data.draw(st.integers(1, 64))
         options = {"global_batch": world_size * data.draw(st.integers(1, 128 // world_size))}
@@ -82,10 +89,8 @@ def test_same_samples_at_1_to_64_ranks_with_other_batches_from_any_sample(
 def test_each_transition_of_every_source_once_an_epoch(
     make_shards: MakeShards, sizes: list[int], seq_len: int, seed: int, data: st.DataObject
 ) -> None:
-    weights = data.draw(st.lists(st.integers(1, 9), min_size=len(sizes), max_size=len(sizes)))
     with TemporaryDirectory() as scratch:
-        paths = make_sources(make_shards, Path(scratch), sizes)
-        blend = open_blend(dict(zip(paths, weights, strict=True)))
+        paths, blend = drawn_blend(make_shards, scratch, sizes, data)
         length = int(blend.quotas.sum())
         cycles = max(-(-2 * s.dataset.train.n_tokens // seq_len // s.quota) for s in blend.sources)
         windows = windows_of(blend, cycles, seq_len=seq_len, global_batch=length, seed=seed)
