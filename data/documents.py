@@ -32,7 +32,6 @@ from data.errors import DataError
 from data.rejects import Reject
 from data.streams import (
     HUB,
-    HUB_SHARD_BYTES,
     hub_rows,
     hub_shards,
     open_compressed,
@@ -158,12 +157,12 @@ def cut(
     """Slices, of text and JSON Lines of at least `slice_bytes` (the last: fewer), and the file's
     row in the manifest."""
     if file.kind == "hub":
-        shards, identity = hub_shards(file.name)
         slices = [
-            Slice(file, 0, HUB_SHARD_BYTES, 1, f"{identity}-{number}", number)
-            for number in range(shards)
+            Slice(file, 0, size, 1, identity, number)
+            for number, (size, identity) in enumerate(hub_shards(file.name))
         ]
-        return slices, {"name": file.name, "shards": shards, "identity": identity}
+        identity = xxhash.xxh3_128_hexdigest("".join(part.hash for part in slices).encode())
+        return slices, {"name": file.name, "shards": len(slices), "identity": identity}
     slices = []
     whole = xxhash.xxh3_128()
     try:

@@ -10,19 +10,24 @@ folder. Without SUBSET its default one is read, without SPLIT "train"; `hf:NAME:
 the subset alone.
 """
 
+import copy
 import io
 import json
+import re
 from collections.abc import Iterable, Iterator
+from dataclasses import replace
 from functools import lru_cache
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from textwrap import shorten
+from typing import Any, NamedTuple
 
 import xxhash
 
-from data.errors import DataError
+from data.errors import DataError, Resumable
 
 HUB = "hf:"
-HUB_SHARD_BYTES = 400_000_000  # how much is in one is not known before it is read; about a unit
+HUB_SHARD_BYTES = 400_000_000  # of one that is not a file; about a unit
 _ROWS = 1024  # a batch
 
 
@@ -71,29 +76,56 @@ def parquet_rows(path: Path, group: int, columns: list[str]) -> Iterator[list[An
         raise DataError(f"{path}: cannot read row group {group}: {_first_line(error)}") from None
 
 
-def hub_shards(source: str) -> tuple[int, str]:
-    """How many shards a hub data set has, and a hash of which files at which revision it is."""
-    return _hub(source)[1:]
+def hub_shards(source: str) -> list[tuple[int, str]]:
+    """Each shard of a hub data set: its bytes (HUB_SHARD_BYTES if it is no file whose size is
+    known), and a hash of its content and of how it is read: a commit that leaves both alone makes
+    no other input."""
+    builder, dataset, split, files = _hub(source)
+    defaults = vars(type(builder.config))
+    said = {key: v for key, v in vars(builder.config).items() if v != defaults.get(key)}
+    found = said.pop("data_files", {}).get(split)
+    origin = [*found, *found.origin_metadata] if found else [builder.hash, split]
+    return [
+        (file.bytes or HUB_SHARD_BYTES, _hash(builder.name, said, file.blob or [*origin, number]))
+        for number, file in enumerate(files or [_File()] * dataset.num_shards)
+    ]
 
 
 def hub_rows(source: str, shard: int, columns: list[str]) -> Iterator[list[Any]]:
-    """As `parquet_rows`, of a shard of a hub data set."""
-    dataset, shards, _ = _hub(source)
-    part = dataset.shard(num_shards=shards, index=shard)
-    try:
-        tables = part.with_format("arrow").iter(batch_size=_ROWS)
-        first = next(tables, None)
-        if first is None:
-            return
+    """As `parquet_rows`, of a shard of a hub data set; raises Resumable if it cannot be had."""
+    dataset = _narrow(source, tuple(columns))
+    tables = _received(source, dataset.shard(num_shards=dataset.num_shards, index=shard), shard)
+    first = next(tables, None)
+    if first is not None:
         _require(columns, first.column_names, source)
-        yield from _rows([first], columns)
-        yield from _rows(tables, columns)
-    except OSError as error:  # what fails between here and the hub
-        raise DataError(f"{source}: {_first_line(error)}; run again to go on") from None
+        yield from _rows(chain([first], tables), columns)
+
+
+def _received(source: str, dataset: Any, shard: int) -> Iterator[Any]:
+    """The tables of a shard."""
+    try:
+        yield from dataset.with_format("arrow").iter(batch_size=_ROWS)
+    except Exception as error:  # Arrow's, zlib's, httpx's, of whoever is between here and the hub
+        builder, _, _, files = _hub(source)
+        name = files[shard].url.removeprefix(f"{builder.base_path}/") if files else f"#{shard}"
+        advice = "run the same prepare again to go on; finished units are kept"
+        if isinstance(error, (ValueError, EOFError)):  # what came cannot be parsed
+            advice = "download the files and prepare those: there, a broken line is set aside"
+        raise Resumable(f"{source}: {name}: {_reason(error)}; {advice}") from None
+
+
+class _File(NamedTuple):
+    """A shard that is a file; blob: the hash of its content, if the hub told."""
+
+    url: str = ""
+    bytes: int | None = None
+    blob: str | None = None
 
 
 @lru_cache(maxsize=8)
-def _hub(source: str) -> tuple[Any, int, str]:
+def _hub(source: str) -> tuple[Any, Any, str, list[_File]]:
+    """The builder of a data set, the data set, both of one revision as long as this process lives,
+    its split and its files; none if a file is not a shard."""
     import datasets
 
     name, subset, split = (*source.removeprefix(HUB).split(":"), "", "")[:3]
@@ -103,12 +135,48 @@ def _hub(source: str) -> tuple[Any, int, str]:
     try:
         builder = datasets.load_dataset_builder(name, subset or None)
         dataset = builder.as_streaming_dataset(split=split)
-    except (OSError, ValueError, datasets.exceptions.DatasetsError) as error:
-        raise DataError(f"{source}: {_first_line(error)}") from None
-    files = (builder.config.data_files or {}).get(split)
-    which = [builder.hash] if files is None else [list(map(str, files)), files.origin_metadata]
-    identity = xxhash.xxh3_128_hexdigest(json.dumps(which).encode())
-    return dataset, dataset.num_shards, identity
+        files = list(map(_file, (builder.config.data_files or {}).get(split, [])))
+    except Exception as error:  # as in `_received`, and yaml's
+        raise DataError(f"{source}: {_reason(error)}") from None
+    return builder, dataset, split, files if len(files) == dataset.num_shards else []
+
+
+def _file(url: str) -> _File:
+    """A data file as the listing that `datasets` has fetched describes it."""
+    from fsspec.core import url_to_fs
+
+    files, path = url_to_fs(url)
+    info = files.info(path)
+    return _File(url, info.get("size"), info.get("blob_id"))
+
+
+@lru_cache(maxsize=8)
+def _narrow(source: str, columns: tuple[str, ...]) -> Any:
+    """The data set; if it is parquet, only of these columns, which alone are then fetched."""
+    builder, dataset, split, _ = _hub(source)
+    if builder.name != "parquet" or builder.config.columns is not None:
+        return dataset
+    _require(list(columns), list(builder.info.features), source)
+    narrow = copy.copy(builder)
+    narrow.config = replace(builder.config, columns=list(columns))
+    narrow.info = builder.info.copy()
+    return narrow.as_streaming_dataset(split=split)
+
+
+def _hash(*values: Any) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, default=str).encode())
+
+
+def _reason(error: Exception) -> str:
+    """What is wrong in one line, and what to do if it is a name or a right to read."""
+    from datasets.exceptions import DatasetNotFoundError
+
+    text = re.split(r"\n(?:For more|Example of)", str(error))[0]
+    text = shorten(text, 300, placeholder=" …").rstrip(".") or type(error).__name__
+    status = getattr(getattr(error, "response", None), "status_code", None)
+    if isinstance(error, DatasetNotFoundError) or status in (401, 403):
+        text += "; check the name, and set HF_TOKEN to a token that may read it if it is private"
+    return text
 
 
 def _rows(tables: Iterable[Any], columns: list[str]) -> Iterator[list[Any]]:

@@ -68,8 +68,7 @@ def test_every_form_gives_the_same_shards(
 ) -> None:
     monkeypatch.chdir(corpora)
     monkeypatch.setattr(sys.modules["data.prepare"], "SLICE_BYTES", 10_000)  # pieces of a stream
-    # A hub shard counts as 400 MB: with these large shards, both are one unit.
-    options = {"held_out": 0.1, "min_chars": 40, "shard_tokens": 10**9, **options}
+    options = {"held_out": 0.1, "min_chars": 40, **options}
     expected = prepare(["a.jsonl"], tmp_path / "plain", **options)
     wanted = [r for r in ROWS if len(r["text"]) >= 40]
     if "where" in options:
