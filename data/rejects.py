@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.errors import DataError, Resumable
-from data.files import publish_text
+from data.files import publish, temporary
 
 REJECTED = "rejected.jsonl"
 MAX_REJECTED = 0.01
@@ -55,7 +55,12 @@ class Tally:
 
 def write_rejects(folder: Path, rejects: Iterable[Reject]) -> int:
     """Publish `rejected.jsonl`, {file, line, reason} a line, unless there are none; how many."""
-    lines = [json.dumps(asdict(reject)) + "\n" for reject in rejects]
-    if lines:
-        publish_text(folder / REJECTED, "".join(lines))
-    return len(lines)
+    path, count = folder / REJECTED, 0
+    with open(temporary(path), "w", encoding="utf-8") as file:
+        for count, reject in enumerate(rejects, 1):  # noqa: B007 - the last is wanted
+            file.write(json.dumps(asdict(reject)) + "\n")
+    if count:
+        publish(path)
+    else:
+        temporary(path).unlink()
+    return count

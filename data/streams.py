@@ -12,14 +12,18 @@ the subset alone.
 
 import io
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import xxhash
 
 from data.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 HUB = "hf:"
 HUB_SHARD_BYTES = 400_000_000  # how much is in one is not known before it is read; about a unit
@@ -31,12 +35,22 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def open_compressed(path: Path, codec: str) -> io.BufferedReader:
-    """The content of a compressed file, of one or several streams; reading raises OSError where it
-    is damaged or cut short."""
+@contextmanager
+def open_compressed(
+    path: Path, codec: str
+) -> Iterator[tuple[io.BufferedReader, Callable[[], int]]]:
+    """The content of a compressed file, of one or several streams, and a function that tells how
+    many bytes of the file are read; reading raises OSError where it is damaged or cut short."""
     import pyarrow as pa
 
-    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), codec))
+    with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, codec) as content:
+        yield io.BufferedReader(content), file.tell
+
+
+def line_blocks(content: io.BufferedReader, size: int) -> Iterator[bytes]:
+    """The content in blocks that end where a line ends, of about `size` bytes or one line."""
+    while block := content.read(size):
+        yield block + content.readline()
 
 
 def row_groups(path: Path) -> list[tuple[int, int]]:
@@ -57,16 +71,16 @@ def row_groups(path: Path) -> list[tuple[int, int]]:
     return groups
 
 
-def parquet_rows(path: Path, group: int, columns: list[str]) -> Iterator[list[Any]]:
-    """The columns' values in each row of a row group; text comes as bytes, which may be broken."""
+def parquet_tables(path: Path, group: int, columns: list[str]) -> "Iterator[pa.Table]":
+    """The columns of a row group, some rows at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             _require(columns, file.schema_arrow.names, str(path))
-            batches = file.iter_batches(_ROWS, row_groups=[group], columns=columns)
-            yield from _rows(map(pa.Table.from_batches, ([batch] for batch in batches)), columns)
+            for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+                yield pa.Table.from_batches([batch])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot read row group {group}: {_first_line(error)}") from None
 
@@ -76,20 +90,45 @@ def hub_shards(source: str) -> tuple[int, str]:
     return _hub(source)[1:]
 
 
-def hub_rows(source: str, shard: int, columns: list[str]) -> Iterator[list[Any]]:
-    """As `parquet_rows`, of a shard of a hub data set."""
+def hub_tables(source: str, shard: int, columns: list[str]) -> "Iterator[pa.Table]":
+    """As `parquet_tables`, of a shard of a hub data set."""
     dataset, shards, _ = _hub(source)
     part = dataset.shard(num_shards=shards, index=shard)
     try:
-        tables = part.with_format("arrow").iter(batch_size=_ROWS)
-        first = next(tables, None)
-        if first is None:
-            return
-        _require(columns, first.column_names, source)
-        yield from _rows([first], columns)
-        yield from _rows(tables, columns)
+        for table in part.with_format("arrow").iter(batch_size=_ROWS):
+            _require(columns, table.column_names, source)
+            yield table.select(columns)
     except OSError as error:  # what fails between here and the hub
         raise DataError(f"{source}: {_first_line(error)}; run again to go on") from None
+
+
+def packed(table: "pa.Table") -> bytes:
+    """A table for `rows_of`, in Arrow's format: other than its pickle it holds these rows alone."""
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def rows_of(content: bytes, columns: list[str]) -> Iterator[list[Any]]:
+    """The columns' values in each row of a packed table, or of b"", which has none; text comes as
+    bytes, which may be broken."""
+    if not content:
+        return
+    import pyarrow as pa
+
+    table = pa.ipc.open_stream(content).read_all()
+    values = []
+    for name in columns:
+        column = table.column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if column.type in (pa.string(), pa.large_string(), pa.string_view()):
+            column = column.cast(pa.large_binary())  # else broken text fails a whole batch
+        values.append(column.to_pylist())
+    yield from map(list, zip(*values, strict=True))
 
 
 @lru_cache(maxsize=8)
@@ -109,21 +148,6 @@ def _hub(source: str) -> tuple[Any, int, str]:
     which = [builder.hash] if files is None else [list(map(str, files)), files.origin_metadata]
     identity = xxhash.xxh3_128_hexdigest(json.dumps(which).encode())
     return dataset, dataset.num_shards, identity
-
-
-def _rows(tables: Iterable[Any], columns: list[str]) -> Iterator[list[Any]]:
-    import pyarrow as pa
-
-    for table in tables:
-        values = []
-        for name in columns:
-            column = table.column(name)
-            if pa.types.is_dictionary(column.type):
-                column = column.cast(column.type.value_type)
-            if column.type in (pa.string(), pa.large_string(), pa.string_view()):
-                column = column.cast(pa.large_binary())  # else broken text fails a whole batch
-            values.append(column.to_pylist())
-        yield from map(list, zip(*values, strict=True))
 
 
 def _require(columns: list[str], found: list[str], source: str) -> None:

@@ -14,7 +14,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import DataError, load_tokenizer, open_shards, verify
-from data.documents import Reading, cut, find_files, read
+from data.cutting import cut
+from data.documents import Reading, read
 from data.manifest import MANIFEST, SPLITS, read_manifest
 from data.shards import (
     BLOCK_BYTES,
@@ -25,6 +26,7 @@ from data.shards import (
     content_hash,
     dtype_for,
 )
+from data.sources import find_files
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples"
 MakeShards = Callable[..., Path]
