@@ -1,7 +1,7 @@
 """Documents to shards: resumable, and the same bytes whatever the number of workers.
 
-    sources.py, cutting.py   units.py                 workers.py, documents.py   units.py
-    files → slices        →  units, what is not done → chunks tokenized  →  shards, records → manifest
+    sources.py, cutting.py   units.py              documents.py, workers.py  units.py
+    files → slices        →  units, what is to do → chunks tokenized       → shards → manifest
 
 Workers tokenize chunks of the input; the parent writes what comes back in the order of the input.
 A document is held out if its content hash lies under held_out · 2^64: the same text always falls
