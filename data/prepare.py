@@ -192,7 +192,7 @@ class _Work:
                     if options.dedup:
                         seen.add(content_hashes(out, unit))
                     continue
-                bar.title(f"tokenizing, {count_records(out)} of {count} units done")
+                bar.title(f"tokenizing, {count_records(out)}/{count} units")
                 with UnitWriter(out, unit, self.load(), options) as writer:
                     for piece, found in next(by_unit)[1]:
                         self.tally.add(len(found.lengths), found.rejects)

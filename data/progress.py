@@ -18,13 +18,16 @@ class Progress:
         )
         from rich.progress import Progress as Bar
 
+        from rich.table import Column
+
         console = Console(stderr=True)
+        whole = Column(no_wrap=True)  # a narrow terminal takes its room from the bar
         self._bar = Bar(
-            TextColumn("{task.description}"),
-            BarColumn(),
-            DownloadColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.description}", table_column=whole),
+            BarColumn(bar_width=None, table_column=Column(min_width=4, max_width=40)),
+            DownloadColumn(table_column=whole),
+            TextColumn("{task.fields[rate]}", table_column=whole),
+            TimeRemainingColumn(table_column=whole),
             console=console,
             disable=not (wanted and console.is_terminal),
         )
