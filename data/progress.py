@@ -17,7 +17,6 @@ class Progress:
             TimeRemainingColumn,
         )
         from rich.progress import Progress as Bar
-
         from rich.table import Column
 
         console = Console(stderr=True)
