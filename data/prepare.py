@@ -42,7 +42,7 @@ from data.manifest import (
 )
 from data.progress import Progress
 from data.rejects import MAX_REJECTED, Reject, Tally, write_rejects
-from data.shards import DTYPES, INDEX, content_hash, dtype_for
+from data.shards import DTYPES, INDEX, content_hashes, dtype_for
 from data.sources import find_files
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.units import (
@@ -51,9 +51,9 @@ from data.units import (
     Tokenized,
     Unit,
     UnitWriter,
-    content_hashes,
     count_records,
     finished,
+    hashes_of,
     input_bytes,
     plan,
     records,
@@ -190,7 +190,7 @@ class _Work:
             for unit in units:
                 if unit.number in done:
                     if options.dedup:
-                        seen.add(content_hashes(out, unit))
+                        seen.add(hashes_of(out, unit))
                     continue
                 bar.title(f"tokenizing, {count_records(out)}/{count} units")
                 with UnitWriter(out, unit, self.load(), options) as writer:
@@ -235,38 +235,34 @@ def _pieces(unit: Unit, reading: Reading) -> Iterator[_Piece]:
 def _tokenize(piece: _Piece, options: Options, load: Callable[[], Tokenizer]) -> Tokenized:
     """What a worker makes of a piece."""
     tokenizer = load()
-    dtype = DTYPES[dtype_for(tokenizer.vocab_size)]
-    end_of_text = np.array([tokenizer.eot], dtype)
-    pieces, lengths, hashes, rejects = [np.empty(0, dtype)], [], [], []
-    characters = 0
     taken = list(read(piece.slices, options.reading))
     for block in piece.blocks:
         taken += documents(block, options.reading)
     texts = [document.text for document in taken if isinstance(document, Document)]
     encoded = iter(tokenizer.encode_batch(texts))
+    good: list[Document] = []
+    ids: list[npt.NDArray[np.uint32]] = []
+    rejects: list[Reject] = []
     for document in taken:
         if isinstance(document, Reject):
             rejects.append(document)
-            continue
-        file, line, text = document
-        ids = next(encoded)
-        if isinstance(ids, DataError):
-            rejects.append(Reject(file, line, str(ids)))
-            continue
-        document_hash = content_hash(text)
-        if document_hash % _AUDIT_EVERY == 0 and not tokenizer.is_reference:
-            _audit(document, ids, tokenizer)
-        pieces += (end_of_text, ids.astype(dtype))
-        lengths.append(1 + len(ids))
-        hashes.append(document_hash)
-        characters += len(text)
-    return Tokenized(
-        np.concatenate(pieces),
-        np.array(lengths, np.int64),
-        np.array(hashes, np.uint64),
-        rejects,
-        characters,
-    )
+        elif isinstance(found := next(encoded), DataError):
+            rejects.append(Reject(document.file, document.line, str(found)))
+        else:
+            good.append(document)
+            ids.append(found)
+    hashes = np.array(content_hashes(document.text for document in good), np.uint64)
+    if not tokenizer.is_reference:
+        for number in np.flatnonzero(hashes % _AUDIT_EVERY == 0):
+            _audit(good[number], ids[number], tokenizer)
+    lengths = np.array([1 + len(of_one) for of_one in ids], np.int64)
+    tokens = np.empty(lengths.sum(), DTYPES[dtype_for(tokenizer.vocab_size)])
+    end = 0
+    for of_one in ids:
+        start, end = end + 1, end + 1 + len(of_one)
+        tokens[start - 1] = tokenizer.eot
+        tokens[start:end] = of_one
+    return Tokenized(tokens, lengths, hashes, rejects, sum(len(text) for _, _, text in good))
 
 
 def _audit(document: Document, ids: npt.NDArray[np.uint32], tokenizer: Tokenizer) -> None:

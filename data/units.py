@@ -225,7 +225,7 @@ def count_records(out: Path) -> int:
     return sum(1 for _ in out.glob("unit-*.json"))
 
 
-def content_hashes(out: Path, unit: Unit) -> npt.NDArray[np.uint64]:
+def hashes_of(out: Path, unit: Unit) -> npt.NDArray[np.uint64]:
     """Those of all documents in the finished unit's shards."""
     found = records(out, [unit])
     shards = [shard for record in found for split in SPLITS for shard in record.splits[split]]
