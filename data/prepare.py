@@ -21,7 +21,7 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import numpy.typing as npt
@@ -59,7 +59,7 @@ from data.units import (
     records,
     refuse_other_units,
 )
-from data.workers import in_order
+from data.workers import in_order, stopped
 
 _AUDIT_EVERY = 512  # documents, of which one is encoded by tiktoken too: some 5% of the time
 
@@ -175,20 +175,38 @@ class _Work:
         return done
 
     def do(self, units: list[Unit], done: set[int], count: int) -> None:
-        """Do the units that are not done yet, of `count` that all parts do."""
-        out, options, workers = self.out, self.options, self.workers
+        """Do the units that are not done yet, of `count` that all parts do: a worker a unit, or
+        where they are too few for that, or each depends on all before it, all workers on one."""
         todo = [unit for unit in units if unit.number not in done]
+        bar = Progress("tokenizing", sum(unit.bytes for unit in todo), self.progress)
+        with bar:
+            if len(todo) >= self.workers > 1 and not self.options.dedup:
+                self._side_by_side(todo, count, bar)
+            else:
+                self._one_by_one(units, todo, count, bar)
+
+    def _side_by_side(self, todo: list[Unit], count: int, bar: Progress) -> None:
+        do = partial(_do_unit, self.out, self.options, self.load, strict=self.tally.limit == 0)
+        with closing(in_order(do, todo, self.workers)) as results:
+            for unit, made in results:
+                self.tally.add(made.documents, made.rejects)
+                bar.advance(unit.bytes, made.characters, made.tokens)
+                bar.title(f"tokenizing, {count_records(self.out)}/{count} units")
+        self.tally.add(0, [], whole=True)
+
+    def _one_by_one(self, units: list[Unit], todo: list[Unit], count: int, bar: Progress) -> None:
+        out, options, workers = self.out, self.options, self.workers
         chunks = [chunk for unit in todo for chunk in unit.chunks]
         if not any(part.streamed for chunk in chunks for part in chunk):
             workers = max(1, min(workers, len(chunks)))  # a process takes a second to start
         pieces = (piece for unit in todo for piece in _pieces(unit, options.reading))
         tokenize = partial(_tokenize, options=options, load=self.load)
+        numbers = {unit.number for unit in todo}
         seen = Seen()
-        bar = Progress("tokenizing", sum(unit.bytes for unit in todo), self.progress)
-        with bar, closing(in_order(tokenize, pieces, workers)) as results:
+        with closing(in_order(tokenize, pieces, workers)) as results:
             by_unit = groupby(results, key=lambda result: result[0].unit)
             for unit in units:
-                if unit.number in done:
+                if unit.number not in numbers:
                     if options.dedup:
                         seen.add(hashes_of(out, unit))
                     continue
@@ -205,6 +223,35 @@ class _Work:
                     if unit is todo[-1]:
                         self.tally.add(0, [], whole=True)
                     writer.finish()
+
+
+class _Made(NamedTuple):
+    """What a worker tells of a unit that it did."""
+
+    documents: int
+    rejects: list[Reject]
+    characters: int
+    tokens: int
+
+
+def _do_unit(
+    out: Path, options: Options, load: Callable[[], Tokenizer], unit: Unit, strict: bool
+) -> _Made:
+    """A whole unit, by a worker; `strict`: up to its first reject."""
+    documents, characters, tokens = 0, 0, 0
+    tally = Tally(0.0 if strict else 1.0)
+    with UnitWriter(out, unit, load(), options) as writer:
+        for piece in _pieces(unit, options.reading):
+            if stopped():
+                raise Resumable("another unit failed")
+            found = _tokenize(piece, options, load)
+            tally.add(len(found.lengths), found.rejects)
+            writer.add(found)
+            documents += len(found.lengths)
+            characters += found.characters
+            tokens += len(found.tokens)
+        record = writer.finish()
+    return _Made(documents, record.rejected, characters, tokens)
 
 
 @dataclass(frozen=True)

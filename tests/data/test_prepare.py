@@ -55,19 +55,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 OPTIONS: dict[str, Any] = {"held_out": 0.1, "shard_tokens": 60_000, "separator": "\nChapter "}
 PREPARE = """
-import sys
+import json, signal, sys
 from data import prepare
 if __name__ == "__main__":
-    prepare([sys.argv[1]], sys.argv[2], workers=int(sys.argv[3]), part=sys.argv[4], held_out=0.1,
-            shard_tokens=60_000, separator="\\nChapter ", progress=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    prepare([sys.argv[1]], sys.argv[2], **json.loads(sys.argv[3]), progress=True)
 """
 
 
 def start_prepare(
-    script: Path, corpus: Path, out: Path, workers: int, part: str = "1/1"
+    script: Path, corpus: Path, out: Path, workers: int, part: str = "1/1", **options: Any
 ) -> subprocess.Popen[str]:
     script.write_text(PREPARE)
-    command = [sys.executable, str(script), str(corpus), str(out), str(workers), part]
+    keywords = json.dumps({**OPTIONS, "workers": workers, "part": part, **options})
+    command = [sys.executable, str(script), str(corpus), str(out), keywords]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -82,6 +83,11 @@ def running(session: int) -> list[int]:
         if int(sid) == session and state != "Z":
             found.append(int(stat.parent.name))
     return found
+
+
+def is_worker(pid: int) -> bool:
+    """Whether a process is one that a parent spawned to work for it."""
+    return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_same_bytes_for_any_workers_and_after_a_kill(corpus: Path, tmp_path: Path) -> None:
@@ -238,6 +244,38 @@ def test_a_full_disk(
     assert content(out) == undisturbed
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert list(out.glob(".*")) == []
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_worker_that_is_killed_and_an_interrupt(
+    corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path, separate: bool
+) -> None:
+    """Each worker at its own unit, or all at one: an end in one line, in time; then a rerun."""
+    options = {**OPTIONS, "shard_tokens": 60_000 if separate else 10**7}
+    source = tmp_path / "a.jsonl"
+    if separate:
+        source = corpus
+    else:
+        json_lines(source, [f.read_text() * 4 for f in corpus.iterdir()])
+    for what in ("kill", "interrupt"):
+        out = tmp_path / what
+        process = start_prepare(tmp_path / "run.py", source, out, 2, **options)
+        while not list(out.glob(".tmp-train*")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.001)
+        if what == "kill":
+            workers = [pid for pid in running(process.pid) if is_worker(pid)]
+            os.kill(workers[0], signal.SIGKILL)
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+        last = errors.strip().splitlines()[-1]
+        assert ("a worker was killed" if what == "kill" else "KeyboardInterrupt") in last
+        prepare([source], out, **options)
+        if separate:
+            assert content(out) == undisturbed
+        else:
+            assert verify(out) == []
 
 
 def test_one_worker_leaves_what_two_leave(tmp_path: Path) -> None:
