@@ -15,6 +15,7 @@ interrupt, a full disk or too many rejected documents leave the finished units f
 import errno
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -160,6 +161,7 @@ class _Work:
     workers: int
     tally: Tally
     progress: bool
+    _tell_after: float = 0.0
 
     def finished(self, units: list[Unit]) -> set[int]:
         """The numbers of the units that need not be done; counts their documents."""
@@ -186,13 +188,21 @@ class _Work:
             else:
                 self._one_by_one(units, todo, count, bar)
 
+    def _tell(self, bar: Progress, count: int) -> None:
+        """How many units all parts have finished; seldom, for it takes long where they are many."""
+        start = time.monotonic()
+        if self.progress and start >= self._tell_after:
+            bar.title(f"tokenizing, {count_records(self.out)}/{count} units")
+            now = time.monotonic()
+            self._tell_after = now + max(1, 100 * (now - start))
+
     def _side_by_side(self, todo: list[Unit], count: int, bar: Progress) -> None:
         do = partial(_do_unit, self.out, self.options, self.load, strict=self.tally.limit == 0)
         with closing(in_order(do, todo, self.workers)) as results:
             for unit, made in results:
                 self.tally.add(made.documents, made.rejects)
                 bar.advance(unit.bytes, made.characters, made.tokens)
-                bar.title(f"tokenizing, {count_records(self.out)}/{count} units")
+                self._tell(bar, count)
         self.tally.add(0, [], whole=True)
 
     def _one_by_one(self, units: list[Unit], todo: list[Unit], count: int, bar: Progress) -> None:
@@ -211,7 +221,7 @@ class _Work:
                     if options.dedup:
                         seen.add(hashes_of(out, unit))
                     continue
-                bar.title(f"tokenizing, {count_records(out)}/{count} units")
+                self._tell(bar, count)
                 with UnitWriter(out, unit, self.load(), options) as writer:
                     for piece, found in next(by_unit)[1]:
                         self.tally.add(len(found.lengths), found.rejects)
