@@ -14,18 +14,20 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+from data.cutting import NOTES
 from data.errors import DataError, Resumable
 from data.files import TEMPORARY, lock
 from data.manifest import MANIFEST
 from data.rejects import REJECTED
-from data.units import Unit, files_of, refuse_strangers
+from data.units import Unit, count_records, files_of, refuse_strangers
 
 _PART_LOCK = re.compile(r"\.tmp-part-(\d+)-of-(\d+)")
+_PART_FILE = re.compile(r"\.tmp-(?:part|cuts)-\d+-of-\d+")
 
 
 @dataclass(frozen=True)
 class Part:
-    """Part `number` (from 1) of `count`: of N units, number - 1, number - 1 + count, …"""
+    """Part `number` (from 1) of `count`."""
 
     number: int = 1
     count: int = 1
@@ -45,6 +47,10 @@ class Part:
             raise DataError(f"part is {text!r}; it is i/n with 1 ≤ i ≤ n, e.g. 2/8")
         return cls(int(match[1]), int(match[2]))
 
+    def of(self, units: list[Unit]) -> list[Unit]:
+        """Its share: every `count`-th."""
+        return units[self.number - 1 :: self.count]
+
 
 def part_of_environment() -> str | None:
     """The part of this process as prepare's "i/n": by its task of a Slurm array, or RANK of
@@ -60,12 +66,13 @@ def part_of_environment() -> str | None:
 
 
 @contextmanager
-def claim(out: Path, units: list[Unit], part: Part) -> Iterator[list[Unit]]:
-    """Hold this part of `out`, made if missing: yields the units of the part.
+def claim(out: Path, part: Part) -> Iterator[None]:
+    """Hold this part of `out`, made if missing.
 
-    On DataError, what this run put there goes with the folders made for it, unless it is a
-    Resumable; temporary files of these units go in any case. Raises DataError if `out` cannot be
-    written, holds what no unit writes, or is held by another process.
+    On DataError, unless it is a Resumable and units are finished, what was noted there goes with
+    the folders made for it.
+    Raises DataError if `out` cannot be written, holds what no unit writes, or is held by another
+    process.
     """
     missing = [folder for folder in (out, *out.parents) if not folder.exists()]
     try:
@@ -75,30 +82,45 @@ def claim(out: Path, units: list[Unit], part: Part) -> Iterator[list[Unit]]:
     except OSError as error:
         _remove_folders(missing)
         raise DataError(f"{out}: cannot write there: {error.strerror}") from None
-    mine = units[part.number - 1 :: part.count]
     with ExitStack() as stack:
+        stack.callback(_remove_folders, missing)
         _hold(out, part, stack)
+        if part.count == 1:  # nobody else's
+            stack.callback(_remove_temporaries, out)
         names = {MANIFEST, REJECTED}
-        others = {path.name for path in out.iterdir() if _PART_LOCK.fullmatch(path.name)}
-        allowed = names | others | {TEMPORARY + name for name in names}
-        refuse_strangers(out, units, allowed)
-        before = files_of(out, mine)
+        others = {path.name for path in out.iterdir() if _PART_FILE.fullmatch(path.name)}
+        refuse_strangers(out, names | others | {TEMPORARY + name for name in names})
         try:
-            yield mine
-        except Resumable:
+            yield
+        except DataError as error:
+            if not (isinstance(error, Resumable) and count_records(out)):
+                forget(out)
             raise
-        except DataError:
-            for path in files_of(out, mine) - before:
+
+
+@contextmanager
+def writing(out: Path, mine: list[Unit]) -> Iterator[None]:
+    """On DataError, unless it is a Resumable, the files that these units' work has left since then
+    go, and temporary ones of theirs in any case."""
+    before = files_of(out, mine)
+    try:
+        yield
+    except Resumable:
+        raise
+    except DataError:
+        for path in files_of(out, mine) - before:
+            path.unlink()
+        raise
+    finally:
+        for path in files_of(out, mine):
+            if path.name.startswith(TEMPORARY):
                 path.unlink()
-            raise
-        finally:
-            for path in files_of(out, mine):
-                if path.name.startswith(TEMPORARY):
-                    path.unlink()
-            if part.count == 1:
-                for path in out.glob(f"{TEMPORARY}*"):
-                    path.unlink()
-            _remove_folders(missing)
+
+
+def forget(out: Path) -> None:
+    """Remove the notes of all parts. Who still wants them cuts again."""
+    for path in out.glob(f"{NOTES}*"):
+        path.unlink(missing_ok=True)
 
 
 @contextmanager
@@ -127,6 +149,12 @@ def _hold(out: Path, part: Part, stack: ExitStack) -> None:
     stack.callback(os.close, mine)
     lock(mine, fcntl.LOCK_EX, out, f"prepare with part {part}")
     stack.callback(path.unlink)
+
+
+def _remove_temporaries(out: Path) -> None:
+    for path in out.glob(f"{TEMPORARY}*"):
+        if not path.name.startswith(NOTES):
+            path.unlink()
 
 
 def _remove_folders(folders: list[Path]) -> None:

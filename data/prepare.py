@@ -1,11 +1,12 @@
 """Documents to shards: resumable, and the same bytes whatever the number of workers.
 
-    documents.py        units.py                 workers.py            units.py
-    files → slices  →  units, what is not done →  chunks tokenized  →  shards, records → manifest
+    sources.py, cutting.py   units.py              documents.py, workers.py  units.py
+    files → slices        →  units, what is to do → chunks tokenized       → shards → manifest
 
-Workers tokenize chunks of the input; the parent writes what comes back in the order of the input.
-A document is held out if its content hash lies under held_out · 2^64: the same text always falls
-on the same side, whatever else is in the corpus, so exact duplicates cannot cross.
+Where units are many each worker does whole ones; else workers tokenize chunks, and the parent
+writes what comes back in the order of the input. A document is held out if its content hash lies
+under held_out · 2^64: the same text always falls on the same side, whatever else is in the corpus,
+so exact duplicates cannot cross.
 
 Input or options that turn out to be bad take with them whatever this run has written; a crash, an
 interrupt, a full disk or too many rejected documents leave the finished units for the next run.
@@ -14,6 +15,7 @@ interrupt, a full disk or too many rejected documents leave the finished units f
 import errno
 import math
 import os
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
@@ -21,13 +23,15 @@ from dataclasses import asdict, dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from data.claim import Part, claim, publishing
+from data.claim import Part, claim, forget, publishing, writing
+from data.cutting import SLICE_BYTES, Slice, cut_all
 from data.dedup import Seen
-from data.documents import SLICE_BYTES, Document, Reading, Slice, cut, find_files, read
+from data.documents import Block, Document, Reading, blocks, documents, read
 from data.errors import DataError, Resumable
 from data.manifest import (
     FORMAT,
@@ -40,22 +44,24 @@ from data.manifest import (
 )
 from data.progress import Progress
 from data.rejects import MAX_REJECTED, Reject, Tally, write_rejects
-from data.shards import DTYPES, INDEX, content_hash, dtype_for
+from data.shards import DTYPES, INDEX, content_hashes, dtype_for
+from data.sources import find_files
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.units import (
     Options,
-    Record,
     Shards,
     Tokenized,
     Unit,
     UnitWriter,
-    chunk_bytes,
-    content_hashes,
+    count_records,
     finished,
+    hashes_of,
+    input_bytes,
     plan,
-    read_record,
+    records,
+    refuse_other_units,
 )
-from data.workers import in_order
+from data.workers import in_order, stopped
 
 _AUDIT_EVERY = 512  # documents, of which one is encoded by tiktoken too: some 5% of the time
 
@@ -126,156 +132,233 @@ def prepare(
     for file in files:
         if conditions and file.kind == "text":
             raise DataError(f"{file.path}: where chooses among rows, but this file is plain text")
-    with ThreadPoolExecutor(workers) as pool:  # reading and hashing let go of Python's lock
-        cuts = list(pool.map(partial(cut, separator=separator), files))
-    slices = [part for of_file, _ in cuts for part in of_file]
-    rows = [row for _, row in cuts]
-    if not slices:
-        raise DataError(f"the corpus is empty: {len(rows)} file(s), 0 bytes; name some text")
-    units = plan(slices, options, tokenizer)
-    with claim(out, units, share) as mine, _disk_full(out):
-        _do_units(mine, out, options, load, workers, Tally(max_rejected), progress)
-        records = [record for unit in units if (record := read_record(out, unit))]
-        if len(records) < len(units):
-            return None
-        with publishing(out, units):
-            _publish(out, records, options, tokenizer, rows, max_rejected)
+    with claim(out, share), _disk_full(out):
+        cuts = cut_all(files, separator, out, (share.number, share.count), workers, progress)
+        slices = [part for of_file in cuts for part in of_file.slices]
+        if not slices:
+            raise DataError(f"the corpus is empty: {len(files)} file(s), 0 bytes; name some text")
+        units = plan(slices, options, tokenizer)
+        refuse_other_units(out, units)
+        mine = share.of(units)
+        with writing(out, mine):
+            work = _Work(out, options, load, workers, Tally(max_rejected), progress)
+            work.do(mine, work.finished(mine), len(units))
+            if sum(1 for _ in records(out, units)) < len(units):
+                return None
+            with publishing(out, units):
+                _publish(out, units, options, tokenizer, [row for _, row in cuts], max_rejected)
+                forget(out)
     return read_manifest(out)
 
 
-def _do_units(
-    units: list[Unit],
-    out: Path,
-    options: Options,
-    load: Callable[[], Tokenizer],
-    workers: int,
-    tally: Tally,
-    progress: bool,
-) -> None:
-    done: dict[int, Record] = {}
-    for unit in units:
-        if record := finished(out, unit):
-            done[unit.number] = record
-            tally.add(record.documents() + record.duplicates, record.rejected)
-    todo = [unit for unit in units if unit.number not in done]
-    chunks = [chunk for unit in todo for chunk in unit.chunks]
-    total = sum(map(chunk_bytes, chunks))
-    if not any(part.streamed for chunk in chunks for part in chunk):
-        workers = max(1, min(workers, len(chunks)))  # a process takes a second to start
-    pieces = (piece for unit in todo for piece in _pieces(unit, options.reading))
-    tokenize = partial(_tokenize, options=options, load=load)
-    seen = Seen()
-    with Progress(total, progress) as bar, closing(in_order(tokenize, pieces, workers)) as results:
-        by_unit = groupby(results, key=lambda result: result[0].unit)
-        for unit in units:
-            if unit.number in done:
-                if options.dedup:
-                    seen.add(content_hashes(out, done[unit.number]))
-                continue
-            with UnitWriter(out, unit, load(), options) as writer:
-                for piece, found in next(by_unit)[1]:
-                    tally.add(len(found.lengths), found.rejects)
+@dataclass
+class _Work:
+    """What units are done with."""
+
+    out: Path
+    options: Options
+    load: Callable[[], Tokenizer]
+    workers: int
+    tally: Tally
+    progress: bool
+    _tell_after: float = 0.0
+
+    def finished(self, units: list[Unit]) -> set[int]:
+        """The numbers of the units that need not be done; counts their documents."""
+        begun = [unit for unit in units if unit.record(self.out).exists()]
+        done: set[int] = set()
+        bar = Progress("checking", sum(unit.bytes for unit in begun), self.progress)
+        with bar, ThreadPoolExecutor(self.workers) as pool:  # hashing lets go of Python's lock
+            records = pool.map(partial(finished, self.out), begun)
+            for unit, record in zip(begun, records, strict=True):
+                if record is not None:
+                    done.add(unit.number)
+                    self.tally.add(record.documents() + record.duplicates, record.rejected)
+                bar.advance(unit.bytes)
+        return done
+
+    def do(self, units: list[Unit], done: set[int], count: int) -> None:
+        """Do the units that are not done yet, of `count` that all parts do: a worker a unit, or
+        where they are too few for that, or each depends on all before it, all workers on one."""
+        todo = [unit for unit in units if unit.number not in done]
+        bar = Progress("tokenizing", sum(unit.bytes for unit in todo), self.progress)
+        with bar:
+            if len(todo) >= self.workers > 1 and not self.options.dedup:
+                self._side_by_side(todo, count, bar)
+            else:
+                self._one_by_one(units, todo, count, bar)
+
+    def _tell(self, bar: Progress, count: int) -> None:
+        """How many units all parts have finished; seldom, for it takes long where they are many."""
+        start = time.monotonic()
+        if self.progress and start >= self._tell_after:
+            bar.title(f"tokenizing, {count_records(self.out)}/{count} units")
+            now = time.monotonic()
+            self._tell_after = now + max(1, 100 * (now - start))
+
+    def _side_by_side(self, todo: list[Unit], count: int, bar: Progress) -> None:
+        do = partial(_do_unit, self.out, self.options, self.load, strict=self.tally.limit == 0)
+        with closing(in_order(do, todo, self.workers)) as results:
+            for unit, made in results:
+                self.tally.add(made.documents, made.rejects)
+                bar.advance(unit.bytes, made.characters, made.tokens)
+                self._tell(bar, count)
+        self.tally.add(0, [], whole=True)
+
+    def _one_by_one(self, units: list[Unit], todo: list[Unit], count: int, bar: Progress) -> None:
+        out, options, workers = self.out, self.options, self.workers
+        chunks = [chunk for unit in todo for chunk in unit.chunks]
+        if not any(part.streamed for chunk in chunks for part in chunk):
+            workers = max(1, min(workers, len(chunks)))  # a process takes a second to start
+        pieces = (piece for unit in todo for piece in _pieces(unit, options.reading))
+        tokenize = partial(_tokenize, options=options, load=self.load)
+        numbers = {unit.number for unit in todo}
+        seen = Seen()
+        with closing(in_order(tokenize, pieces, workers)) as results:
+            by_unit = groupby(results, key=lambda result: result[0].unit)
+            for unit in units:
+                if unit.number not in numbers:
                     if options.dedup:
-                        is_new = seen.add(found.hashes)
-                        writer.leave_out(int((~is_new).sum()))
-                        found = found.only(is_new)
-                    writer.add(found)
-                    bar.advance(piece.bytes, found.characters, len(found.tokens))
-                if unit is todo[-1]:
-                    tally.add(0, [], whole=True)
-                writer.finish()
+                        seen.add(hashes_of(out, unit))
+                    continue
+                self._tell(bar, count)
+                with UnitWriter(out, unit, self.load(), options) as writer:
+                    for piece, found in next(by_unit)[1]:
+                        self.tally.add(len(found.lengths), found.rejects)
+                        if options.dedup:
+                            is_new = seen.add(found.hashes)
+                            writer.leave_out(int((~is_new).sum()))
+                            found = found.only(is_new)
+                        writer.add(found)
+                        bar.advance(piece.bytes, found.characters, len(found.tokens))
+                    if unit is todo[-1]:
+                        self.tally.add(0, [], whole=True)
+                    writer.finish()
+
+
+class _Made(NamedTuple):
+    """What a worker tells of a unit that it did."""
+
+    documents: int
+    rejects: list[Reject]
+    characters: int
+    tokens: int
+
+
+def _do_unit(
+    out: Path, options: Options, load: Callable[[], Tokenizer], unit: Unit, strict: bool
+) -> _Made:
+    """A whole unit, by a worker; `strict`: up to its first reject."""
+    documents, characters, tokens = 0, 0, 0
+    tally = Tally(0.0 if strict else 1.0)
+    with UnitWriter(out, unit, load(), options) as writer:
+        for piece in _pieces(unit, options.reading):
+            if stopped():
+                raise Resumable("another unit failed")
+            found = _tokenize(piece, options, load)
+            tally.add(len(found.lengths), found.rejects)
+            writer.add(found)
+            documents += len(found.lengths)
+            characters += found.characters
+            tokens += len(found.tokens)
+        record = writer.finish()
+    return _Made(documents, record.rejected, characters, tokens)
 
 
 @dataclass(frozen=True)
 class _Piece:
-    """What a worker does at a time: it reads the slices itself, or gets the documents of streamed
-    ones. `bytes` of the input are done with it; `unit` is the unit's number."""
+    """What a worker does at a time: it reads the slices itself, or gets blocks of streamed ones.
+    `bytes` of the input are done with it; `unit` is the unit's number."""
 
     unit: int
     bytes: int
     slices: list[Slice]
-    documents: list[Document | Reject] | None = None
+    blocks: list[Block]
 
 
 def _pieces(unit: Unit, reading: Reading) -> Iterator[_Piece]:
     for chunk in unit.chunks:
         if not any(part.streamed for part in chunk):
-            yield _Piece(unit.number, chunk_bytes(chunk), chunk)
+            yield _Piece(unit.number, input_bytes(chunk), chunk, [])
             continue
-        block: list[Document | Reject] = []
-        filled = 0
-        for document in read(chunk, reading):
-            block.append(document)
-            filled += len(document.text) if isinstance(document, Document) else 0
-            if filled >= SLICE_BYTES:
-                yield _Piece(unit.number, 0, [], block)
-                block, filled = [], 0
-        yield _Piece(unit.number, chunk_bytes(chunk), [], block)
+        found: list[Block] = []
+        for block in (block for part in chunk for block in blocks(part, reading)):
+            found.append(block)
+            if sum(len(block.content) for block in found) >= SLICE_BYTES:
+                yield _Piece(unit.number, sum(block.bytes for block in found), [], found)
+                found = []
+        yield _Piece(unit.number, sum(block.bytes for block in found), [], found)
 
 
 def _tokenize(piece: _Piece, options: Options, load: Callable[[], Tokenizer]) -> Tokenized:
     """What a worker makes of a piece."""
     tokenizer = load()
-    dtype = DTYPES[dtype_for(tokenizer.vocab_size)]
-    end_of_text = np.array([tokenizer.eot], dtype)
-    pieces, lengths, hashes, rejects = [np.empty(0, dtype)], [], [], []
-    characters = 0
-    documents = piece.documents
-    if documents is None:
-        documents = list(read(piece.slices, options.reading))
-    texts = [document.text for document in documents if isinstance(document, Document)]
+    taken = list(read(piece.slices, options.reading))
+    for block in piece.blocks:
+        taken += documents(block, options.reading)
+    texts = [document.text for document in taken if isinstance(document, Document)]
     encoded = iter(tokenizer.encode_batch(texts))
-    for document in documents:
+    good: list[Document] = []
+    ids: list[npt.NDArray[np.uint32]] = []
+    rejects: list[Reject] = []
+    for document in taken:
         if isinstance(document, Reject):
             rejects.append(document)
-            continue
-        file, line, text = document
-        ids = next(encoded)
-        if isinstance(ids, DataError):
-            rejects.append(Reject(file, line, str(ids)))
-            continue
-        document_hash = content_hash(text)
-        if document_hash % _AUDIT_EVERY == 0 and not np.array_equal(ids, tokenizer.reference(text)):
-            raise DataError(
-                f"{file}:{line}: {tokenizer.engine} gives other ids than tiktoken; use the engine "
-                "tiktoken, and report the document"
-            )
-        pieces += (end_of_text, ids.astype(dtype))
-        lengths.append(1 + len(ids))
-        hashes.append(document_hash)
-        characters += len(text)
-    return Tokenized(
-        np.concatenate(pieces),
-        np.array(lengths, np.int64),
-        np.array(hashes, np.uint64),
-        rejects,
-        characters,
-    )
+        elif isinstance(found := next(encoded), DataError):
+            rejects.append(Reject(document.file, document.line, str(found)))
+        else:
+            good.append(document)
+            ids.append(found)
+    hashes = np.array(content_hashes(document.text for document in good), np.uint64)
+    if not tokenizer.is_reference:
+        for number in np.flatnonzero(hashes % _AUDIT_EVERY == 0):
+            _audit(good[number], ids[number], tokenizer)
+    lengths = np.array([1 + len(of_one) for of_one in ids], np.int64)
+    tokens = np.empty(lengths.sum(), DTYPES[dtype_for(tokenizer.vocab_size)])
+    end = 0
+    for of_one in ids:
+        start, end = end + 1, end + 1 + len(of_one)
+        tokens[start - 1] = tokenizer.eot
+        tokens[start:end] = of_one
+    return Tokenized(tokens, lengths, hashes, rejects, sum(len(text) for _, _, text in good))
+
+
+def _audit(document: Document, ids: npt.NDArray[np.uint32], tokenizer: Tokenizer) -> None:
+    if not np.array_equal(ids, tokenizer.reference(document.text)):
+        raise DataError(
+            f"{document.file}:{document.line}: {tokenizer.engine} gives other ids than tiktoken; "
+            "use the engine tiktoken, and report the document"
+        )
 
 
 def _publish(
     out: Path,
-    records: list[Record],
+    units: list[Unit],
     options: Options,
     tokenizer: Tokenizer,
     rows: list[dict[str, Any]],
     max_rejected: float,
 ) -> None:
-    splits = {s: [shard for record in records for shard in record.splits[s]] for s in SPLITS}
-    rejected = [reject for record in records for reject in record.rejected]
-    duplicates = sum(record.duplicates for record in records)
-    documents = duplicates + sum(record.documents() for record in records)
-    Tally(max_rejected).add(documents, rejected, whole=True)
+    splits: Shards = {split: [] for split in SPLITS}
+    engines: set[str] = set()
+    tally, duplicates = Tally(max_rejected), 0
+    for record in records(out, units):
+        for split in SPLITS:
+            splits[split] += record.splits[split]
+        engines.add(record.engine)
+        duplicates += record.duplicates
+        tally.add(record.documents() + record.duplicates, record.rejected)
+    tally.add(0, [], whole=True)
     _refuse_empty(splits, out, options)
-    write_rejects(out, rejected)
+    rejected = (reject for record in records(out, units) for reject in record.rejected)
     manifest = {
         "format": FORMAT,
-        "tokenizer": {**tokenizer.identity(), "engines": sorted({r.engine for r in records})},
+        "tokenizer": {**tokenizer.identity(), "engines": sorted(engines)},
         "dtype": dtype_for(tokenizer.vocab_size),
         "eot": {"id": tokenizer.eot, "position": "before each document"},
         "options": asdict(options),
         "sources": rows,
-        "rejected": len(rejected),
+        "rejected": write_rejects(out, rejected),
         "duplicates": duplicates,
         "splits": shards_to_json(splits),
     }

@@ -1,13 +1,14 @@
-"""The progress bar of `prepare`, over all its workers: input done, MB/s of text, tokens/s and time
-left, on a terminal's stderr."""
+"""The progress bar of long work over bytes: what is done, MB/s, tokens/s and time left, on a
+terminal's stderr."""
 
 from types import TracebackType
 
 
 class Progress:
-    """A context manager; draws nothing unless `wanted` and stderr is a terminal."""
+    """A context manager; draws nothing unless `wanted` and stderr is a terminal. Threads may share
+    it."""
 
-    def __init__(self, total_bytes: int, wanted: bool) -> None:
+    def __init__(self, title: str, total_bytes: int, wanted: bool) -> None:
         from rich.console import Console
         from rich.progress import (
             BarColumn,
@@ -16,19 +17,21 @@ class Progress:
             TimeRemainingColumn,
         )
         from rich.progress import Progress as Bar
+        from rich.table import Column
 
         console = Console(stderr=True)
+        whole = Column(no_wrap=True)  # a narrow terminal takes its room from the bar
         self._bar = Bar(
-            TextColumn("tokenizing"),
-            BarColumn(),
-            DownloadColumn(),
-            TextColumn("{task.fields[rate]}"),
-            TimeRemainingColumn(),
+            TextColumn("{task.description}", table_column=whole),
+            BarColumn(bar_width=None, table_column=Column(min_width=4, max_width=40)),
+            DownloadColumn(table_column=whole),
+            TextColumn("{task.fields[rate]}", table_column=whole),
+            TimeRemainingColumn(table_column=whole),
             console=console,
             disable=not (wanted and console.is_terminal),
         )
-        self._task = self._bar.add_task("tokenizing", total=total_bytes, rate="")
-        self._tokens = self._characters = 0
+        self._task = self._bar.add_task(title, total=total_bytes, rate="")
+        self._characters = self._tokens = 0
 
     def __enter__(self) -> "Progress":
         self._bar.start()
@@ -42,13 +45,19 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
-    def advance(self, n_bytes: int, characters: int, tokens: int) -> None:
-        """Count bytes of the input as done; characters and tokens are of the text in them."""
-        self._characters += characters
+    def title(self, text: str) -> None:
+        """What stands before the bar from now on."""
+        self._bar.update(self._task, description=text)
+
+    def advance(self, n_bytes: int, characters: int | None = None, tokens: int = 0) -> None:
+        """Count bytes of the input as done. The rate is that of the text in them: its characters,
+        if they are others, and its tokens, if it was tokenized."""
+        self._characters += n_bytes if characters is None else characters
         self._tokens += tokens
         seconds = self._bar.tasks[0].elapsed
         rate = ""
         if seconds:
-            mega = (n / seconds / 1e6 for n in (self._characters, self._tokens))
-            rate = "{:.1f} MB/s, {:.2f}M tokens/s".format(*mega)
+            rate = f"{self._characters / seconds / 1e6:.1f} MB/s"
+            if self._tokens:
+                rate += f", {self._tokens / seconds / 1e6:.2f}M tokens/s"
         self._bar.update(self._task, advance=n_bytes, rate=rate)

@@ -9,7 +9,9 @@ import os
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -19,6 +21,7 @@ import numpy.typing as npt
 
 from data.errors import DataError
 from data.manifest import SPLITS, Manifest, read_manifest
+from data.progress import Progress
 from data.remote import local_folder
 from data.shards import BLOCK_BYTES, DTYPES, HEADER_BYTES, INDEX, ShardEntry, Vocabulary, file_entry
 from data.shards import header as shard_header
@@ -207,10 +210,18 @@ def damages(folder: Path, shard: ShardEntry) -> list[str]:
     return found
 
 
-def verify(folder: str | Path) -> list[str]:
+def verify(folder: str | Path, progress: bool = False) -> list[str]:
     """Check every hash of a folder of shards: one line, naming file and block, for each damage; an
-    empty list if all is whole. Raises DataError if the manifest itself is missing or damaged."""
+    empty list if all is whole. `progress` draws it on stderr, if that is a terminal. Raises
+    DataError if the manifest itself is missing or damaged."""
     folder = local_folder(folder)
     manifest = read_manifest(folder)
     shards = [shard for split in SPLITS for shard in manifest.splits[split]]
-    return [damage for shard in shards for damage in damages(folder, shard)]
+    sizes = [shard.bin.bytes + shard.idx.bytes for shard in shards]
+    found: list[str] = []
+    bar = Progress("verifying", sum(sizes), progress)
+    with bar, ThreadPoolExecutor() as pool:  # hashing lets go of Python's lock
+        for size, of_one in zip(sizes, pool.map(partial(damages, folder), shards), strict=True):
+            found += of_one
+            bar.advance(size)
+    return found

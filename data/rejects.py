@@ -6,7 +6,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from data.errors import DataError, Resumable
-from data.files import publish_text
+from data.files import publish, temporary
 
 REJECTED = "rejected.jsonl"
 MAX_REJECTED = 0.01
@@ -30,7 +30,7 @@ class Tally:
     def __init__(self, limit: float) -> None:
         if not 0 <= limit <= 1:
             raise DataError(f"max_rejected is {limit}; it is a fraction: 0 ≤ max_rejected ≤ 1")
-        self._limit = limit
+        self.limit = limit
         self._documents = self._rejected = 0
         self._first: Reject | None = None
 
@@ -41,21 +41,26 @@ class Tally:
         self._rejected += len(rejects)
         if self._first is None and rejects:
             self._first = rejects[0]
-        sure = whole or self._limit == 0 or self._documents >= _ENOUGH
-        if self._first is None or not sure or self._rejected <= self._limit * self._documents:
+        sure = whole or self.limit == 0 or self._documents >= _ENOUGH
+        if self._first is None or not sure or self._rejected <= self.limit * self._documents:
             return
         where = f"{self._first.file}:{self._first.line}: {self._first.reason}"
-        if self._limit == 0:
+        if self.limit == 0:
             raise Resumable(where)
         raise Resumable(
             f"{where}; {self._rejected:,} of {self._documents:,} documents are as broken, more "
-            f"than {self._limit:.2%}: mend them, or allow a larger fraction with max_rejected"
+            f"than {self.limit:.2%}: mend them, or allow a larger fraction with max_rejected"
         )
 
 
 def write_rejects(folder: Path, rejects: Iterable[Reject]) -> int:
     """Publish `rejected.jsonl`, {file, line, reason} a line, unless there are none; how many."""
-    lines = [json.dumps(asdict(reject)) + "\n" for reject in rejects]
-    if lines:
-        publish_text(folder / REJECTED, "".join(lines))
-    return len(lines)
+    path, count = folder / REJECTED, 0
+    with open(temporary(path), "w", encoding="utf-8") as file:
+        for count, reject in enumerate(rejects, 1):  # noqa: B007 - the last is wanted
+            file.write(json.dumps(asdict(reject)) + "\n")
+    if count:
+        publish(path)
+    else:
+        temporary(path).unlink()
+    return count

@@ -29,7 +29,9 @@ therefore always a whole file.
 
 import hashlib
 import struct
+from collections.abc import Iterable
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -49,7 +51,7 @@ DTYPES: dict[str, np.dtype[Any]] = {"uint16": np.dtype("<u2"), "uint32": np.dtyp
 _SPACES = [chr(point) for point in range(0x3001) if chr(point).isspace()]  # no others in Unicode
 _WIDE_SPACES = [space for space in _SPACES if not space.isascii()]
 _TO_SPACE = bytes(ord(" ") if chr(b).isspace() and b < 128 else b for b in range(256))
-_LONG = 2048  # characters from which on arrays are faster than words
+_AT_ONCE = 1 << 16  # characters that are hashed together: arrays of these fit in a cache
 _HEADER = struct.Struct("<iiiI8sQQIII4x32s")
 LLM_C = {2: (20240520, 1), 4: (20240801, 7)}  # magic and version by bytes a token
 _TAG = b"sprsgpt\0"
@@ -62,17 +64,41 @@ def dtype_for(vocab_size: int) -> str:
 
 def content_hash(text: str) -> int:
     """xxh3-64 of the text with every run of white space made one space and the ends stripped."""
-    if len(text) < _LONG:
-        return xxhash.xxh3_64_intdigest(" ".join(text.split()).encode())
+    return content_hashes([text])[0]
+
+
+def content_hashes(texts: Iterable[str]) -> list[int]:
+    """The `content_hash` of each text; many at a time are three times as fast as `str.split`."""
+    found: list[int] = []
+    group: list[bytes] = []
+    filled = 0
+    for text in texts:
+        group.append(_ascii_spaced(text) + b" ")  # so that none is empty
+        filled += len(text)
+        if filled >= _AT_ONCE:
+            found += _hashes(group)
+            group, filled = [], 0
+    return found + _hashes(group) if group else found
+
+
+def _ascii_spaced(text: str) -> bytes:
     if not text.isascii():
         for space in _WIDE_SPACES:
             if space in text:
                 text = text.replace(space, " ")
-    content = np.frombuffer(text.encode().translate(_TO_SPACE), np.uint8)
+    return text.encode()
+
+
+def _hashes(texts: list[bytes]) -> list[int]:
+    content = np.frombuffer(b"".join(texts).translate(_TO_SPACE), np.uint8)
+    starts = np.cumsum([0, *map(len, texts[:-1])])
     is_space = content == ord(" ")
     keep = np.ones(len(content), np.bool_)
     keep[1:] = ~(is_space[1:] & is_space[:-1])
-    return xxhash.xxh3_64_intdigest(content[keep].tobytes().strip())
+    keep[starts] = True
+    kept = content[keep].tobytes()
+    ends = np.cumsum(np.add.reduceat(keep, starts, dtype=np.int64)).tolist()
+    return [xxhash.xxh3_64_intdigest(kept[a:b].strip()) for a, b in pairwise([0, *ends])]
 
 
 @dataclass(frozen=True)

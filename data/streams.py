@@ -14,17 +14,20 @@ import copy
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import lru_cache
-from itertools import chain
 from pathlib import Path
 from textwrap import shorten
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
 from data.errors import DataError, Resumable
+
+if TYPE_CHECKING:
+    import pyarrow as pa
 
 HUB = "hf:"
 HUB_SHARD_BYTES = 400_000_000  # of one that is not a file; about a unit
@@ -36,12 +39,22 @@ def shown(value: Any) -> str:
     return value if isinstance(value, str) else json.dumps(value)
 
 
-def open_compressed(path: Path, codec: str) -> io.BufferedReader:
-    """The content of a compressed file, of one or several streams; reading raises OSError where it
-    is damaged or cut short."""
+@contextmanager
+def open_compressed(
+    path: Path, codec: str
+) -> Iterator[tuple[io.BufferedReader, Callable[[], int]]]:
+    """The content of a compressed file, of one or several streams, and a function that tells how
+    many bytes of the file are read; reading raises OSError where it is damaged or cut short."""
     import pyarrow as pa
 
-    return io.BufferedReader(pa.CompressedInputStream(pa.OSFile(str(path)), codec))
+    with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, codec) as content:
+        yield io.BufferedReader(content), file.tell
+
+
+def line_blocks(content: io.BufferedReader, size: int) -> Iterator[bytes]:
+    """The content in blocks that end where a line ends, of about `size` bytes or one line."""
+    while block := content.read(size):
+        yield block + content.readline()
 
 
 def row_groups(path: Path) -> list[tuple[int, int]]:
@@ -62,71 +75,93 @@ def row_groups(path: Path) -> list[tuple[int, int]]:
     return groups
 
 
-def parquet_rows(path: Path, group: int, columns: list[str]) -> Iterator[list[Any]]:
-    """The columns' values in each row of a row group; text comes as bytes, which may be broken."""
+def parquet_tables(path: Path, group: int, columns: list[str]) -> "Iterator[pa.Table]":
+    """The columns of a row group, some rows at a time."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         with pq.ParquetFile(path) as file:
             _require(columns, file.schema_arrow.names, str(path))
-            batches = file.iter_batches(_ROWS, row_groups=[group], columns=columns)
-            yield from _rows(map(pa.Table.from_batches, ([batch] for batch in batches)), columns)
+            for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+                yield pa.Table.from_batches([batch])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot read row group {group}: {_first_line(error)}") from None
 
 
-def hub_shards(source: str) -> list[tuple[int, str]]:
-    """Each shard of a hub data set: its bytes (HUB_SHARD_BYTES if it is no file whose size is
-    known), and a hash of its content and of how it is read: a commit that leaves both alone makes
-    no other input."""
-    builder, dataset, split, files = _hub(source)
-    defaults = vars(type(builder.config))
-    said = {key: v for key, v in vars(builder.config).items() if v != defaults.get(key)}
-    found = said.pop("data_files", {}).get(split)
-    origin = [*found, *found.origin_metadata] if found else [builder.hash, split]
-    return [
-        (file.bytes or HUB_SHARD_BYTES, _hash(builder.name, said, file.blob or [*origin, number]))
-        for number, file in enumerate(files or [_File()] * dataset.num_shards)
-    ]
+class HubShard(NamedTuple):
+    """One of a hub data set: its file, if it is one; its bytes (HUB_SHARD_BYTES if they are not
+    known); and a hash of its content and of how it is read, so that a commit which leaves both
+    alone makes no other input."""
+
+    file: str
+    bytes: int
+    hash: str
 
 
-def hub_rows(source: str, shard: int, columns: list[str]) -> Iterator[list[Any]]:
-    """As `parquet_rows`, of a shard of a hub data set; raises Resumable if it cannot be had."""
-    dataset = _narrow(source, tuple(columns))
-    tables = _received(source, dataset.shard(num_shards=dataset.num_shards, index=shard), shard)
-    first = next(tables, None)
-    if first is not None:
-        _require(columns, first.column_names, source)
-        yield from _rows(chain([first], tables), columns)
+def hub_shards(source: str) -> list[HubShard]:
+    """The shards of a hub data set; raises DataError if it cannot be opened."""
+    return _hub(source)[-1]
 
 
-def _received(source: str, dataset: Any, shard: int) -> Iterator[Any]:
-    """The tables of a shard."""
+def hub_tables(source: str, hash: str, columns: list[str]) -> "Iterator[pa.Table]":
+    """As `parquet_tables`, of the shard of a hub data set with this hash; raises Resumable if it
+    cannot be had."""
+    shards = hub_shards(source)  # of a worker's own: there may be a new commit since the cutting
+    number = next((n for n, shard in enumerate(shards) if shard.hash == hash), None)
+    if number is None:
+        raise Resumable(f"{source}: changed while it was being read; run again")
     try:
-        yield from dataset.with_format("arrow").iter(batch_size=_ROWS)
+        dataset = _narrow(source, tuple(columns))
+        part = dataset.shard(num_shards=len(shards), index=number)
+        for table in part.with_format("arrow").iter(batch_size=_ROWS):
+            _require(columns, table.column_names, source)
+            yield table.select(columns)
+    except DataError:
+        raise
     except Exception as error:  # Arrow's, zlib's, httpx's, of whoever is between here and the hub
-        builder, _, _, files = _hub(source)
-        name = files[shard].url.removeprefix(f"{builder.base_path}/") if files else f"#{shard}"
-        advice = "run the same prepare again to go on; finished units are kept"
+        advice = "run again to go on from what is finished"
         if isinstance(error, (ValueError, EOFError)):  # what came cannot be parsed
             advice = "download the files and prepare those: there, a broken line is set aside"
+        name = shards[number].file or f"shard {number}"
         raise Resumable(f"{source}: {name}: {_reason(error)}; {advice}") from None
 
 
-class _File(NamedTuple):
-    """A shard that is a file; blob: the hash of its content, if the hub told."""
+def packed(table: "pa.Table") -> bytes:
+    """A table for `rows_of`, in Arrow's format: other than its pickle it holds these rows alone."""
+    import pyarrow as pa
 
-    url: str = ""
-    bytes: int | None = None
-    blob: str | None = None
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def rows_of(content: bytes, columns: list[str]) -> Iterator[list[Any]]:
+    """The columns' values in each row of a packed table, or of b"", which has none; text comes as
+    bytes, which may be broken."""
+    if not content:
+        return
+    import pyarrow as pa
+
+    table = pa.ipc.open_stream(content).read_all()
+    values = []
+    for name in columns:
+        column = table.column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if column.type in (pa.string(), pa.large_string(), pa.string_view()):
+            column = column.cast(pa.large_binary())  # else broken text fails a whole batch
+        values.append(column.to_pylist())
+    yield from map(list, zip(*values, strict=True))
 
 
 @lru_cache(maxsize=8)
-def _hub(source: str) -> tuple[Any, Any, str, list[_File]]:
+def _hub(source: str) -> tuple[Any, Any, str, list[HubShard]]:
     """The builder of a data set, the data set, both of one revision as long as this process lives,
-    its split and its files; none if a file is not a shard."""
+    its split and its shards."""
     import datasets
+    from fsspec.core import url_to_fs
 
     name, subset, split = (*source.removeprefix(HUB).split(":"), "", "")[:3]
     if not name or source.count(":") > 3:
@@ -135,19 +170,23 @@ def _hub(source: str) -> tuple[Any, Any, str, list[_File]]:
     try:
         builder = datasets.load_dataset_builder(name, subset or None)
         dataset = builder.as_streaming_dataset(split=split)
-        files = list(map(_file, (builder.config.data_files or {}).get(split, [])))
-    except Exception as error:  # as in `_received`, and yaml's
-        raise DataError(f"{source}: {_reason(error)}") from None
-    return builder, dataset, split, files if len(files) == dataset.num_shards else []
-
-
-def _file(url: str) -> _File:
-    """A data file as the listing that `datasets` has fetched describes it."""
-    from fsspec.core import url_to_fs
-
-    files, path = url_to_fs(url)
-    info = files.info(path)
-    return _File(url, info.get("size"), info.get("blob_id"))
+        defaults = vars(type(builder.config))
+        said = {key: v for key, v in vars(builder.config).items() if v != defaults.get(key)}
+        files = said.pop("data_files", {}).get(split, [])
+        places = [url_to_fs(file) for file in files]
+        infos = [where.info(path) for where, path in places]  # the listing is fetched already
+    except Exception as error:  # as in `hub_tables`, and yaml's
+        raise Resumable(f"{source}: {_reason(error)}") from None
+    origin = [*files, *files.origin_metadata] if files else [builder.hash, split]
+    if len(files) != dataset.num_shards:  # archives, or several splits
+        files, infos = [""] * dataset.num_shards, [{}] * dataset.num_shards
+    shards = []
+    for number, (file, info) in enumerate(zip(files, infos, strict=True)):
+        what = [builder.name, said, info.get("blob_id") or [*origin, number]]
+        hash = xxhash.xxh3_128_hexdigest(json.dumps(what, default=str).encode())
+        place = file.removeprefix(f"{builder.base_path}/")
+        shards.append(HubShard(place, info.get("size") or HUB_SHARD_BYTES, hash))
+    return builder, dataset, split, shards
 
 
 @lru_cache(maxsize=8)
@@ -163,10 +202,6 @@ def _narrow(source: str, columns: tuple[str, ...]) -> Any:
     return narrow.as_streaming_dataset(split=split)
 
 
-def _hash(*values: Any) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(values, default=str).encode())
-
-
 def _reason(error: Exception) -> str:
     """What is wrong in one line, and what to do if it is a name or a right to read."""
     from datasets.exceptions import DatasetNotFoundError
@@ -177,21 +212,6 @@ def _reason(error: Exception) -> str:
     if isinstance(error, DatasetNotFoundError) or status in (401, 403):
         text += "; check the name, and set HF_TOKEN to a token that may read it if it is private"
     return text
-
-
-def _rows(tables: Iterable[Any], columns: list[str]) -> Iterator[list[Any]]:
-    import pyarrow as pa
-
-    for table in tables:
-        values = []
-        for name in columns:
-            column = table.column(name)
-            if pa.types.is_dictionary(column.type):
-                column = column.cast(column.type.value_type)
-            if column.type in (pa.string(), pa.large_string(), pa.string_view()):
-                column = column.cast(pa.large_binary())  # else broken text fails a whole batch
-            values.append(column.to_pylist())
-        yield from map(list, zip(*values, strict=True))
 
 
 def _require(columns: list[str], found: list[str], source: str) -> None:

@@ -80,6 +80,11 @@ class Tokenizer:
         if self._fast is not None:
             self.engine = f"gigatoken {version('gigatoken')}"
 
+    @property
+    def is_reference(self) -> bool:
+        """Whether the engine is tiktoken itself."""
+        return self._fast is None
+
     def _make_fast(self) -> Any:
         import gigatoken
 

@@ -4,11 +4,13 @@ import base64
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-from data.documents import cut, find_files, read
+from data.cutting import cut
+from data.documents import read
 from data.errors import DataError
 from data.files import publish, temporary
 from data.rejects import MAX_REJECTED, Reject, Tally
 from data.shards import content_hash
+from data.sources import find_files
 from data.tokenizer import PATTERNS
 from data.units import Options, held_out_below
 

@@ -18,7 +18,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from data.documents import SLICE_BYTES, Reading, Slice
+from data.cutting import SLICE_BYTES, Slice
+from data.documents import Reading
 from data.errors import DataError
 from data.manifest import (
     FORMAT,
@@ -113,6 +114,11 @@ class Unit:
     key: str
     chunks: list[list[Slice]]
 
+    @property
+    def bytes(self) -> int:
+        """Bytes of its input."""
+        return sum(map(input_bytes, self.chunks))
+
     def name(self, kind: str) -> str:
         """What this unit's files of a kind ("unit", "train", …) are called, before any part."""
         return f"{kind}-{self.number:05d}"
@@ -135,9 +141,9 @@ def plan(slices: list[Slice], options: Options, tokenizer: Tokenizer) -> list[Un
     return units
 
 
-def chunk_bytes(chunk: list[Slice]) -> int:
-    """Bytes of input in a chunk."""
-    return sum(part.end - part.start for part in chunk)
+def input_bytes(slices: Iterable[Slice]) -> int:
+    """Bytes of input in slices."""
+    return sum(part.end - part.start for part in slices)
 
 
 def _grouped(slices: Iterable[Slice], size: int) -> Iterator[list[Slice]]:
@@ -159,16 +165,19 @@ def held_out_below(fraction: float) -> int:
     return int(fraction * 2**64)
 
 
-def refuse_strangers(out: Path, units: list[Unit], allowed: set[str]) -> None:
-    """Raise DataError unless everything in `out` is allowed or a file that these units write."""
+def refuse_strangers(out: Path, allowed: set[str]) -> None:
+    """Raise DataError unless everything in `out` is allowed or has the name of some unit's file."""
+    for path in sorted(out.iterdir()):
+        if path.name not in allowed and not _NAME.fullmatch(path.name):
+            raise DataError(f"{out}: not empty: it holds {path.name!r}; choose another folder")
+
+
+def refuse_other_units(out: Path, units: list[Unit]) -> None:
+    """Raise DataError unless every unit's file in `out` is of these units."""
     ours = {(unit.number, unit.key) for unit in units}
     for path in sorted(out.iterdir()):
-        if path.name in allowed:
-            continue
         match = _NAME.fullmatch(path.name)
-        if match is None:
-            raise DataError(f"{out}: not empty: it holds {path.name!r}; choose another folder")
-        if _unit_of(match) not in ours:
+        if match and _unit_of(match) not in ours:
             raise DataError(
                 f"{out}: holds shards made from other input or options ({path.name}); choose "
                 "another folder, or delete this one to start afresh"
@@ -206,9 +215,20 @@ def read_record(out: Path, unit: Unit) -> Record | None:
     return Record(shards, rejected, fields["duplicates"], fields["engine"])
 
 
-def content_hashes(out: Path, record: Record) -> npt.NDArray[np.uint64]:
-    """Those of all documents in the unit's shards."""
-    shards = [shard for split in SPLITS for shard in record.splits[split]]
+def records(out: Path, units: Iterable[Unit]) -> Iterator[Record]:
+    """Those of the units' records that are there, one at a time: rejects may be many."""
+    return (record for unit in units if (record := read_record(out, unit)))
+
+
+def count_records(out: Path) -> int:
+    """How many units are finished, whichever part did them."""
+    return sum(1 for _ in out.glob("unit-*.json"))
+
+
+def hashes_of(out: Path, unit: Unit) -> npt.NDArray[np.uint64]:
+    """Those of all documents in the finished unit's shards."""
+    found = records(out, [unit])
+    shards = [shard for record in found for split in SPLITS for shard in record.splits[split]]
     indexes = [np.fromfile(out / f"{shard.name}.idx", INDEX)["hash"] for shard in shards]
     return np.concatenate([np.empty(0, np.uint64), *indexes])
 

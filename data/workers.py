@@ -7,19 +7,35 @@ import threading
 from collections import deque
 from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing.synchronize import Event
 from typing import TypeVar
+
+from data.errors import Resumable
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+_stop: Event | None = None  # of a worker: its parent's
+
+
+def stopped() -> bool:
+    """In a worker: whether its parent wants no more results, so that what takes long may end."""
+    return _stop is not None and _stop.is_set()
 
 
 def in_order(
     function: Callable[[Item], Result], items: Iterable[Item], workers: int
 ) -> Generator[tuple[Item, Result], None, None]:
     """(item, function(item)) for each item, in order; at most two items a worker are under way,
-    and no more are taken from `items`. What `function` raises is raised here. One worker is this
+    and no more are taken from `items`. What `function` raises is raised here, and
+    Resumable if a worker was killed. One worker is this
     process itself, with two threads: tiktoken lets go of Python's lock."""
-    pool = _pool(workers)
+    # Spawned, not forked: Arrow, tokenizers and progress bars have threads, and locks with them.
+    context = multiprocessing.get_context("spawn")
+    stop = context.Event()
+    pool: Executor = ThreadPoolExecutor(2)
+    if workers > 1:
+        pool = ProcessPoolExecutor(workers, context, _start_worker, (stop,))
     try:
         under_way: deque[tuple[Item, Future[Result]]] = deque()
         for item in items:
@@ -29,21 +45,21 @@ def in_order(
                 yield item, future.result()
         for item, future in under_way:
             yield item, future.result()
+    except BrokenProcessPool:
+        raise Resumable(
+            "a worker was killed, as the system does when memory runs out; run again with fewer "
+            "workers: what is finished is kept"
+        ) from None
     finally:
+        stop.set()
         pool.shutdown(cancel_futures=True)
 
 
-def _pool(workers: int) -> Executor:
-    if workers == 1:
-        return ThreadPoolExecutor(2)
-    # Spawned, not forked: Arrow, tokenizers and progress bars have threads, and locks with them.
-    context = multiprocessing.get_context("spawn")
-    return ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-
-
-def _start_worker() -> None:
+def _start_worker(stop: Event) -> None:
     """Leave interrupts to the parent, and do not outlive it: a worker that waits for its next item
     would never notice that the parent was killed."""
+    global _stop
+    _stop = stop
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
     def follow_parent() -> None:

@@ -175,7 +175,7 @@ def verify(folder: Path) -> None:
     """Check every hash; names the file and block of each damage, and exits 1."""
     import data
 
-    damages = data.verify(folder)
+    damages = data.verify(folder, progress=True)
     for damage in damages:
         print(damage)
     if damages:

@@ -22,6 +22,7 @@ from launch.guard import Guard
 from launch.schedule import learning_rate
 from launch.world import World
 from sparse_gpt import GPT, UltraEfficientSparseFFN
+from sparse_gpt.attention import has_flex
 from sparse_gpt.config import merge
 from sparse_gpt.width import lr_multipliers, transfer_width
 
@@ -112,17 +113,22 @@ def deepspeed_config(config: RunConfig, world_size: int) -> dict[str, Any]:
 
 
 def check_compiler(config: RunConfig) -> None:
-    """Raises ConfigError where `compile` would fail at the first step, or silently do nothing."""
-    if not config.compile:
-        return
-    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
-        raise ConfigError("compile: the environment has TORCHDYNAMO_DISABLE=1; unset it")
+    """Raises ConfigError where what is compiled would fail at the first step, or silently not be.
+
+    Blocks are with `compile`, FlexAttention always.
+    """
     cuda = torch.cuda.is_available()
+    flex = cuda and config.model.document_mask and has_flex("cuda", config.model)
+    if not config.compile and not flex:
+        return
+    key = "compile" if config.compile else "model.document_mask"
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        raise ConfigError(f"{key}: the environment has TORCHDYNAMO_DISABLE=1; unset it")
     variable, usual = ("CC", ("gcc", "clang")) if cuda else ("CXX", ("g++",))
     names = [os.environ[variable]] if variable in os.environ else usual
     if not any(map(shutil.which, names)):
         raise ConfigError(
-            f"compile: there is no compiler {' or '.join(names)}; install it, or set {variable}"
+            f"{key}: there is no compiler {' or '.join(names)}; install it, or set {variable}"
         )
 
 

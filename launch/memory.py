@@ -19,6 +19,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from launch.config import DTYPES, RunConfig
 from launch.costs import parameter_counts
 from sparse_gpt import GPT, ModelConfig, UltraEfficientSparseFFN
+from sparse_gpt.attention import has_flex
 from sparse_gpt.ffn.kernels import unsupported
 from sparse_gpt.loss import chunk_size
 from sparse_gpt.model import padded_vocabulary
@@ -170,6 +171,10 @@ def estimate(
 
     # Activations: all blocks' at the loss; then each block in turn computes its own again.
     fused = device == "cuda" and fuses(model, config.precision)
+    if has_flex(device, model):
+        # FlexAttention keeps what attention without documents does. Its lists of blocks, shared by
+        # all layers, are 1/1000 of a bool for each query and key, and are left out.
+        model = model.model_copy(update={"document_mask": False})
     kept = trace(model, config.precision, config.activation_checkpointing, fused)
     plain = trace(model, config.precision, "none", fused)
     activations = size * (kept.ends + model.n_layer * kept.block)

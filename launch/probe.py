@@ -7,7 +7,7 @@ fused FFNs have no components any more: a sampled step runs them as they are wri
 import time
 from collections import defaultdict
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -20,10 +20,9 @@ from sparse_gpt.flops import FlopReport
 class Probe:
     """Measures the components of a model's blocks, those that its FLOP report names."""
 
-    def __init__(
-        self, model: nn.Module, report: FlopReport, device: torch.device, compiled: bool = False
-    ) -> None:
-        self.device, self.compiled = device, compiled
+    def __init__(self, model: nn.Module, report: FlopReport, device: torch.device) -> None:
+        self.device = device
+        self.blocks = list(model.get_submodule("blocks").children())
         self.ffns = [m for m in model.modules() if isinstance(m, UltraEfficientSparseFFN)]
         self.components = {
             f"block_{number:02}/{name}": model.get_submodule(f"blocks.{number}.{name}")
@@ -47,15 +46,19 @@ class Probe:
             hooks.append(module.register_forward_hook(self._mark(name)))
             if hasattr(module, "sparsity"):
                 hooks.append(module.register_forward_hook(self._measure(name)))
-        # The stance sets compiled code aside and keeps it: the next step compiles nothing anew.
-        eager = torch.compiler.set_stance("force_eager") if self.compiled else nullcontext()
+        # Compiled code is set aside and kept: the next step compiles nothing anew. (The stance
+        # `force_eager` would set FlexAttention's aside too, which without it makes all scores.)
+        compiled = [block._compiled_call_impl for block in self.blocks]
+        for block in self.blocks:
+            block._compiled_call_impl = None
         backends = [ffn.backend for ffn in self.ffns]
         for ffn in self.ffns:
             ffn.backend = "eager"
         try:
-            with eager:
-                yield
+            yield
         finally:
+            for block, code in zip(self.blocks, compiled, strict=True):
+                block._compiled_call_impl = code
             for ffn, backend in zip(self.ffns, backends, strict=True):
                 ffn.backend = backend
             for hook in hooks:

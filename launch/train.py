@@ -62,7 +62,7 @@ def train(config: RunConfig) -> None:
     found = preflight(config, world, blend.hash, parameters)
     report = count_flops(model, batch=1, seq=config.model.max_seq_len)
     total_steps = config.total_steps(report.training / report.seq)
-    probe = Probe(model, report, world.device, config.compile)
+    probe = Probe(model, report, world.device)
     engine = Engine(config, model, world, total_steps)
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
 

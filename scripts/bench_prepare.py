@@ -9,7 +9,7 @@ extras `fast` and `vocab`. From JSON Lines to:
 
     plain tiktoken   a file of uint16 tokens: json.loads, encode_ordinary, one thread
     prepare          shards, held out 0, each checked by `verify`: one process, both engines; then
-                     with --workers
+                     with --workers, in shards of 10M tokens, so that there is a unit for each
     tokenizers       a file of uint16 tokens: Hugging Face's encode_batch, on its threads
     datasets.map     an Arrow file: load_dataset and map with tiktoken, one process
     gigatoken        ids in memory: encode_files, on its threads; writes nothing, so a ceiling
@@ -80,7 +80,15 @@ def plain_tiktoken(files: list[str], folder: Path) -> Iterator[bytes]:
 
 def ours(engine: str, workers: int) -> Way:
     def way(files: list[str], folder: Path) -> Iterator[bytes]:
-        manifest = prepare(files, folder / "out", held_out=0, engine=engine, workers=workers)
+        shard_tokens = 100_000_000 if workers == 1 else 10_000_000
+        manifest = prepare(
+            files,
+            folder / "out",
+            held_out=0,
+            engine=engine,
+            workers=workers,
+            shard_tokens=shard_tokens,
+        )
         assert manifest is not None
         assert verify(folder / "out") == []
         shards = [folder / "out" / f"{shard.name}.bin" for shard in manifest.splits["train"]]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from sparse_gpt.attention import CausalSelfAttention, KVCache
+from sparse_gpt.attention import CausalSelfAttention, KVCache, Mask
 from sparse_gpt.config import DenseFFNConfig, ModelConfig, SparseFFNConfig
 from sparse_gpt.ffn import DenseFFN, UltraEfficientSparseFFN
 from sparse_gpt.recompute import recomputed
@@ -26,9 +26,7 @@ class DenseBlock(nn.Module):
         self.ffn = DenseFFN(config.d_model, config.ffn, config.n_layer)
         self.recompute_ffn = False
 
-    def forward(
-        self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Mask | None = None) -> Tensor:
         """The residual stream after this block; `cache`, `mask` as in CausalSelfAttention."""
         x = x + self.attention(self.ln_1(x), cache, mask)
         h = self.ln_2(x)
@@ -50,9 +48,7 @@ class SparseBlock(nn.Module):
         self.ffn = UltraEfficientSparseFFN(config.d_model, config=config.ffn)
         self.recompute_ffn = False
 
-    def forward(
-        self, x: Tensor, cache: KVCache | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, cache: KVCache | None = None, mask: Mask | None = None) -> Tensor:
         """The residual stream after this block; `cache`, `mask` as in CausalSelfAttention."""
         x = x + self.attention(self.ln_1(x), cache, mask)
         return x + (recomputed(self.ffn, x) if self.recompute_ffn else self.ffn(x))

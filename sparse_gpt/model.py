@@ -105,7 +105,7 @@ class GPT(nn.Module):
         if documents is None:
             mask, positions = None, torch.arange(start, end, device=tokens.device)
         else:
-            mask, positions = document_mask(documents), document_positions(documents)
+            mask, positions = document_mask(documents, self.config), document_positions(documents)
         x = self.dropout(self.wte(tokens) + self.wpe(positions))
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None

@@ -9,8 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import DataError
-from data.documents import Document, Reading, SourceFile, cut, find_files, read
+from data.cutting import cut
+from data.documents import Document, Reading, read
 from data.rejects import Reject
+from data.sources import SourceFile, find_files
 
 
 def texts(
@@ -169,7 +171,8 @@ def test_reading_files_needs_no_datasets(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", "text")
     code = (
         "import sys\n"
-        "from data.documents import *\n"
+        "from data.cutting import cut\nfrom data.documents import *\n"
+        "from data.sources import find_files\n"
         f"(f,) = find_files([{str(path)!r}])\n"
         "print(next(read(cut(f, None)[0], Reading(None, 'text'))).text, 'datasets' in sys.modules)"
     )

@@ -107,7 +107,8 @@ class Commands:
             (self.folder / out / name).write_bytes(written)
 
     def content(self, out: str) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in (self.folder / out).iterdir()}
+        found = (self.folder / out).glob("[!.]*")
+        return {path.name: path.read_bytes() for path in found}
 
 
 def ended(command: "subprocess.Popen[str]", code: int = 0) -> str:
@@ -155,26 +156,45 @@ def test_shards_are_those_of_the_local_files(commands: Commands, tmp_path: Path)
         assert shards(tmp_path / out) == shards(tmp_path / "local")
 
 
-def test_a_subset_and_a_split_of_a_private_data_set(commands: Commands, tmp_path: Path) -> None:
-    card = {
-        "configs": [
-            {"config_name": "en", "data_files": "en.jsonl"},
-            {
-                "config_name": "de",
-                "data_files": [{"split": s, "path": f"de/{s}*"} for s in ("train", "test")],
-            },
-        ]
+def test_subset_split_column_and_rows_of_private_data_sets(
+    commands: Commands, tmp_path: Path
+) -> None:
+    splits = [{"split": split, "path": f"de/{split}*"} for split in ("train", "test")]
+    configs = [
+        {"config_name": "en", "data_files": "en.jsonl"},
+        {"config_name": "de", "data_files": splits},
+    ]
+    noise = np.random.default_rng(0)
+    images = [
+        {"image": noise.bytes(200_000), "lang": row["lang"], "body": row["text"]}
+        for row in ROWS[:200]
+    ]
+    langs = {
+        "README.md": f"---\n{json.dumps({'configs': configs})}\n---\n".encode(),
+        "en.jsonl": lines(ROWS[200:]),
+        "de/train.jsonl": lines(ROWS[:100]),
+        "de/test.jsonl": lines(ROWS[100:200]),
     }
-    files = {f"de/{n}.jsonl": lines(ROWS[100 * i :][:100]) for i, n in enumerate(("train", "test"))}
-    readme = f"---\n{json.dumps(card)}\n---\n".encode()
-    commands.hub.push("team/langs", {**files, "en.jsonl": lines(ROWS[200:]), "README.md": readme})
-    commands.hub.private.add("team/langs")
-    sources = ("hf:team/langs:en", "hf:team/langs:de:test")
-    running = [commands.start(s, s, "--held-out", "0.1", HF_TOKEN=TOKEN) for s in sources]
-    for command, source, rows in zip(running, sources, (ROWS[200:], ROWS[100:200]), strict=True):
+    for name, files in (("team/langs", langs), ("team/images", {"a.parquet": parquet(images)})):
+        commands.hub.push(name, files)
+        commands.hub.private.add(name)
+    column = ("--text-field", "body", "--where", "lang=en")
+    wanted = {
+        "hf:team/langs:en": ((), ROWS[200:]),
+        "hf:team/langs:de:test": ((), ROWS[100:200]),
+        "hf:team/images": (column, [row for row in ROWS[:200] if row["lang"] == "en"]),
+    }
+    running = [
+        commands.start(source, source, "--held-out", "0.1", *options, HF_TOKEN=TOKEN)
+        for source, (options, _) in wanted.items()
+    ]
+    for command, (source, (_, rows)) in zip(running, wanted.items(), strict=True):
         ended(command)
         manifest = read_manifest(tmp_path / source)
         assert sum(map(manifest.documents, SPLITS)) == sum(row["text"] != "" for row in rows)
+    # Of 40 MB, little more than what is read ahead.
+    sent = sum(end - start for file, start, end in commands.hub.sent if file == "a.parquet")
+    assert sent < 10_000_000
 
 
 def test_what_cannot_be_opened_is_one_line(commands: Commands) -> None:
@@ -215,21 +235,6 @@ def test_what_cannot_be_opened_is_one_line(commands: Commands) -> None:
     assert not (commands.folder / "never").exists()
 
 
-def test_only_the_columns_needed_are_fetched(commands: Commands, tmp_path: Path) -> None:
-    noise = np.random.default_rng(0)
-    rows = [
-        {"image": noise.bytes(200_000), "lang": row["lang"], "body": row["text"]}
-        for row in ROWS[:200]
-    ]
-    commands.hub.push("team/images", {"train.parquet": parquet(rows)})
-    commands.run(
-        "hf:team/images", "out", "--text-field", "body", "--where", "lang=en", UNITS[0], "0.1"
-    )
-    wanted = sum(row["lang"] == "en" and row["body"] != "" for row in rows)
-    assert sum(map(read_manifest(tmp_path / "out").documents, SPLITS)) == wanted
-    assert sum(end - start for _, start, end in commands.hub.sent) < 10_000_000
-
-
 def test_a_server_that_fails_for_a_while(commands: Commands, tmp_path: Path) -> None:
     wide, narrow = ([{**row, "noise": "x" * n} for row in ROWS] for n in (14_000, 9))
     commands.hub.push(
@@ -264,7 +269,7 @@ def test_a_server_that_fails_for_good_and_other_commits(
     assert last.startswith(
         f"error: hf:team/corpus: {FOURTH}: Server error '503 Service Unavailable'"
     )
-    assert last.endswith("; run the same prepare again to go on; finished units are kept")
+    assert last.endswith("; run again to go on from what is finished")
     kept = commands.content("out")
     assert kept
     assert kept.items() <= undisturbed.items()
@@ -304,3 +309,18 @@ def test_a_killed_run_is_finished_by_two_parts(
     for part in parts:
         ended(part)
     assert commands.content("out") == undisturbed
+
+
+def test_workers_that_meet_another_commit_do_not_mix(
+    commands: Commands, undisturbed: dict[str, bytes]
+) -> None:
+    asked, go_on = commands.hold(FIRST)
+    running = commands.start("hf:team/corpus", "out", *UNITS, "--workers", "2")
+    assert asked.wait(60)  # the parent has its commit, the workers are not yet started
+    commands.hub.push("team/corpus", {**CORPUS, FIFTH: CORPUS[FIRST]})
+    go_on.set()
+    stderr = ended(running, code=2)
+    assert stderr == "error: hf:team/corpus: changed while it was being read; run again\n"
+    kept = commands.content("out")
+    assert [name for name in kept if name.startswith("unit-")]
+    assert kept.items() <= undisturbed.items()

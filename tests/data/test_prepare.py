@@ -16,6 +16,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from data import DataError, open_shards, part_of_environment, prepare, verify
+from data.cutting import NOTES
 from data.dedup import Seen
 from data.manifest import SPLITS, read_manifest
 from data.progress import Progress
@@ -25,7 +26,9 @@ SAMPLES = Path(__file__).parents[2] / "data" / "samples"
 
 
 def content(folder: Path) -> dict[str, bytes]:
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """All files but the notes of an unfinished run."""
+    paths = (path for path in folder.iterdir() if not path.name.startswith(NOTES))
+    return {path.name: path.read_bytes() for path in paths}
 
 
 def hashes(folder: Path, split: str) -> list[int]:
@@ -52,19 +55,20 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 OPTIONS: dict[str, Any] = {"held_out": 0.1, "shard_tokens": 60_000, "separator": "\nChapter "}
 PREPARE = """
-import sys
+import json, signal, sys
 from data import prepare
 if __name__ == "__main__":
-    prepare([sys.argv[1]], sys.argv[2], workers=int(sys.argv[3]), part=sys.argv[4], held_out=0.1,
-            shard_tokens=60_000, separator="\\nChapter ", progress=True)
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    prepare([sys.argv[1]], sys.argv[2], **json.loads(sys.argv[3]), progress=True)
 """
 
 
 def start_prepare(
-    script: Path, corpus: Path, out: Path, workers: int, part: str = "1/1"
+    script: Path, corpus: Path, out: Path, workers: int, part: str = "1/1", **options: Any
 ) -> subprocess.Popen[str]:
     script.write_text(PREPARE)
-    command = [sys.executable, str(script), str(corpus), str(out), str(workers), part]
+    keywords = json.dumps({**OPTIONS, "workers": workers, "part": part, **options})
+    command = [sys.executable, str(script), str(corpus), str(out), keywords]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
 
 
@@ -79,6 +83,11 @@ def running(session: int) -> list[int]:
         if int(sid) == session and state != "Z":
             found.append(int(stat.parent.name))
     return found
+
+
+def is_worker(pid: int) -> bool:
+    """Whether a process is one that a parent spawned to work for it."""
+    return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
 
 
 def test_same_bytes_for_any_workers_and_after_a_kill(corpus: Path, tmp_path: Path) -> None:
@@ -189,7 +198,7 @@ def test_a_part_has_one_process(corpus: Path, tmp_path: Path, part: str) -> None
     assert process.wait(60) == 0
     process.communicate()
     assert len(list(out.glob("unit-*"))) == 8
-    assert [path.name for path in out.glob(".*")] == []
+    assert [path.name for path in out.glob(".*")] == [".tmp-cuts-1-of-2"]
 
 
 def test_parts_of_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
@@ -229,11 +238,44 @@ def test_a_full_disk(
         kept = content(out)
         assert 0 < len(kept) < len(undisturbed)
         assert kept.items() < undisturbed.items()  # whole files under their names, and no others
-    before = {path: path.stat().st_mtime_ns for path in out.iterdir()}
+    before = {path: path.stat().st_mtime_ns for path in out.glob("*-*") if path.name[0] != "."}
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     prepare([corpus], out, **OPTIONS)
     assert content(out) == undisturbed
     assert {path: path.stat().st_mtime_ns for path in before} == before
+    assert list(out.glob(".*")) == []
+
+
+@pytest.mark.parametrize("separate", [True, False])
+def test_a_worker_that_is_killed_and_an_interrupt(
+    corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path, separate: bool
+) -> None:
+    """Each worker at its own unit, or all at one: an end in one line, in time; then a rerun."""
+    options = {**OPTIONS, "shard_tokens": 60_000 if separate else 10**7}
+    source = tmp_path / "a.jsonl"
+    if separate:
+        source = corpus
+    else:
+        json_lines(source, [f.read_text() * 4 for f in corpus.iterdir()])
+    for what in ("kill", "interrupt"):
+        out = tmp_path / what
+        process = start_prepare(tmp_path / "run.py", source, out, 2, **options)
+        while not list(out.glob(".tmp-train*")):
+            assert process.poll() is None, process.communicate()
+            time.sleep(0.001)
+        if what == "kill":
+            workers = [pid for pid in running(process.pid) if is_worker(pid)]
+            os.kill(workers[0], signal.SIGKILL)
+        else:
+            os.killpg(process.pid, signal.SIGINT)
+        _, errors = process.communicate(timeout=10)
+        last = errors.strip().splitlines()[-1]
+        assert ("a worker was killed" if what == "kill" else "KeyboardInterrupt") in last
+        prepare([source], out, **options)
+        if separate:
+            assert content(out) == undisturbed
+        else:
+            assert verify(out) == []
 
 
 def test_one_worker_leaves_what_two_leave(tmp_path: Path) -> None:
@@ -247,6 +289,34 @@ def test_one_worker_leaves_what_two_leave(tmp_path: Path) -> None:
         prepare([source], tmp_path / str(workers), workers=workers)
     assert content(tmp_path / "1") == content(tmp_path / "2")
     assert read_manifest(tmp_path / "1").documents("train") > 10_000
+
+
+def test_input_is_cut_once_for_all_parts_and_runs(corpus: Path, tmp_path: Path) -> None:
+    """A later part takes the first one's notes, but for files that changed since and for a line
+    that a kill has torn; marks in the notes tell."""
+    source = Path(shutil.copytree(corpus, tmp_path / "corpus"))
+    out = tmp_path / "out"
+    assert prepare([source], out, part="1/2", **OPTIONS) is None
+    (notes,) = out.glob(f"{NOTES}*")
+    lines = [json.loads(line) for line in notes.read_text().splitlines() if line]
+    assert [line["row"]["name"] for line in lines] == [f"{i:02d}.txt" for i in range(16)]
+    for line in lines:
+        line["row"]["xxh3_128"] = "noted"
+    whole = "".join(json.dumps(line) + "\n" for line in lines)
+    notes.write_text(whole[:-100])
+    (source / "03.txt").touch()
+    manifest = prepare([source], out, part="2/2", **OPTIONS)
+    assert [row["name"] for row in manifest.sources if row["xxh3_128"] != "noted"] == [
+        "03.txt",
+        "15.txt",
+    ]
+    assert list(out.glob(".*")) == []
+
+    assert prepare([source], tmp_path / "changed", part="1/2", **OPTIONS) is None
+    (source / "00.txt").write_text("another")
+    with pytest.raises(DataError, match="changed: holds shards made from other input or options"):
+        prepare([source], tmp_path / "changed", part="2/2", **OPTIONS)
+    assert not list((tmp_path / "changed").glob(".*"))
 
 
 def test_running_again_changes_nothing_and_mends_damage(novels: Path, tmp_path: Path) -> None:
@@ -498,7 +568,7 @@ def test_progress_shows_rates(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
     monkeypatch.setenv("COLUMNS", "120")
-    with Progress(4_000_000, wanted=True) as bar:
+    with Progress("tokenizing", 4_000_000, wanted=True) as bar:
         for _ in range(2):
             time.sleep(0.1)
             bar.advance(1_000_000, 1_500_000, 500_000)
@@ -507,6 +577,12 @@ def test_progress_shows_rates(
     megabytes, tokens = map(float, rates[-1])
     assert 1 < megabytes <= 15
     assert megabytes == pytest.approx(3 * tokens, rel=0.02)
-    with Progress(1, wanted=False) as bar:
+    with Progress("reading", 4_000_000, wanted=True) as bar:
+        time.sleep(0.1)
+        bar.advance(1_000_000)
+        bar.title("read")
+    drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
+    assert re.search(r"read .* 1\.0/4\.0 MB +[0-9.]+ MB/s", drawn)
+    with Progress("", 1, wanted=False) as bar:
         bar.advance(1, 1, 1)
     assert capsys.readouterr().err == ""

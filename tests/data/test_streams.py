@@ -9,11 +9,15 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from data import DataError, prepare, verify
-from data.documents import Document, Reading, cut, find_files, read
+from data.cutting import cut
+from data.documents import Document, Reading, blocks, read
 from data.manifest import SPLITS, Manifest
 from data.rejects import Reject
+from data.sources import find_files
 
 ROWS: list[dict[str, Any]] = [
     {"text": f"document {n} é😀\r\n" * (n % 7), "lang": "en" if n % 3 else "de", "good": n % 2 == 0}
@@ -67,7 +71,8 @@ def test_every_form_gives_the_same_shards(
     corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, options: dict
 ) -> None:
     monkeypatch.chdir(corpora)
-    monkeypatch.setattr(sys.modules["data.prepare"], "SLICE_BYTES", 10_000)  # pieces of a stream
+    for reads in ("data.prepare", "data.documents"):  # blocks and pieces of a stream
+        monkeypatch.setattr(sys.modules[reads], "SLICE_BYTES", 10_000)
     options = {"held_out": 0.1, "min_chars": 40, **options}
     expected = prepare(["a.jsonl"], tmp_path / "plain", **options)
     wanted = [r for r in ROWS if len(r["text"]) >= 40]
@@ -96,6 +101,37 @@ def test_row_groups_and_hub_shards_are_slices(
     prepare(["hf:hub"], tmp_path / "2", held_out=0.1, shard_tokens=1000, workers=2)
     for path in (tmp_path / "1").iterdir():
         assert path.read_bytes() == (tmp_path / "2" / path.name).read_bytes()
+
+
+LINES = st.lists(st.sampled_from([b'{"text": "a"}', b'{"text": "long, long"}', b"{", b"", b"\xff"]))
+
+
+@settings(
+    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(LINES, st.sampled_from([b"\n", b"\r\n", b"\n\n"]), st.booleans(), st.integers(1, 60))
+def test_blocks_of_lines_are_the_lines(
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    lines: list[bytes],
+    end: bytes,
+    ended: bool,
+    size: int,
+) -> None:
+    """However short the blocks, with their numbers, the good ones and the broken; and all of the
+    file is accounted for."""
+    monkeypatch.setattr(sys.modules["data.documents"], "SLICE_BYTES", size)
+    content = end.join(lines) + end * ended
+    (tmp_path / "a.jsonl").write_bytes(content)
+    (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))
+    plain, packed = (
+        [d[1:] if isinstance(d, Document) else (d.line, d.reason) for d in found]
+        for found in map(documents, (tmp_path / "a.jsonl", tmp_path / "b.jsonl.gz"))
+    )
+    assert packed == plain
+    (file,) = find_files([tmp_path / "b.jsonl.gz"])
+    (part,) = cut(file, None).slices
+    assert sum(block.bytes for block in blocks(part, Reading(None, "text"))) == part.end
 
 
 def test_compressed_text_is_split_as_plain_text_is(tmp_path: Path) -> None:

@@ -104,6 +104,20 @@ def test_where_nothing_can_be_compiled_a_run_is_refused(
         check_compiler(load_config(run_file, ["compile=true"]))
 
 
+def test_flex_attention_needs_the_compiler_too(run_file, monkeypatch):
+    options = ["model.document_mask=true", "model.d_model=64", "model.n_head=4"]
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    check_compiler(load_config(run_file, options))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_compiler(load_config(run_file, [*options, "model.n_head=8"]))  # too narrow for it
+    with pytest.raises(ConfigError, match="document_mask: the environment has TORCHDYNAMO_DIS"):
+        check_compiler(load_config(run_file, options))
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ConfigError, match="document_mask: there is no compiler no-such-compiler"):
+        check_compiler(load_config(run_file, options))
+
+
 @pytest.mark.long
 def test_compiled_blocks_may_be_recomputed(compiling, run_file, tmp_path):
     full = ("compile=true", "activation_checkpointing=full", "model.dropout=0.1")

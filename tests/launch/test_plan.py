@@ -67,6 +67,20 @@ def test_checkpointing_and_offload_move_what_they_should():
     assert offloaded.host > estimate(config, 1, 2).optimizer
 
 
+def test_a_document_mask_is_a_square_in_each_block_but_not_for_flex_attention():
+    def added(device, *more):
+        options = ["batch.micro_batch=4", "model.n_layer=2", *more]
+        plain = load_config(CONFIG, options)
+        masked = load_config(CONFIG, [*options, "model.document_mask=true"])
+        runs = (estimate(config, 1, 1, device).activations for config in (masked, plain))
+        return next(runs) - next(runs)
+
+    squares = pytest.approx(2 * 4 * 1024**2 * 2, rel=0.01)  # torch makes it bfloat16 in each block
+    assert added("cpu") == squares
+    assert added("cuda") == 0
+    assert added("cuda", "model.n_head=96") == squares
+
+
 def test_the_micro_batch_is_the_largest_that_fits():
     config = load_config(CONFIG)
     memory = 16 * 2**30

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import yaml
@@ -235,3 +236,14 @@ def test_fused_kernels_train_as_the_eager_chain_does(run_file, tmp_path, monkeyp
         losses.append([row["train/loss"] for row in metrics(run_dir) if "train/loss" in row])
         assert any("time/block_00/ffn.polynomial" in row for row in metrics(run_dir))
     assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_disk_that_stalls_is_waited_for_and_told_of(run_file, tmp_path):
+    """Ten batches are a tenth of a second of training: reading ahead cannot hide half a second."""
+    whole, slow = tmp_path / "whole", tmp_path / "slow"
+    finish(start_ranks(run_file, f"run_dir={whole}", world_size=1))
+    script = Path(__file__).with_name("slow_disk_train.py")
+    finish(start_ranks(run_file, f"run_dir={slow}", world_size=1, script=script))
+    assert exact(metrics(slow)) == exact(metrics(whole))
+    waits = sorted(row.get("perf/data_wait_ms", 0) for row in metrics(slow))
+    assert waits[len(waits) // 2] < 100 < waits[-1]

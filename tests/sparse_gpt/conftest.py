@@ -1,10 +1,11 @@
 """The FFN options that every property of the FFN must hold for, at d_model 32."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import pytest
 import torch
+from torch.nn.attention import flex_attention
 
 from sparse_gpt import ModelConfig
 
@@ -70,3 +71,21 @@ def _wake(module: torch.nn.Module) -> torch.nn.Module:
 def wake() -> Callable[[torch.nn.Module], torch.nn.Module]:
     """Move every parameter off its initial value, so that none (such as B = 0) hides a part."""
     return _wake
+
+
+@pytest.fixture
+def flex(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Documents are masked by FlexAttention on this device, whatever it is.
+
+    On a CPU torch refuses its backward, for there is no kernel; its own reference has one.
+    """
+    monkeypatch.setattr("sparse_gpt.attention.has_flex", lambda *_: True)
+    monkeypatch.setattr(flex_attention, "_validate_device", lambda *_: None)
+
+
+@pytest.fixture
+def eager_flex(flex: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """`flex`, by torch's reference in place of compiled kernels (it warns of that)."""
+    monkeypatch.setattr(flex_attention, "_WARNINGS_SHOWN", {"flex_attention_performance"})
+    with torch.compiler.set_stance("force_eager"):
+        yield

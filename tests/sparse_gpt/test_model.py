@@ -57,8 +57,11 @@ def packed(lengths):
 @given(data=st.data())
 @pytest.mark.parametrize("what", ["none", "selective", "full"])
 @pytest.mark.parametrize("ffn", ["dense", FEEDBACK])
-def test_a_document_does_not_see_the_others(wake, ffn, what, data):
+@pytest.mark.parametrize("mask", ["dense_mask", "eager_flex"])
+def test_a_document_does_not_see_the_others(request, wake, mask, ffn, what, data):
     """Neither in its logits nor in what it learns, in any order and however many there are."""
+    if mask == "eager_flex":
+        request.getfixturevalue(mask)
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
     lengths = data.draw(st.lists(st.integers(1, 4), min_size=1, max_size=4))
     chosen = data.draw(st.integers(0, len(lengths) - 1))
