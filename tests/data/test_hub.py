@@ -143,17 +143,11 @@ def shards(folder: Path) -> list[Any]:
 
 
 def test_shards_are_those_of_the_local_files(commands: Commands, tmp_path: Path) -> None:
-    whole = {f"{n}.jsonl.gz": gzip.compress(lines(ROWS[n * 300 :][:300])) for n in range(5)}
-    commands.hub.push("team/lines", whole)
-    running = [
-        commands.start("hf:team/corpus", "parquet", "--held-out", "0.1"),
-        commands.start("hf:team/lines", "lines", "--held-out", "0.1", "--workers", "2"),
-    ]
+    running = commands.start("hf:team/corpus", "out", "--held-out", "0.1", "--workers", "2")
     (tmp_path / "rows.jsonl").write_bytes(lines(ROWS))
     prepare([tmp_path / "rows.jsonl"], tmp_path / "local", held_out=0.1)
-    for command, out in zip(running, ("parquet", "lines"), strict=True):
-        ended(command)
-        assert shards(tmp_path / out) == shards(tmp_path / "local")
+    ended(running)
+    assert shards(tmp_path / "out") == shards(tmp_path / "local")
 
 
 def test_subset_split_column_and_rows_of_private_data_sets(
@@ -180,7 +174,6 @@ def test_subset_split_column_and_rows_of_private_data_sets(
         commands.hub.private.add(name)
     column = ("--text-field", "body", "--where", "lang=en")
     wanted = {
-        "hf:team/langs:en": ((), ROWS[200:]),
         "hf:team/langs:de:test": ((), ROWS[100:200]),
         "hf:team/images": (column, [row for row in ROWS[:200] if row["lang"] == "en"]),
     }
@@ -197,8 +190,9 @@ def test_subset_split_column_and_rows_of_private_data_sets(
     assert sent < 10_000_000
 
 
-def test_what_cannot_be_opened_is_one_line(commands: Commands) -> None:
-    hub, readme = commands.hub, b"---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n"
+def test_what_cannot_be_opened_or_read_is_one_line(commands: Commands) -> None:
+    hub, whole = commands.hub, gzip.compress(lines(ROWS))
+    readme = b"---\nconfigs:\n- {config_name: a, data_files: a.jsonl}\n"
     hub.push("team/private", CORPUS)
     hub.push("team/gated", CORPUS)
     hub.push("team/script", {**CORPUS, "script.py": b""})
@@ -206,6 +200,8 @@ def test_what_cannot_be_opened_is_one_line(commands: Commands) -> None:
     more = b"- {config_name: b, data_files: a.jsonl}\n---\n"
     hub.push("team/subsets", {"a.jsonl": lines(ROWS), "README.md": readme + more})
     hub.push("team/broken", {"a.parquet": b"no parquet"})
+    hub.push("team/line", {"a.jsonl": lines(ROWS), "b.jsonl": lines(ROWS) + b"{"})
+    hub.push("team/cut", {"a.jsonl.gz": whole, "b.jsonl.gz": whole[:-100]})
     hub.private.add("team/private")
     hub.gated.add("team/gated")
     says = {
@@ -221,6 +217,9 @@ def test_what_cannot_be_opened_is_one_line(commands: Commands) -> None:
         "hf:team/subsets:c": "BuilderConfig 'c' not found. Available: ['a', 'b']",
         "hf:team/corpus::dev": "Bad split: dev. Available splits: ['train']",
         "hf:team/broken": "Parquet magic bytes not found",
+        "hf:team/line": "b.jsonl: JSON parse error",
+        "hf:team/cut": "b.jsonl.gz: Compressed file ended before the end-of-stream marker was "
+        "reached; download the files and prepare those: there, a broken line is set aside",
         "hf:team/corpus::train:": "a hub data set is hf:NAME[:SUBSET][:SPLIT]",
         "hf:team/corpus": "Client error '401 Unauthorized' for url ",  # for the token is wrong
     }
