@@ -24,8 +24,8 @@ import torch
 import xxhash
 
 from data.files import publish_text, sync
-from launch.config import ConfigError
 from launch.engine import Engine
+from launch.errors import ConfigError
 from launch.fragments import restore, snapshot
 from launch.votes import Votes
 

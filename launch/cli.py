@@ -41,7 +41,7 @@ Config = Annotated[Path, typer.Argument(help="A run file, as in configs/.")]
 def main() -> None:
     """Run the command line; bad input ends in one line and exit code 2."""
     from data import DataError
-    from launch.config import ConfigError
+    from launch.errors import ConfigError
 
     try:
         app()
@@ -84,8 +84,9 @@ def train(
     SIGTERM or SIGUSR1 saves a checkpoint and ends with exit code 75.
     """
     from launch import cluster
-    from launch.config import ConfigError, load_config
+    from launch.config import load_config
     from launch.engine import deepspeed_config
+    from launch.errors import ConfigError
     from launch.run_dir import finished
     from launch.supervise import supervise
     from launch.train import check

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from launch.config import ConfigError
+from launch.errors import ConfigError
 
 TRAIN = Path(__file__).with_name("train.py")
 

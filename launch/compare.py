@@ -6,8 +6,9 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.config import ConfigError, load_config
+from launch.config import load_config
 from launch.costs import ffn_cost, model_report, parameter_counts, total
+from launch.errors import ConfigError
 from launch.run_dir import read_metrics
 
 # key of a summary -> (what the table calls it, how it prints a value)

@@ -25,12 +25,9 @@ from pydantic import (
     model_validator,
 )
 
+from launch.errors import ConfigError
 from sparse_gpt import ModelConfig
 from sparse_gpt.width import check_transfers
-
-
-class ConfigError(ValueError):
-    """A run cannot be what its configuration says; the message is one line for its author."""
 
 
 class Section(BaseModel):

@@ -6,8 +6,9 @@ from functools import partial
 from data import Blend, open_blend, open_shards
 from data.batches import count_windows
 from data.order import blend_counts
-from launch.config import ConfigError, DataConfig, RunConfig
+from launch.config import DataConfig, RunConfig
 from launch.costs import model_report
+from launch.errors import ConfigError
 
 
 def open_data(config: DataConfig) -> Blend:

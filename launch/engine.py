@@ -17,7 +17,8 @@ from pydantic import ValidationError
 from torch import nn
 
 from data import Batch
-from launch.config import ConfigError, OptimizerConfig, RunConfig
+from launch.config import OptimizerConfig, RunConfig
+from launch.errors import ConfigError
 from launch.guard import Guard
 from launch.schedule import learning_rate
 from launch.world import World

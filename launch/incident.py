@@ -26,8 +26,9 @@ from torch import nn
 
 from data import Batch, load_tokenizer
 from launch.checkpoint import set_rng_state, tag_of
-from launch.config import DTYPES, ConfigError, RunConfig, load_config, to_yaml
+from launch.config import DTYPES, RunConfig, load_config, to_yaml
 from launch.engine import Engine
+from launch.errors import ConfigError
 from sparse_gpt import GPT
 
 

@@ -6,9 +6,10 @@ from typing import Any
 
 from rich.table import Table
 
-from launch.config import ConfigError, RunConfig
+from launch.config import RunConfig
 from launch.costs import ffn_cost, model_report, parameter_counts, total
 from launch.engine import deepspeed_config
+from launch.errors import ConfigError
 from launch.memory import Memory, bucket_size, estimate, fuses
 from launch.world import GPUS, Gpu
 

@@ -20,7 +20,8 @@ import psutil
 import torch
 import torch.distributed as dist
 
-from launch.config import ConfigError, RunConfig, to_yaml
+from launch.config import RunConfig, to_yaml
+from launch.errors import ConfigError
 from launch.fragments import BYTES_PER_PARAMETER
 from launch.world import World
 

@@ -20,7 +20,8 @@ import psutil
 import torch
 
 from launch.checkpoint import load_weights, tag_of
-from launch.config import ConfigError, load_config
+from launch.config import load_config
+from launch.errors import ConfigError
 from launch.run_dir import read_metrics
 
 _CURVES = ("train/loss", "train/grad_norm", "val/loss")

@@ -16,8 +16,9 @@ import xxhash
 from data import Blend
 from data.files import publish_text
 from launch.checkpoint import read_manifest, tag_of
-from launch.config import ConfigError, RunConfig, load_config, to_yaml
+from launch.config import RunConfig, load_config, to_yaml
 from launch.costs import model_report
+from launch.errors import ConfigError
 from launch.provenance import git_commit, provenance
 from launch.world import World
 

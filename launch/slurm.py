@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from launch.cluster import TRAIN
-from launch.config import ConfigError
+from launch.errors import ConfigError
 from launch.world import PREEMPTED
 
 _NOTICE = 120  # seconds before the time limit in which ranks save a checkpoint

@@ -20,9 +20,10 @@ import xxhash
 
 from data import Batch, Batches, Blend, DataError, Split, evaluation, prefetched
 from launch.checkpoint import CheckpointError, Checkpoints, TrainState, rng_state
-from launch.config import ConfigError, RunConfig, load_config
+from launch.config import RunConfig, load_config
 from launch.corpus import check_epochs, open_data
 from launch.engine import Engine, check_compiler, deepspeed_config
+from launch.errors import ConfigError
 from launch.guard import RunStopped
 from launch.incident import write_incident
 from launch.preemption import Preempted, Preemption

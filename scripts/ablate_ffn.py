@@ -34,7 +34,8 @@ from typing import Any
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TimeRemainingColumn
 
 from launch.compare import summaries
-from launch.config import ConfigError, RunConfig, build_config, read_yaml, to_yaml
+from launch.config import RunConfig, build_config, read_yaml, to_yaml
+from launch.errors import ConfigError
 from launch.run_dir import finished
 from launch.sweep.execute import Trainer
 

@@ -26,8 +26,9 @@ import psutil
 import torch
 from rich.table import Table
 
-from launch.config import ConfigError, RunConfig, load_config
+from launch.config import RunConfig, load_config
 from launch.engine import Engine
+from launch.errors import ConfigError
 from launch.memory import estimate
 from launch.provenance import provenance
 from launch.terminal import show

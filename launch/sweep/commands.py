@@ -174,7 +174,7 @@ def fit(
     as_json: Json = False,
 ) -> None:
     """Fit the scaling law to the finished runs; draw it in TensorBoard, PNG, CSV and JSON."""
-    from launch.config import ConfigError
+    from launch.errors import ConfigError
     from launch.sweep.grid import read_sweep
     from launch.sweep.report import fit_sweep
     from sparse_gpt.scaling import ScalingError

@@ -21,7 +21,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from launch.cluster import cores
-from launch.config import ConfigError
+from launch.errors import ConfigError
 from launch.run_dir import fork, held, read_metrics
 from launch.slurm import submit
 from launch.sweep.collect import computed_flops, ended, log_path, loss, state

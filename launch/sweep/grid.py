@@ -17,7 +17,6 @@ from pydantic import Field, ValidationError, model_validator
 
 from data import DataError
 from launch.config import (
-    ConfigError,
     DataConfig,
     DurationConfig,
     RunConfig,
@@ -29,6 +28,7 @@ from launch.config import (
 )
 from launch.corpus import open_data
 from launch.costs import model_report, parameter_counts
+from launch.errors import ConfigError
 from launch.schedule import fall_start
 from sparse_gpt.flops import FlopReport
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from launch.config import ConfigError
+from launch.errors import ConfigError
 from launch.sweep.grid import short
 from sparse_gpt.scaling import Comparison, Points, predict_points
 

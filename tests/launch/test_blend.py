@@ -15,8 +15,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from data import Batches, open_blend, open_shards, prepare, train_vocab
 from data.batches import count_windows
 from data.order import blend_counts
-from launch.config import ConfigError, load_config
+from launch.config import load_config
 from launch.corpus import check_epochs, open_data
+from launch.errors import ConfigError
 from launch.run_dir import check_run_dir
 from launch.sweep.grid import read_sweep
 

@@ -6,8 +6,9 @@ import pytest
 import ranks
 from ranks import finish, metrics, start_ranks
 
-from launch.config import ConfigError, load_config
+from launch.config import load_config
 from launch.engine import check_compiler, deepspeed_config
+from launch.errors import ConfigError
 
 # The gradient's norm would differ: its derivative jumps where selected coefficients change.
 LOSSES = ("train/loss", "val/loss")

@@ -6,9 +6,10 @@ import pytest
 import yaml
 from ranks import finish, metrics, start_ranks
 
-from launch.config import ConfigError, load_config
+from launch.config import load_config
 from launch.costs import parameter_counts
 from launch.engine import deepspeed_config, parameter_groups
+from launch.errors import ConfigError
 from sparse_gpt import GPT
 
 COUNTING = Path(__file__).with_name("counting_train.py")

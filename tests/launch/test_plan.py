@@ -7,7 +7,8 @@ import torch
 from ranks import ROOT, sparse_gpt
 from torch.autograd.graph import saved_tensors_hooks
 
-from launch.config import ConfigError, load_config
+from launch.config import load_config
+from launch.errors import ConfigError
 from launch.memory import estimate, trace
 from launch.plan import RESERVED, largest_micro_batch, make_plan
 from launch.world import GPUS

@@ -19,7 +19,7 @@ from ranks import ENVIRONMENT, ROOT, metrics, sparse_gpt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from launch.checkpoint import tag_of, write_manifest
-from launch.config import ConfigError
+from launch.errors import ConfigError
 from launch.run_dir import held, hold
 from launch.sweep.collect import point_rows
 from launch.sweep.execute import slurm_script
