@@ -11,10 +11,10 @@
     prefetched    batches read by a thread ahead of their use
     DataError     bad input, in one line for its user
 
-The files, from text to tensor: sources, cutting, streams, documents, rejects, tokenizer, units,
-workers, claim, prepare; shards, manifest, remote, reader, blend, interop; order, batches, prefetch;
-and files, by which all are published. Only hub data sets import `datasets`, and only batches and
-prefetch torch.
+The files, from text to tensor: sources, cutting, streams, hub, documents, rejects, tokenizer,
+units, workers, claim, prepare; shards, manifest, remote, reader, blend, interop; order, batches,
+prefetch; and files, by which all are published. Only hub data sets import `datasets`, and only
+batches and prefetch torch.
 """
 
 from typing import TYPE_CHECKING, Any

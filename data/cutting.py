@@ -1,9 +1,10 @@
 """Files to slices, which any process can read in any order; one pass over the input hashes them.
 
-Text and JSON Lines are cut at byte offsets where a document starts, the rest as streams.py says.
-What the pass finds is noted in the output folder at once, in a file a part, `.tmp-cuts-…`: a run
-that goes on, and the other parts, take it from there for files that have kept their size and times,
-so parts that run at the same time share the pass. The notes go when the work is done.
+Text and JSON Lines are cut at byte offsets where a document starts, the rest as streams.py and
+hub.py say. What the pass finds is noted in the output folder at once, in a file a part,
+`.tmp-cuts-…`: a run that goes on, and the other parts, take it from there for files that have kept
+their size and times, so parts that run at the same time share the pass. The notes go when the work
+is done.
 """
 
 import json
@@ -22,9 +23,10 @@ import xxhash
 
 from data.errors import DataError
 from data.files import TEMPORARY
+from data.hub import hub_shards
 from data.progress import Progress
 from data.sources import SourceFile
-from data.streams import hub_shards, row_groups
+from data.streams import row_groups
 
 NOTES = f"{TEMPORARY}cuts-"
 SLICE_BYTES = 4 << 20  # what one worker tokenizes at a time: less than half a second

@@ -23,10 +23,10 @@ import xxhash
 
 from data.cutting import SLICE_BYTES, Slice
 from data.errors import DataError
+from data.hub import hub_tables
 from data.rejects import Reject
 from data.sources import SourceFile
 from data.streams import (
-    hub_tables,
     line_blocks,
     open_compressed,
     packed,

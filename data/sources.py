@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from data.errors import DataError
-from data.streams import HUB
+from data.hub import HUB
 
 SUFFIXES = {
     ".txt": "text",

@@ -1,37 +1,19 @@
-"""Sources that can only be read front to back, or a group of rows at a time.
+"""Files that can only be read front to back, or a group of rows at a time: of compressed ones a
+slice is the whole file, of parquet a row group. pyarrow reads them."""
 
-    kind             a slice is             read by
-    compressed       the whole file         pyarrow's gzip and zstd
-    parquet          a row group            pyarrow
-    hub data set     one of its shards      `datasets`, streaming
-
-`hf:NAME[:SUBSET][:SPLIT]` names a data set as `datasets.load_dataset` does: on the hub, or a local
-folder. Without SUBSET its default one is read, without SPLIT "train"; `hf:NAME::SPLIT` leaves out
-the subset alone.
-"""
-
-import copy
 import io
 import json
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
-from functools import lru_cache
 from pathlib import Path
-from textwrap import shorten
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any
 
-import xxhash
-
-from data.errors import DataError, Resumable
+from data.errors import DataError
 
 if TYPE_CHECKING:
     import pyarrow as pa
 
-HUB = "hf:"
-HUB_SHARD_BYTES = 400_000_000  # of one that is not a file; about a unit
-_ROWS = 1024  # a batch
+ROWS = 1024  # a table
 
 
 def shown(value: Any) -> str:
@@ -82,49 +64,11 @@ def parquet_tables(path: Path, group: int, columns: list[str]) -> "Iterator[pa.T
 
     try:
         with pq.ParquetFile(path) as file:
-            _require(columns, file.schema_arrow.names, str(path))
-            for batch in file.iter_batches(_ROWS, row_groups=[group], columns=columns):
+            require_columns(columns, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(ROWS, row_groups=[group], columns=columns):
                 yield pa.Table.from_batches([batch])
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot read row group {group}: {_first_line(error)}") from None
-
-
-class HubShard(NamedTuple):
-    """One of a hub data set: its file, if it is one; its bytes (HUB_SHARD_BYTES if they are not
-    known); and a hash of its content and of how it is read, so that a commit which leaves both
-    alone makes no other input."""
-
-    file: str
-    bytes: int
-    hash: str
-
-
-def hub_shards(source: str) -> list[HubShard]:
-    """The shards of a hub data set; raises DataError if it cannot be opened."""
-    return _hub(source)[-1]
-
-
-def hub_tables(source: str, hash: str, columns: list[str]) -> "Iterator[pa.Table]":
-    """As `parquet_tables`, of the shard of a hub data set with this hash; raises Resumable if it
-    cannot be had."""
-    shards = hub_shards(source)  # of a worker's own: there may be a new commit since the cutting
-    number = next((n for n, shard in enumerate(shards) if shard.hash == hash), None)
-    if number is None:
-        raise Resumable(f"{source}: changed while it was being read; run again")
-    try:
-        dataset = _narrow(source, tuple(columns))
-        part = dataset.shard(num_shards=len(shards), index=number)
-        for table in part.with_format("arrow").iter(batch_size=_ROWS):
-            _require(columns, table.column_names, source)
-            yield table.select(columns)
-    except DataError:
-        raise
-    except Exception as error:  # Arrow's, zlib's, httpx's, of whoever is between here and the hub
-        advice = "run again to go on from what is finished"
-        if isinstance(error, (ValueError, EOFError)):  # what came cannot be parsed
-            advice = "download the files and prepare those: there, a broken line is set aside"
-        name = shards[number].file or f"shard {number}"
-        raise Resumable(f"{source}: {name}: {_reason(error)}; {advice}") from None
 
 
 def packed(table: "pa.Table") -> bytes:
@@ -156,65 +100,8 @@ def rows_of(content: bytes, columns: list[str]) -> Iterator[list[Any]]:
     yield from map(list, zip(*values, strict=True))
 
 
-@lru_cache(maxsize=8)
-def _hub(source: str) -> tuple[Any, Any, str, list[HubShard]]:
-    """The builder of a data set, the data set, both of one revision as long as this process lives,
-    its split and its shards."""
-    import datasets
-    from fsspec.core import url_to_fs
-
-    name, subset, split = (*source.removeprefix(HUB).split(":"), "", "")[:3]
-    if not name or source.count(":") > 3:
-        raise DataError(f"{source}: a hub data set is hf:NAME[:SUBSET][:SPLIT]")
-    split = split or "train"
-    try:
-        builder = datasets.load_dataset_builder(name, subset or None)
-        dataset = builder.as_streaming_dataset(split=split)
-        defaults = vars(type(builder.config))
-        said = {key: v for key, v in vars(builder.config).items() if v != defaults.get(key)}
-        files = said.pop("data_files", {}).get(split, [])
-        places = [url_to_fs(file) for file in files]
-        infos = [where.info(path) for where, path in places]  # the listing is fetched already
-    except Exception as error:  # as in `hub_tables`, and yaml's
-        raise Resumable(f"{source}: {_reason(error)}") from None
-    origin = [*files, *files.origin_metadata] if files else [builder.hash, split]
-    if len(files) != dataset.num_shards:  # archives, or several splits
-        files, infos = [""] * dataset.num_shards, [{}] * dataset.num_shards
-    shards = []
-    for number, (file, info) in enumerate(zip(files, infos, strict=True)):
-        what = [builder.name, said, info.get("blob_id") or [*origin, number]]
-        hash = xxhash.xxh3_128_hexdigest(json.dumps(what, default=str).encode())
-        place = file.removeprefix(f"{builder.base_path}/")
-        shards.append(HubShard(place, info.get("size") or HUB_SHARD_BYTES, hash))
-    return builder, dataset, split, shards
-
-
-@lru_cache(maxsize=8)
-def _narrow(source: str, columns: tuple[str, ...]) -> Any:
-    """The data set; if it is parquet, only of these columns, which alone are then fetched."""
-    builder, dataset, split, _ = _hub(source)
-    if builder.name != "parquet" or builder.config.columns is not None:
-        return dataset
-    _require(list(columns), list(builder.info.features), source)
-    narrow = copy.copy(builder)
-    narrow.config = replace(builder.config, columns=list(columns))
-    narrow.info = builder.info.copy()
-    return narrow.as_streaming_dataset(split=split)
-
-
-def _reason(error: Exception) -> str:
-    """What is wrong in one line, and what to do if it is a name or a right to read."""
-    from datasets.exceptions import DatasetNotFoundError
-
-    text = re.split(r"\n(?:For more|Example of)", str(error))[0]
-    text = shorten(text, 300, placeholder=" …").rstrip(".") or type(error).__name__
-    status = getattr(getattr(error, "response", None), "status_code", None)
-    if isinstance(error, DatasetNotFoundError) or status in (401, 403):
-        text += "; check the name, and set HF_TOKEN to a token that may read it if it is private"
-    return text
-
-
-def _require(columns: list[str], found: list[str], source: str) -> None:
+def require_columns(columns: list[str], found: list[str], source: str) -> None:
+    """Raise DataError if a column is not found, naming those that are."""
     for name in columns:
         if name not in found:
             raise DataError(f"{source}: no column {name!r}; columns there: {', '.join(found)}")
