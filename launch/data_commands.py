@@ -16,6 +16,7 @@ vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a co
 SOURCES = (
     "Text, JSON Lines (also .gz, .zst) or parquet files, folders, globs, hf:NAME[:SUBSET][:SPLIT]."
 )
+Folder = Annotated[str, typer.Argument(help="A folder of shards, or its URL (s3://, gs://).")]
 Format = Annotated[Literal["megatron", "llmc", "nanogpt"], typer.Option(help="Whose files.")]
 
 
@@ -100,7 +101,7 @@ def prepare(
         progress=not as_json,
     )
     if made is not None:
-        info(out, as_json)
+        info(str(out), as_json)
     elif as_json:
         print(json.dumps({"part": part, "finished": False}))
     else:
@@ -134,7 +135,7 @@ def train_vocab(
 
 
 @shards_app.command(epilog="Example: sparse-gpt shards info shards/novels")
-def info(folder: Path, as_json: Json = False) -> None:
+def info(folder: Folder, as_json: Json = False) -> None:
     """Documents, tokens and vocabulary of a folder of shards."""
     from data import open_shards
 
@@ -167,11 +168,12 @@ def info(folder: Path, as_json: Json = False) -> None:
         table.add_row(split, *(f"{count:,}" for count in counts.values()))
     show(table)
     if manifest.rejected:
-        print(f"{manifest.rejected:,} broken documents were set aside: {folder}/rejected.jsonl")
+        named_in = f"{folder.rstrip('/')}/rejected.jsonl"  # of a URL there: it is not copied
+        print(f"{manifest.rejected:,} broken documents were set aside: {named_in}")
 
 
 @shards_app.command(epilog="Example: sparse-gpt shards verify shards/novels")
-def verify(folder: Path) -> None:
+def verify(folder: Folder) -> None:
     """Check every hash; names the file and block of each damage, and exits 1."""
     import data
 
@@ -187,7 +189,7 @@ def verify(folder: Path) -> None:
     "export", epilog="Example: sparse-gpt shards export shards/novels --format nanogpt --out novels"
 )
 def export_shards(
-    folder: Path,
+    folder: Folder,
     format: Format,
     out: Annotated[Path, typer.Option(help="A new folder for the files.")],
     shard_tokens: Annotated[
@@ -227,4 +229,4 @@ def import_shards(
     data.import_shards(
         sources, format, out, held_out=held_out or [], vocab=vocab, shard_tokens=shard_tokens
     )
-    info(out, as_json)
+    info(str(out), as_json)
