@@ -20,12 +20,14 @@ from data.files import publish, temporary
 from data.manifest import MANIFEST, SPLITS, Manifest, read_manifest
 from data.shards import FileEntry, file_entry
 
+_EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # by scheme, what reads it
+
 
 def local_folder(folder: str | Path) -> Path:
     """`folder` itself, or of a URL its local copy.
 
-    Raises DataError for a URL that cannot be read or holds no shards, a disk without room for them,
-    and a file that is not what the manifest says.
+    Raises DataError for a URL that cannot be read or holds no shards, for s3:// and gs:// without
+    their extra, a disk without room for the shards, and a file that is not what the manifest says.
     """
     url = str(folder).rstrip("/")
     if "://" not in url:
@@ -37,7 +39,10 @@ def local_folder(folder: str | Path) -> Path:
 
         storage, root = fsspec.core.url_to_fs(url)
         with TemporaryDirectory(prefix=".manifest-", dir=cache) as incoming:
-            content = storage.cat_file(f"{root}/{MANIFEST}")
+            try:
+                content = storage.cat_file(f"{root}/{MANIFEST}")
+            except FileNotFoundError:
+                raise DataError(f"{url}: not a folder of shards (no {MANIFEST})") from None
             Path(incoming, MANIFEST).write_bytes(content)
             manifest = read_manifest(incoming)
         copy = cache / f"{url.rpartition('/')[2]}-{manifest.hash[:16]}"
@@ -51,6 +56,9 @@ def local_folder(folder: str | Path) -> Path:
     except DataError:
         raise
     except Exception as error:  # each kind of storage has its own
+        extra = _EXTRAS.get(url.partition("://")[0])
+        if extra and isinstance(error, ImportError):
+            raise DataError(f"{url}: reading it needs: pip install 'sparse-gpt[{extra}]'") from None
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(f"{url}: cannot be read: {reason}") from None
     return copy
