@@ -1,42 +1,26 @@
-"""Shards to and from the files of Megatron-LM, llm.c (and modded-nanogpt) and nanoGPT.
+"""The files of Megatron-LM, llm.c (modded-nanogpt too) and nanoGPT, as in formats.py, to shards.
 
-    format    two documents a, b     files                              documents     ids
-    ours      E a E b                shards, a document in one          an index      uint16, uint32
-    llmc      E a E b                shards, cut at any token           found by E    uint16, uint32
-    megatron  a E b E                .bin and .idx, a pair a split      an index      uint16, int32
-    nanogpt   a E b E                .bin, one a split                  found by E    uint16
-
-E is the vocabulary's end of text. A split can be read as a circle, so `a E b E` is ours from its
-second token on: an export copies large pieces, whatever documents lie in them. An import cuts the
-tokens into documents, opens each with E, decodes it for its content hash, and writes shards as
-`prepare` does. Memory grows with the longest document, not with the tokens.
-
-Either fills a hidden folder that gets its name when it is whole.
-
-Sources of the formats: Megatron-LM, megatron/core/datasets/indexed_dataset.py; llm.c,
-dev/data/data_common.py and llmc/dataloader.h; nanoGPT, data/openwebtext/prepare.py.
+An import cuts the tokens into documents, opens each with end of text, decodes it for its content
+hash, and writes shards as `prepare` does. Memory grows with the longest document, not with the
+tokens. It fills a hidden folder that gets its name when it is whole.
 """
 
-import fcntl
 import glob
 import hashlib
 import json
-import os
-import shutil
-import struct
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, pairwise
 from pathlib import Path
-from typing import Any, BinaryIO, TypeVar
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import xxhash
 
 from data.errors import DataError
-from data.files import lock, publish, sync, temporary
+from data.files import whole_folder
+from data.formats import MEGATRON, MEGATRON_MAGIC, Ids, of_format
 from data.manifest import (
     FORMAT,
     MANIFEST,
@@ -46,13 +30,10 @@ from data.manifest import (
     shards_to_json,
     write_sealed,
 )
-from data.reader import Dataset, Split, open_shards
 from data.shards import (
     DTYPES,
     HEADER_BYTES,
-    INDEX,
     LLM_C,
-    MAX_TOKENS,
     ShardEntry,
     ShardWriter,
     Vocabulary,
@@ -61,42 +42,11 @@ from data.shards import (
 )
 from data.tokenizer import Tokenizer, load_tokenizer
 
-Ids = npt.NDArray[np.integer[Any]]
 Document = npt.NDArray[np.uint32]  # ids, end of text first
-T = TypeVar("T")
 
-_PIECE = 4 << 20  # tokens, documents or bytes handled at once
+_PIECE = 4 << 20  # tokens, documents or bytes looked at at once
 _LONGEST = 1 << 26  # tokens of an imported document; its decoding takes some 40 bytes for each
-_INDEX = struct.Struct("<9sQBQQ")  # Megatron's: magic, version, dtype, sequences, document bounds
-_INDEX_MAGIC = b"MMIDIDX\0\0"
-_INDEX_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6 and 7 are floats
-
-
-def export_shards(
-    folder: str | Path, format: str, out: str | Path, *, shard_tokens: int = 100_000_000
-) -> list[Path]:
-    """Write a folder of shards as another tool's files into the new folder `out`; their paths.
-
-    format        "megatron": train.bin and .idx, valid.bin and .idx
-                  "llmc": OUT_train_000001.bin, …, OUT_val_000000.bin, …, where OUT is out's name
-                  "nanogpt": train.bin, val.bin
-                  A split without tokens has no file.
-    shard_tokens  for "llmc": tokens a file at most; the files of a split are equally long, to a
-                  token, because llm.c refuses a file that is shorter than a batch
-
-    Raises DataError if the folder cannot be opened or is empty, if `out` is not new, if an id is
-    too large for the format, or if a document holds end of text and the format has no index.
-    """
-    write, dataset = _of(format, _WRITERS), open_shards(folder)
-    if not 1 <= shard_tokens <= MAX_TOKENS:
-        raise DataError(f"shard_tokens is {shard_tokens}; it must lie in 1 … {MAX_TOKENS}")
-    splits = [split for split in (dataset.train, dataset.held_out) if split.n_tokens]
-    if not splits:
-        raise DataError(f"{folder}: its splits are empty; there is nothing to export")
-    with _whole(out) as aside:
-        for split in splits:
-            write(dataset, split, aside, Path(out).resolve().name, shard_tokens)
-    return sorted(Path(out).iterdir())
+_MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6, 7 are floats
 
 
 def import_shards(
@@ -120,7 +70,7 @@ def import_shards(
     Raises DataError if a file is missing, empty, damaged or given twice, if an id lies beyond the
     vocabulary, a document has more than 67M tokens, or `out` is not new.
     """
-    documents, tokenizer = _of(format, _READERS), load_tokenizer(vocab)
+    documents, tokenizer = of_format(format, _READERS), load_tokenizer(vocab)
     if shard_tokens < 1:
         raise DataError(f"shard_tokens is {shard_tokens}; it must be at least 1")
     paths = [_find(of_split, format) for of_split in (sources, held_out)]
@@ -131,7 +81,7 @@ def import_shards(
             raise DataError(f"{path}: given twice, to train on or to hold out; name it once")
     identity = {**tokenizer.identity(), "engine": format, "version": "unknown"}
     options = {"import": format, "held_out_files": len(paths[1]), "shard_tokens": shard_tokens}
-    with _whole(out) as aside:
+    with whole_folder(out) as aside:
         rows = [_row(file) for path in chain(*paths) for file in _files(path, format)]
         key = hashlib.sha256(json.dumps([identity, options, rows]).encode()).hexdigest()[:16]
         shards = {
@@ -182,131 +132,6 @@ def _write_shards(
             writer.close()
 
 
-def _of(format: str, table: Mapping[str, T]) -> T:
-    if format not in table:
-        raise DataError(f"format {format!r}; the formats are {', '.join(table)}")
-    return table[format]
-
-
-@contextmanager
-def _whole(out: str | Path) -> Iterator[Path]:
-    """A folder to fill: it becomes `out` at the end, and goes where that is not reached."""
-    out = Path(out).resolve()
-    aside = temporary(out)
-    missing = [folder for folder in out.parents if not folder.exists()]
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DataError(f"{out}: is there already; choose another folder")
-        aside.mkdir(parents=True, exist_ok=True)
-        with _alone(aside):
-            for left_by_a_killed_run in aside.iterdir():
-                left_by_a_killed_run.unlink()
-            try:
-                yield aside
-                for path in aside.iterdir():
-                    sync(path)
-                publish(out)
-            except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
-                for folder in missing:  # the innermost first
-                    folder.rmdir()
-                raise
-    except OSError as error:
-        raise DataError(f"{error.filename or out}: {error.strerror}") from None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Refuse a second process."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        lock(handle, fcntl.LOCK_EX, folder, "run")
-        yield
-    finally:
-        os.close(handle)
-
-
-# Ours to theirs: one split into the folder `out`.
-
-
-def _write_megatron(
-    dataset: Dataset, split: Split, out: Path, name: str, shard_tokens: int
-) -> None:
-    path = out / ("train.bin" if split is dataset.train else "valid.bin")
-    dtype, code = (np.dtype("<u2"), 8) if split.dtype.itemsize == 2 else (np.dtype("<i4"), 4)
-    with open(path, "wb") as file:
-        for piece in _pieces(split, 1, split.n_tokens, dtype):
-            file.write(piece.data)
-    with open(path.with_suffix(".idx"), "wb") as file:
-        _write_index(file, dataset, split, code, dtype.itemsize)
-
-
-def _write_index(file: BinaryIO, dataset: Dataset, split: Split, code: int, itemsize: int) -> None:
-    """Megatron's index: after the header the lengths (int32) and byte offsets (int64) of its
-    sequences, then the sequences between which documents lie (int64); a sequence is a document."""
-    shards, n = dataset.manifest.splits[split.name], split.n_documents
-
-    def starts(shard: ShardEntry) -> Ids:
-        return np.fromfile(split.folder / f"{shard.name}.idx", INDEX)["start"].astype("<i8")
-
-    file.write(_INDEX.pack(_INDEX_MAGIC, 1, code, n, n + 1))
-    for shard in shards:
-        file.write(np.diff(starts(shard), append=shard.tokens).astype("<i4").data)
-    first = 0
-    for shard in shards:
-        file.write(((first + starts(shard)) * itemsize).data)
-        first += shard.tokens
-    for bound in range(0, n + 1, _PIECE):
-        file.write(np.arange(bound, min(bound + _PIECE, n + 1), dtype="<i8").data)
-
-
-def _write_llmc(dataset: Dataset, split: Split, out: Path, name: str, shard_tokens: int) -> None:
-    kind, lowest = ("train", 1) if split is dataset.train else ("val", 0)
-    files = -(-split.n_tokens // shard_tokens)
-    bounds = [split.n_tokens * i // files for i in range(files + 1)]
-    ends = 0
-    for number, (start, end) in enumerate(pairwise(bounds), lowest):
-        header = np.zeros(HEADER_BYTES // 4, "<i4")
-        header[:3] = *LLM_C[split.dtype.itemsize], end - start
-        with open(out / f"{name}_{kind}_{number:06d}.bin", "wb") as file:
-            file.write(header.data)
-            for piece in _pieces(split, start, end - start, split.dtype):
-                ends += np.count_nonzero(piece == dataset.manifest.eot["id"])
-                file.write(piece.data)
-    _refuse_other_documents(split, ends)
-
-
-def _write_nanogpt(dataset: Dataset, split: Split, out: Path, name: str, shard_tokens: int) -> None:
-    ends = 0
-    with open(out / ("train.bin" if split is dataset.train else "val.bin"), "wb") as file:
-        for piece in _pieces(split, 1, split.n_tokens, np.dtype("<u2")):
-            ends += np.count_nonzero(piece == dataset.manifest.eot["id"])
-            file.write(piece.data)
-    _refuse_other_documents(split, ends)
-
-
-def _pieces(split: Split, start: int, count: int, dtype: np.dtype[Any]) -> Iterator[Ids]:
-    """`count` tokens from `start` on, around the end of the split, in pieces."""
-    for first in range(start, start + count, _PIECE):
-        piece = np.empty((1, min(_PIECE, start + count - first)), split.dtype)
-        split.read(np.array([first]), piece)
-        if dtype != split.dtype and (largest := int(piece.max())) > np.iinfo(dtype).max:
-            place = (first + int(piece.argmax())) % split.n_tokens
-            raise DataError(
-                f"{split.folder} ({split.name}): token {place} is {largest}; this format holds "
-                f"{dtype.name} and no id above {np.iinfo(dtype).max}"
-            )
-        yield piece[0].astype(dtype, copy=False)
-
-
-def _refuse_other_documents(split: Split, ends: int) -> None:
-    if ends != split.n_documents:
-        raise DataError(
-            f"{split.folder} ({split.name}): {split.n_documents} documents hold {ends} ends of "
-            "text, by which this format finds documents; megatron keeps ours in an index"
-        )
-
-
 # Theirs to ours: the documents (1-D ids, end of text first) in the token files of one split.
 
 
@@ -334,19 +159,19 @@ def _read_index(path: Path) -> tuple[np.dtype[Any], Ids, Ids]:
     """
     index, size = path.with_suffix(".idx"), path.stat().st_size
     content = _mapped(index, np.dtype("u1"))
-    head = content[: _INDEX.size].tobytes().ljust(_INDEX.size, b"\0")
-    magic, version, code, n, n_bounds = _INDEX.unpack(head)
-    if (magic, version) != (_INDEX_MAGIC, 1) or code not in _INDEX_DTYPES:
+    head = content[: MEGATRON.size].tobytes().ljust(MEGATRON.size, b"\0")
+    magic, version, code, n, n_bounds = MEGATRON.unpack(head)
+    if (magic, version) != (MEGATRON_MAGIC, 1) or code not in _MEGATRON_DTYPES:
         raise DataError(f"{index}: not an index of Megatron's for token ids, in version 1")
-    expected = _INDEX.size + 12 * n + 8 * n_bounds
+    expected = MEGATRON.size + 12 * n + 8 * n_bounds
     if len(content) != expected:
         raise DataError(f"{index}: {len(content):,} bytes, but its header says {expected:,}")
     if not n or not n_bounds:
         raise DataError(f"{index}: holds no documents; leave it out")
-    dtype = np.dtype(_INDEX_DTYPES[code])
-    lengths = np.ndarray(n, "<i4", content.data, _INDEX.size)
-    pointers = np.ndarray(n, "<i8", content.data, _INDEX.size + 4 * n)
-    bounds = np.ndarray(n_bounds, "<i8", content.data, _INDEX.size + 12 * n)
+    dtype = np.dtype(_MEGATRON_DTYPES[code])
+    lengths = np.ndarray(n, "<i4", content.data, MEGATRON.size)
+    pointers = np.ndarray(n, "<i8", content.data, MEGATRON.size + 4 * n)
+    bounds = np.ndarray(n_bounds, "<i8", content.data, MEGATRON.size + 12 * n)
     sound = bool(pointers[0] == bounds[0] == 0 and bounds[-1] == n)
     for first in range(0, n, _PIECE):
         sizes = lengths[first : first + _PIECE].astype(np.int64) * dtype.itemsize
@@ -465,7 +290,6 @@ def _row(path: Path) -> dict[str, Any]:
     return {"name": path.name, "bytes": size, "xxh3_128": digest.hexdigest()}
 
 
-_WRITERS = {"megatron": _write_megatron, "llmc": _write_llmc, "nanogpt": _write_nanogpt}
 _READERS = {
     "megatron": _megatron_documents,
     "llmc": _llmc_documents,
