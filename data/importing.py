@@ -1,16 +1,20 @@
 """The files of Megatron-LM, llm.c (modded-nanogpt too) and nanoGPT, as in formats.py, to shards.
 
-An import cuts the tokens into documents, opens each with end of text, decodes it for its content
-hash, and writes shards as `prepare` does. Memory grows with the longest document, not with the
-tokens. It fills a hidden folder that gets its name when it is whole.
+An import cuts the tokens into documents and opens each with end of text; workers decode batches of
+them for their content hashes; the parent writes shards in the order of the input, as `prepare`
+does. Memory grows with the longest document and the workers, not with the tokens. The shards fill a
+hidden folder that gets its name when it is whole.
 """
 
 import glob
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
-from itertools import chain, pairwise
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain, groupby, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +22,7 @@ import numpy as np
 import numpy.typing as npt
 import xxhash
 
+from data.bars import bar
 from data.errors import DataError
 from data.files import whole_folder
 from data.formats import MEGATRON, MEGATRON_MAGIC, Ids, of_format
@@ -41,11 +46,13 @@ from data.shards import (
     dtype_for,
 )
 from data.tokenizer import Tokenizer, load_tokenizer
+from data.workers import in_order
 
 Document = npt.NDArray[np.uint32]  # ids, end of text first
 
+_BATCH = 1 << 20  # tokens that a worker decodes at a time, at least
 _PIECE = 4 << 20  # tokens, documents or bytes looked at at once
-_LONGEST = 1 << 26  # tokens of an imported document; its decoding takes some 40 bytes for each
+_LONGEST = 1 << 26  # tokens of an imported document; its decoding takes some 30 bytes for each
 _MEGATRON_DTYPES = {1: "u1", 2: "i1", 3: "<i2", 4: "<i4", 5: "<i8", 8: "<u2"}  # 6, 7 are floats
 
 
@@ -57,6 +64,8 @@ def import_shards(
     held_out: Sequence[str | Path] = (),
     vocab: str | Path | None = None,
     shard_tokens: int = 100_000_000,
+    workers: int = 1,
+    progress: bool = False,
 ) -> Manifest:
     """Make another tool's files the new shard folder `out`.
 
@@ -66,13 +75,19 @@ def import_shards(
     held_out      the same for validation
     vocab         the rank file that the ids belong to; None: GPT-2's
     shard_tokens  tokens a shard at most, unless one document is longer
+    workers       processes that decode and hash; the shards are the same for any number. With more
+                  than one, a calling script needs the usual `if __name__ == "__main__":`
+    progress      draw progress on stderr, if that is a terminal
 
     Raises DataError if a file is missing, empty, damaged or given twice, if an id lies beyond the
     vocabulary, a document has more than 67M tokens, or `out` is not new.
     """
-    documents, tokenizer = of_format(format, _READERS), load_tokenizer(vocab)
-    if shard_tokens < 1:
-        raise DataError(f"shard_tokens is {shard_tokens}; it must be at least 1")
+    tokens_of, documents = of_format(format, _READERS)
+    load = partial(load_tokenizer, vocab)
+    tokenizer = load()
+    for name, value in (("shard_tokens", shard_tokens), ("workers", workers)):
+        if value < 1:
+            raise DataError(f"{name} is {value}; it must be at least 1")
     paths = [_find(of_split, format) for of_split in (sources, held_out)]
     if not paths[0]:
         raise DataError("no source given: name token files to train on")
@@ -81,24 +96,31 @@ def import_shards(
             raise DataError(f"{path}: given twice, to train on or to hold out; name it once")
     identity = {**tokenizer.identity(), "engine": format, "version": "unknown"}
     options = {"import": format, "held_out_files": len(paths[1]), "shard_tokens": shard_tokens}
+    vocabulary = Vocabulary(tokenizer.vocab_hash, dtype_for(tokenizer.vocab_size), tokenizer.eot)
+    dtype = DTYPES[vocabulary.dtype]
+    batches = (
+        batch
+        for split, of_split in zip(SPLITS, paths, strict=True)
+        for batch in _batches(split, documents(of_split, tokenizer), dtype)
+    )
     with whole_folder(out) as aside:
-        rows = [_row(file) for path in chain(*paths) for file in _files(path, format)]
+        n_bytes = dtype.itemsize * sum(len(tokens_of(path)) for path in chain(*paths))
+        files = [file for path in chain(*paths) for file in _files(path, format)]
+        with bar("hashing", sum(file.stat().st_size for file in files), progress) as done:
+            rows = [_row(file, done) for file in files]
         key = hashlib.sha256(json.dumps([identity, options, rows]).encode()).hexdigest()[:16]
-        shards = {
-            split: _write_shards(
-                aside,
-                f"{split}-00000",
-                key,
-                documents(of_split, tokenizer),
-                tokenizer,
-                shard_tokens,
-            )
-            for split, of_split in zip(SPLITS, paths, strict=True)
-        }
+        shards: dict[str, list[ShardEntry]] = {split: [] for split in SPLITS}
+        with (
+            bar("importing", n_bytes, progress) as done,
+            closing(in_order(partial(_hashes, load=load), batches, workers)) as results,
+        ):
+            for split, of_split in groupby(results, key=lambda result: result[0].split):
+                name = f"{split}-00000-{{:02d}}-{key}"
+                shards[split] = _write_shards(of_split, aside, name, vocabulary, shard_tokens, done)
         manifest = {
             "format": FORMAT,
             "tokenizer": identity,
-            "dtype": dtype_for(tokenizer.vocab_size),
+            "dtype": vocabulary.dtype,
             "eot": {"id": tokenizer.eot, "position": "before each document"},
             "options": options,
             "sources": rows,
@@ -108,24 +130,70 @@ def import_shards(
     return read_manifest(out)
 
 
+@dataclass(frozen=True)
+class _Batch:
+    """Documents of one split: their ids, 1-D of the shards' dtype, back to back, and the length of
+    each (int64)."""
+
+    split: str
+    tokens: npt.NDArray[np.unsignedinteger]
+    lengths: npt.NDArray[np.int64]
+
+
+def _batches(split: str, documents: Iterator[Document], dtype: np.dtype[Any]) -> Iterator[_Batch]:
+    def batch() -> _Batch:
+        tokens = np.concatenate(held, dtype=dtype, casting="unsafe")  # checked: the ids fit
+        return _Batch(split, tokens, np.array([len(document) for document in held], np.int64))
+
+    held: list[Document] = []
+    filled = 0
+    for document in documents:
+        held.append(document)
+        filled += len(document)
+        if filled >= _BATCH:
+            yield batch()
+            held, filled = [], 0
+    if held:
+        yield batch()
+
+
+def _hashes(batch: _Batch, load: Callable[[], Tokenizer]) -> npt.NDArray[np.uint64]:
+    """Of each document its content hash; what a worker does."""
+    tokenizer = load()
+    documents = np.split(batch.tokens, np.cumsum(batch.lengths)[:-1])
+    hashes = [content_hash(tokenizer.decode(document[1:])) for document in documents]
+    return np.array(hashes, np.uint64)
+
+
 def _write_shards(
+    found: Iterable[tuple[_Batch, npt.NDArray[np.uint64]]],
     folder: Path,
     name: str,
-    key: str,
-    documents: Iterator[npt.NDArray[np.unsignedinteger]],
-    tokenizer: Tokenizer,
+    vocabulary: Vocabulary,
     shard_tokens: int,
+    done: Callable[[int], None],
 ) -> list[ShardEntry]:
-    vocabulary = Vocabulary(tokenizer.vocab_hash, dtype_for(tokenizer.vocab_size), tokenizer.eot)
+    """The shards of one split; `name` has a place for their numbers."""
     entries: list[ShardEntry] = []
     writer: ShardWriter | None = None
     try:
-        for ids in documents:
-            if writer is not None and writer.tokens + len(ids) > shard_tokens:
-                entries.append(writer.finish())
-                writer = None
-            writer = writer or ShardWriter(folder, f"{name}-{len(entries):02d}-{key}", vocabulary)
-            writer.add(ids, content_hash(tokenizer.decode(ids[1:])))
+        for batch, hashes in found:
+            ends = np.cumsum(batch.lengths)
+            first = begin = 0
+            while first < len(ends):
+                writer = writer or ShardWriter(folder, name.format(len(entries)), vocabulary)
+                room = shard_tokens - writer.tokens
+                last = int(np.searchsorted(ends, begin + room, side="right"))
+                if last == first and writer.tokens:
+                    entries.append(writer.finish())
+                    writer = None
+                    continue
+                last = max(last, first + 1)  # a document that is longer than a shard has its own
+                end = int(ends[last - 1])
+                rows = slice(first, last)
+                writer.extend(batch.tokens[begin:end], batch.lengths[rows], hashes[rows])
+                first, begin = last, end
+            done(batch.tokens.nbytes)
         return [*entries, writer.finish()] if writer is not None else entries
     finally:
         if writer is not None:
@@ -151,6 +219,10 @@ def _megatron_documents(paths: list[Path], tokenizer: Tokenizer) -> Iterator[Doc
                 if len(document) and document[-1] == tokenizer.eot:
                     document = document[:-1]
                 yield _join((end, document))
+
+
+def _megatron_tokens(path: Path) -> Ids:
+    return _mapped(path, _read_index(path)[0])
 
 
 def _read_index(path: Path) -> tuple[np.dtype[Any], Ids, Ids]:
@@ -200,7 +272,11 @@ def _llmc_tokens(path: Path) -> Ids:
 
 
 def _nanogpt_documents(paths: list[Path], tokenizer: Tokenizer) -> Iterator[Document]:
-    return _cut(paths, lambda path: _mapped(path, DTYPES["uint16"]), tokenizer, after=True)
+    return _cut(paths, _nanogpt_tokens, tokenizer, after=True)
+
+
+def _nanogpt_tokens(path: Path) -> Ids:
+    return _mapped(path, DTYPES["uint16"])
 
 
 def _cut(
@@ -280,18 +356,19 @@ def _files(path: Path, format: str) -> list[Path]:
     return [path, path.with_suffix(".idx")] if format == "megatron" else [path]
 
 
-def _row(path: Path) -> dict[str, Any]:
+def _row(path: Path, done: Callable[[int], None]) -> dict[str, Any]:
     """A source as the manifest lists it."""
     digest, size = xxhash.xxh3_128(), 0
     with open(path, "rb") as file:
         while piece := file.read(_PIECE):
             digest.update(piece)
             size += len(piece)
+            done(len(piece))
     return {"name": path.name, "bytes": size, "xxh3_128": digest.hexdigest()}
 
 
 _READERS = {
-    "megatron": _megatron_documents,
-    "llmc": _llmc_documents,
-    "nanogpt": _nanogpt_documents,
+    "megatron": (_megatron_tokens, _megatron_documents),
+    "llmc": (_llmc_tokens, _llmc_documents),
+    "nanogpt": (_nanogpt_tokens, _nanogpt_documents),
 }

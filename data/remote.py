@@ -15,6 +15,7 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
+from data.bars import bar
 from data.errors import DataError
 from data.files import publish, temporary
 from data.manifest import MANIFEST, SPLITS, Manifest, read_manifest
@@ -65,16 +66,6 @@ def local_folder(folder: str | Path) -> Path:
 
 
 def _copy_all(url: str, storage: Any, root: str, manifest: Manifest, copy: Path) -> None:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
     wanted: dict[str, FileEntry] = {}
     for shard in (shard for split in SPLITS for shard in manifest.splits[split]):
         wanted |= {f"{shard.name}.bin": shard.bin, f"{shard.name}.idx": shard.idx}
@@ -85,16 +76,11 @@ def _copy_all(url: str, storage: Any, root: str, manifest: Manifest, copy: Path)
             f"{url}: takes {total / 1e9:.2f} GB in {copy}, where {free / 1e9:.2f} GB are free; "
             "free some, or set SPARSE_GPT_CACHE to a folder on another disk"
         )
-    console = Console(stderr=True)
-    columns = (TextColumn("copying"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=total)
+    with bar("copying", total) as done:
         for name, entry in missing.items():
             path = copy / name
             storage.get_file(f"{root}/{name}", str(temporary(path)))
             if file_entry(temporary(path)) != entry:
                 raise DataError(f"{url}/{name}: is not what its manifest says; upload it again")
             publish(path)
-            bar.advance(task, entry.bytes)
+            done(entry.bytes)

@@ -199,7 +199,8 @@ def export_shards(
     """Write shards as files of Megatron-LM, llm.c (modded-nanogpt's too) or nanoGPT."""
     import data
 
-    for path in data.export_shards(folder, format, out, shard_tokens=shard_tokens):
+    paths = data.export_shards(folder, format, out, shard_tokens=shard_tokens, progress=True)
+    for path in paths:
         print(path)
 
 
@@ -221,12 +222,20 @@ def import_shards(
         Path | None, typer.Option(help="Rank file that the ids belong to; default GPT-2's.")
     ] = None,
     shard_tokens: Annotated[int, typer.Option(help="Tokens a shard at most.")] = 100_000_000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that decode and hash.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Make shards of the files of Megatron-LM, llm.c (modded-nanogpt's too) or nanoGPT."""
     import data
 
     data.import_shards(
-        sources, format, out, held_out=held_out or [], vocab=vocab, shard_tokens=shard_tokens
+        sources,
+        format,
+        out,
+        held_out=held_out or [],
+        vocab=vocab,
+        shard_tokens=shard_tokens,
+        workers=workers,
+        progress=not as_json,
     )
     info(str(out), as_json)

@@ -17,6 +17,7 @@ from token_files import (
     E,
     back,
     documents,
+    hashes,
     write_llmc,
     write_megatron,
     write_vocabulary,
@@ -27,10 +28,12 @@ from data import (
     export_shards,
     import_shards,
     importing,
+    load_tokenizer,
     open_shards,
     verify,
 )
 from data.manifest import read_manifest
+from data.shards import content_hash
 
 
 @pytest.mark.parametrize(("dtype", "code"), [("i2", 3), ("i4", 4), ("i8", 5), ("u2", 8)])
@@ -93,6 +96,50 @@ def test_nanogpts_documents_end_at_end_of_text(
         np.array(tokens, np.uint16).tofile(path)
     import_shards(paths, "nanogpt", tmp_path / "out")
     assert documents(tmp_path / "out") == {"train": expected, "held_out": []}
+
+
+def test_any_number_of_workers_writes_the_same_bytes(tmp_path: Path) -> None:
+    """Of documents in several batches and shards, whose ids are no whole UTF-8, or end of text;
+    the content hashes are those of the text that tiktoken decodes."""
+    random = np.random.default_rng(1)
+    tokens = random.integers(0, E, 40_000, dtype=np.uint16)
+    tokens[random.integers(0, len(tokens), 100)] = E
+    train, held_out = tmp_path / "train", tmp_path / "valid"
+    lengths = [10_000, 0, 20_000, 1, 9_999]
+    write_megatron(train, tokens, lengths, [*range(6)], 8)
+    write_megatron(held_out, tokens[:500], [500], [0, 1], 8)
+    outs = [tmp_path / f"out{workers}" for workers in (1, 2, 3)]
+    for workers, out in enumerate(outs, 1):
+        options = {"held_out": [held_out], "shard_tokens": 15_000, "workers": workers}
+        with mock.patch.object(importing, "_BATCH", 5_000):
+            import_shards([train], "megatron", out, **options)
+    names = {path.name for path in outs[0].iterdir()}
+    assert len(names) == 2 * 4 + 1
+    for out in outs[1:]:
+        assert {path.name for path in out.iterdir()} == names
+        assert all((out / name).read_bytes() == (outs[0] / name).read_bytes() for name in names)
+    reference = load_tokenizer()._encoding
+    texts = [
+        reference.decode(document[1:])
+        for of_split in documents(outs[0]).values()
+        for document in of_split
+    ]
+    assert hashes(outs[0]) == [content_hash(text) for text in texts]
+    assert "\ufffd" in texts[0]
+    assert "<|endoftext|>" in texts[0]
+
+
+def test_an_error_in_a_later_batch_leaves_nothing(tmp_path: Path) -> None:
+    tokens = np.arange(30_000, dtype=np.uint16)
+    tokens[::100] = E
+    tokens[-1] = E + 1
+    tokens.tofile(tmp_path / "a.bin")
+    small = mock.patch.multiple(importing, _BATCH=1_000, _PIECE=1_000)
+    with small, pytest.raises(DataError, match=r"a\.bin: token 29999 is 50257"):
+        import_shards([tmp_path / "a.bin"], "nanogpt", tmp_path / "out", workers=2)
+    assert [path.name for path in tmp_path.iterdir()] == ["a.bin"]
+    with pytest.raises(DataError, match="workers is 0; it must be at least 1"):
+        import_shards([tmp_path / "a.bin"], "nanogpt", tmp_path / "out", workers=0)
 
 
 def make_bad(folder: Path, case: str) -> Path:
