@@ -17,6 +17,9 @@ SOURCES = (
     "Text, JSON Lines (also .gz, .zst) or parquet files, folders, globs, hf:NAME[:SUBSET][:SPLIT]."
 )
 Folder = Annotated[str, typer.Argument(help="A folder of shards, or its URL (s3://, gs://).")]
+Pattern = Annotated[
+    str, typer.Option(help="How text is split before merging: r50k, cl100k or o200k.")
+]
 Format = Annotated[Literal["megatron", "llmc", "nanogpt"], typer.Option(help="Whose files.")]
 
 
@@ -56,9 +59,7 @@ def prepare(
     vocab: Annotated[
         Path | None, typer.Option(help="Rank file of `vocab train` or tiktoken; default GPT-2's.")
     ] = None,
-    pattern: Annotated[
-        str, typer.Option(help="How text is split before merging: r50k, cl100k or o200k.")
-    ] = "r50k",
+    pattern: Pattern = "r50k",
     engine: Annotated[
         str, typer.Option(help="tiktoken, gigatoken (the same ids, faster), or auto.")
     ] = "auto",
@@ -113,11 +114,16 @@ def prepare(
 )
 def train_vocab(
     sources: Annotated[list[str], typer.Argument(help=SOURCES)],
-    out: Annotated[Path, typer.Option(help="Rank file to write, for `prepare --vocab`.")],
+    out: Annotated[Path, typer.Option(help="Rank file, for `prepare --vocab`, same --pattern.")],
     size: Annotated[int, typer.Option(help="Ids, end of text included.")] = 4096,
     held_out: Annotated[float, typer.Option(help="As given to prepare: not learned from.")] = 0.01,
     separator: Annotated[str | None, typer.Option(help="As given to prepare.")] = None,
     text_field: Annotated[str, typer.Option(help="As given to prepare.")] = "text",
+    min_chars: Annotated[int, typer.Option(help="As given to prepare.")] = 0,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="As given to prepare; repeatable.")
+    ] = None,
+    pattern: Pattern = "r50k",
 ) -> None:
     """Learn a byte-level BPE vocabulary from the training documents."""
     import data
@@ -129,6 +135,9 @@ def train_vocab(
         held_out=held_out,
         separator=_unescaped(separator),
         text_field=text_field,
+        min_chars=min_chars,
+        where=_conditions(where or []),
+        pattern=pattern,
         progress=sys.stderr.isatty(),
     )
     print(f"{out}: {size} ids, sha256 {data.load_tokenizer(out).vocab_hash}")
