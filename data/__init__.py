@@ -13,8 +13,8 @@
 
 The files, from text to tensor: documents, streams, rejects, tokenizer, units, workers, claim,
 prepare; shards, manifest, remote, reader, blend; exporting, importing, and formats, what both know;
-order, batches, prefetch; and files, by which all are published. Only hub data sets import
-`datasets`, and only batches and prefetch torch.
+order, batches, prefetch; and for all of them files, by which they publish, and bars. Only hub data
+sets import `datasets`, and only batches and prefetch torch.
 """
 
 from typing import TYPE_CHECKING, Any
