@@ -12,9 +12,9 @@
     DataError     bad input, in one line for its user
 
 The files, from text to tensor: sources, cutting, streams, hub, documents, rejects, tokenizer,
-units, workers, claim, prepare; shards, manifest, remote, reader, blend, interop; order, batches,
-prefetch; and files, by which all are published. Only hub data sets import `datasets`, and only
-batches and prefetch torch.
+units, workers, claim, prepare; shards, manifest, remote, reader, blend; exporting, importing, and
+formats, what both know; order, batches, prefetch; and for all of them files, by which they publish,
+and progress. Only hub data sets import `datasets`, and only batches and prefetch torch.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 from data.blend import Blend, Source, open_blend
 from data.claim import part_of_environment
 from data.errors import DataError
-from data.interop import export_shards, import_shards
+from data.exporting import export_shards
+from data.importing import import_shards
 from data.manifest import Manifest
 from data.prepare import prepare
 from data.reader import Dataset, Split, open_shards, verify

@@ -3,6 +3,9 @@ process at a time."""
 
 import fcntl
 import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from data.errors import DataError
@@ -46,3 +49,43 @@ def lock(handle: int, kind: int, folder: Path, who: str) -> None:
         raise DataError(f"{folder}: another {who} is writing there; wait for it to end") from None
     except OSError:
         pass  # some network file systems cannot lock
+
+
+@contextmanager
+def whole_folder(out: str | Path) -> Iterator[Path]:
+    """A folder to fill: it becomes the new folder `out` at the end, and goes where that is not
+    reached. Raises DataError if `out` is there and not empty, if another process fills it, and for
+    every OSError until then: a full disk, say."""
+    out = Path(out).resolve()
+    aside = temporary(out)
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise DataError(f"{out}: is there already; choose another folder")
+        aside.mkdir(parents=True, exist_ok=True)
+        with _alone(aside):
+            for left_by_a_killed_run in aside.iterdir():
+                left_by_a_killed_run.unlink()
+            try:
+                yield aside
+                for path in aside.iterdir():
+                    sync(path)
+                publish(out)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                for folder in missing:  # the innermost first
+                    folder.rmdir()
+                raise
+    except OSError as error:
+        raise DataError(f"{error.filename or out}: {error.strerror}") from None
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Refuse a second process."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        lock(handle, fcntl.LOCK_EX, folder, "run")
+        yield
+    finally:
+        os.close(handle)

@@ -49,7 +49,7 @@ from data.sources import find_files
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.units import (
     Options,
-    Shards,
+    Splits,
     Tokenized,
     Unit,
     UnitWriter,
@@ -128,10 +128,7 @@ def prepare(
     for source in map(Path, sources):
         if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
             raise DataError(f"{out}: lies in the source {source}; write the shards elsewhere")
-    files = find_files(sources)
-    for file in files:
-        if conditions and file.kind == "text":
-            raise DataError(f"{file.path}: where chooses among rows, but this file is plain text")
+    files = find_files(sources, rows=bool(conditions))
     with claim(out, share), _disk_full(out):
         cuts = cut_all(files, separator, out, (share.number, share.count), workers, progress)
         slices = [part for of_file in cuts for part in of_file.slices]
@@ -339,7 +336,7 @@ def _publish(
     rows: list[dict[str, Any]],
     max_rejected: float,
 ) -> None:
-    splits: Shards = {split: [] for split in SPLITS}
+    splits: Splits = {split: [] for split in SPLITS}
     engines: set[str] = set()
     tally, duplicates = Tally(max_rejected), 0
     for record in records(out, units):
@@ -378,7 +375,7 @@ def _disk_full(out: Path) -> Iterator[None]:
         ) from None
 
 
-def _refuse_empty(splits: Shards, out: Path, options: Options) -> None:
+def _refuse_empty(splits: Splits, out: Path, options: Options) -> None:
     """Raise DataError if a split that was asked for got no document."""
     train, held_out = (sum(shard.documents for shard in splits[split]) for split in SPLITS)
     if train and (held_out or not options.held_out):

@@ -18,14 +18,17 @@ from typing import Any
 from data.errors import DataError
 from data.files import publish, temporary
 from data.manifest import MANIFEST, SPLITS, Manifest, read_manifest
+from data.progress import Progress
 from data.shards import FileEntry, file_entry
+
+_EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # by scheme, what reads it
 
 
 def local_folder(folder: str | Path) -> Path:
     """`folder` itself, or of a URL its local copy.
 
-    Raises DataError for a URL that cannot be read or holds no shards, a disk without room for them,
-    and a file that is not what the manifest says.
+    Raises DataError for a URL that cannot be read or holds no shards, for s3:// and gs:// without
+    their extra, a disk without room for the shards, and a file that is not what the manifest says.
     """
     url = str(folder).rstrip("/")
     if "://" not in url:
@@ -37,7 +40,10 @@ def local_folder(folder: str | Path) -> Path:
 
         storage, root = fsspec.core.url_to_fs(url)
         with TemporaryDirectory(prefix=".manifest-", dir=cache) as incoming:
-            content = storage.cat_file(f"{root}/{MANIFEST}")
+            try:
+                content = storage.cat_file(f"{root}/{MANIFEST}")
+            except FileNotFoundError:
+                raise DataError(f"{url}: not a folder of shards (no {MANIFEST})") from None
             Path(incoming, MANIFEST).write_bytes(content)
             manifest = read_manifest(incoming)
         copy = cache / f"{url.rpartition('/')[2]}-{manifest.hash[:16]}"
@@ -51,22 +57,15 @@ def local_folder(folder: str | Path) -> Path:
     except DataError:
         raise
     except Exception as error:  # each kind of storage has its own
+        extra = _EXTRAS.get(url.partition("://")[0])
+        if extra and isinstance(error, ImportError):
+            raise DataError(f"{url}: reading it needs: pip install 'sparse-gpt[{extra}]'") from None
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise DataError(f"{url}: cannot be read: {reason}") from None
     return copy
 
 
 def _copy_all(url: str, storage: Any, root: str, manifest: Manifest, copy: Path) -> None:
-    from rich.console import Console
-    from rich.progress import (
-        BarColumn,
-        DownloadColumn,
-        Progress,
-        TextColumn,
-        TimeRemainingColumn,
-        TransferSpeedColumn,
-    )
-
     wanted: dict[str, FileEntry] = {}
     for shard in (shard for split in SPLITS for shard in manifest.splits[split]):
         wanted |= {f"{shard.name}.bin": shard.bin, f"{shard.name}.idx": shard.idx}
@@ -77,16 +76,11 @@ def _copy_all(url: str, storage: Any, root: str, manifest: Manifest, copy: Path)
             f"{url}: takes {total / 1e9:.2f} GB in {copy}, where {free / 1e9:.2f} GB are free; "
             "free some, or set SPARSE_GPT_CACHE to a folder on another disk"
         )
-    console = Console(stderr=True)
-    columns = (TextColumn("copying"), BarColumn(), DownloadColumn(), TransferSpeedColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=console, disable=not console.is_terminal
-    ) as bar:
-        task = bar.add_task("", total=total)
+    with Progress("copying", total, True) as bar:
         for name, entry in missing.items():
             path = copy / name
             storage.get_file(f"{root}/{name}", str(temporary(path)))
             if file_entry(temporary(path)) != entry:
                 raise DataError(f"{url}/{name}: is not what its manifest says; upload it again")
             publish(path)
-            bar.advance(task, entry.bytes)
+            bar.advance(entry.bytes)

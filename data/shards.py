@@ -206,3 +206,52 @@ class ShardWriter:
         """Let go of an unfinished shard; its temporary files stay for the caller to remove."""
         self._file.close()
         self._index.close()
+
+
+class Shards:
+    """Writes documents into shards of at most `shard_tokens` tokens, one after the other; `name`
+    has a place for their numbers."""
+
+    def __init__(self, folder: Path, name: str, vocabulary: Vocabulary, shard_tokens: int) -> None:
+        self._folder, self._name, self._vocabulary = folder, name, vocabulary
+        self._shard_tokens = shard_tokens
+        self._entries: list[ShardEntry] = []
+        self._open: ShardWriter | None = None
+
+    def extend(
+        self,
+        tokens: npt.NDArray[np.unsignedinteger],
+        lengths: npt.NDArray[np.int64],
+        hashes: npt.NDArray[np.uint64],
+    ) -> None:
+        """As `ShardWriter.extend`, in a new shard where they do not fit."""
+        ends = np.cumsum(lengths)
+        first = done = 0
+        while first < len(ends):
+            if self._open is None:
+                name = self._name.format(len(self._entries))
+                self._open = ShardWriter(self._folder, name, self._vocabulary)
+            room = self._shard_tokens - self._open.tokens
+            last = int(np.searchsorted(ends, done + room, side="right"))
+            if last == first and self._open.tokens:
+                self._finish_one(self._open)
+                continue
+            last = max(last, first + 1)  # a document that is longer than a shard has its own
+            end = int(ends[last - 1])
+            self._open.extend(tokens[done:end], lengths[first:last], hashes[first:last])
+            first, done = last, end
+
+    def finish(self) -> list[ShardEntry]:
+        """Publish what is open; all shards."""
+        if self._open is not None:
+            self._finish_one(self._open)
+        return self._entries
+
+    def _finish_one(self, writer: ShardWriter) -> None:
+        self._entries.append(writer.finish())
+        self._open = None
+
+    def close(self) -> None:
+        """Let go of what is unfinished."""
+        if self._open is not None:
+            self._open.close()

@@ -35,9 +35,9 @@ class SourceFile:
     codec: str | None = None
 
 
-def find_files(sources: Sequence[str | Path]) -> list[SourceFile]:
+def find_files(sources: Sequence[str | Path], rows: bool = False) -> list[SourceFile]:
     """The files of all sources, each source's in sorted order; raises DataError if there is none,
-    a source does not exist or a file comes twice."""
+    a source does not exist, a file comes twice, or has no `rows` to choose from."""
     files: list[SourceFile] = []
     for source in sources:
         path = Path(source)
@@ -66,6 +66,8 @@ def find_files(sources: Sequence[str | Path]) -> list[SourceFile]:
     for file in files:
         if (real := file.path.resolve()) in seen:
             raise DataError(f"{file.path}: given twice among the sources; name it once")
+        if rows and file.kind == "text":
+            raise DataError(f"{file.path}: where chooses among rows, but this file is plain text")
         seen.add(real)
     return files
 

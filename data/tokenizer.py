@@ -41,6 +41,7 @@ PATTERNS = {
     ),
 }
 _RENEW_AFTER = 125_000_000  # characters; gigatoken keeps every different word it has met
+_JOINED = 1 << 16  # tokens
 _LONG_RUN = 900_000  # characters; tiktoken's regular expression runs out of stack at a million
 
 
@@ -72,8 +73,10 @@ class Tokenizer:
             explicit_n_vocab=self.vocab_size,
             pat_str=PATTERNS[pattern],
             mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": self.eot},  # for decoding; encode() allows none
+            special_tokens={"<|endoftext|>": self.eot},  # it wants one; encode() allows none
         )
+        tokens = [*sorted(ranks, key=ranks.__getitem__), b"<|endoftext|>"]
+        self._tokens = np.array(tokens, object)  # of each id its bytes
         self._file = file
         self._one_at_a_time = threading.Lock()  # gigatoken refuses a second thread
         self._fast: Any = self._make_fast() if engine == "gigatoken" else None
@@ -156,7 +159,11 @@ class Tokenizer:
             raise DataError(
                 f"ids must lie in 0 … {self.vocab_size - 1}: {array.min()} … {array.max()}"
             )
-        return self._encoding.decode(array.tolist())
+        # As tiktoken does, in two thirds of the time: it wants a list of Python's numbers. A join
+        # takes 80 bytes for each thing joined.
+        starts = range(0, len(array), _JOINED)
+        pieces = [b"".join(self._tokens[array[i : i + _JOINED]].tolist()) for i in starts]
+        return b"".join(pieces).decode(errors="replace")
 
     def identity(self) -> dict[str, str | int]:
         """What the tokens depend on; part of the manifest and of every work unit's name. The engine

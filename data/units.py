@@ -31,7 +31,7 @@ from data.manifest import (
 )
 from data.reader import damages
 from data.rejects import Reject
-from data.shards import INDEX, ShardEntry, ShardWriter, Vocabulary, dtype_for
+from data.shards import INDEX, ShardEntry, Shards, Vocabulary, dtype_for
 from data.tokenizer import Tokenizer
 
 BYTES_PER_TOKEN = 4  # of English text, about; decides how much input makes a shard
@@ -39,7 +39,7 @@ _NAME = re.compile(
     r"(?:\.tmp-)?(?:(?:train|held_out)-(\d{5,})-\d{2,}|unit-(\d{5,}))-([0-9a-f]{16})\.(?:bin|idx|json)"
 )
 
-Shards = dict[str, list[ShardEntry]]
+Splits = dict[str, list[ShardEntry]]
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Record:
     """What a finished unit made: its shards, what it set aside, how many duplicates it left out,
     and by which engine and version."""
 
-    splits: Shards
+    splits: Splits
     rejected: list[Reject]
     duplicates: int
     engine: str
@@ -238,65 +238,48 @@ class UnitWriter:
     unfinished when it ends."""
 
     def __init__(self, out: Path, unit: Unit, tokenizer: Tokenizer, options: Options) -> None:
-        self._out, self._unit, self._options = out, unit, options
-        self._vocabulary = Vocabulary(
+        self._out, self._unit = out, unit
+        self._below = np.uint64(held_out_below(options.held_out))
+        vocabulary = Vocabulary(
             tokenizer.vocab_hash, dtype_for(tokenizer.vocab_size), tokenizer.eot
         )
-        self._open: dict[str, ShardWriter] = {}
-        self._record = Record({split: [] for split in SPLITS}, [], 0, tokenizer.engine)
+        self._shards = {
+            split: Shards(
+                out, f"{unit.name(split)}-{{:02d}}-{unit.key}", vocabulary, options.shard_tokens
+            )
+            for split in SPLITS
+        }
+        self._rejected: list[Reject] = []
+        self._duplicates = 0
+        self._engine = tokenizer.engine
 
     def __enter__(self) -> "UnitWriter":
         return self
 
     def __exit__(self, *exception: object) -> None:
-        for writer in self._open.values():
+        for writer in self._shards.values():
             writer.close()
 
     def add(self, found: Tokenized) -> None:
-        """Append documents to their splits' shards, or to new ones where they do not fit."""
-        self._record.rejected.extend(found.rejects)
-        held_out = found.hashes < np.uint64(held_out_below(self._options.held_out))
+        """Append documents to their splits' shards."""
+        self._rejected.extend(found.rejects)
+        held_out = found.hashes < self._below
         for split, rows in zip(SPLITS, (~held_out, held_out), strict=True):
-            self._add(split, found.only(rows))
+            of_split = found.only(rows)
+            self._shards[split].extend(of_split.tokens, of_split.lengths, of_split.hashes)
 
     def leave_out(self, duplicates: int) -> None:
         """Count documents that are not added."""
-        self._record.duplicates += duplicates
-
-    def _add(self, split: str, found: Tokenized) -> None:
-        ends = np.cumsum(found.lengths)
-        first = done = 0
-        while first < len(ends):
-            writer = self._open.get(split) or self._start(split)
-            room = self._options.shard_tokens - writer.tokens
-            last = int(np.searchsorted(ends, done + room, side="right"))
-            if last == first and writer.tokens:
-                self._finish(split)
-                continue
-            last = max(last, first + 1)  # a document that is longer than a shard has its own
-            end = int(ends[last - 1])
-            rows = slice(first, last)
-            writer.extend(found.tokens[done:end], found.lengths[rows], found.hashes[rows])
-            first, done = last, end
+        self._duplicates += duplicates
 
     def finish(self) -> Record:
         """Publish what is open, then the record."""
-        for split in list(self._open):
-            self._finish(split)
+        splits = {split: writer.finish() for split, writer in self._shards.items()}
         fields = {
-            "splits": shards_to_json(self._record.splits),
-            "rejected": [asdict(reject) for reject in self._record.rejected],
-            "duplicates": self._record.duplicates,
-            "engine": self._record.engine,
+            "splits": shards_to_json(splits),
+            "rejected": [asdict(reject) for reject in self._rejected],
+            "duplicates": self._duplicates,
+            "engine": self._engine,
         }
         write_sealed(self._unit.record(self._out), fields)
-        return self._record
-
-    def _start(self, split: str) -> ShardWriter:
-        part = f"{len(self._record.splits[split]):02d}-{self._unit.key}"
-        name = f"{self._unit.name(split)}-{part}"
-        self._open[split] = ShardWriter(self._out, name, self._vocabulary)
-        return self._open[split]
-
-    def _finish(self, split: str) -> None:
-        self._record.splits[split].append(self._open.pop(split).finish())
+        return Record(splits, self._rejected, self._duplicates, self._engine)

@@ -48,7 +48,7 @@ def in_order(
     except BrokenProcessPool:
         raise Resumable(
             "a worker was killed, as the system does when memory runs out; run again with fewer "
-            "workers: what is finished is kept"
+            "workers"
         ) from None
     finally:
         stop.set()

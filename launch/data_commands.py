@@ -16,6 +16,10 @@ vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a co
 SOURCES = (
     "Text, JSON Lines (also .gz, .zst) or parquet files, folders, globs, hf:NAME[:SUBSET][:SPLIT]."
 )
+Folder = Annotated[str, typer.Argument(help="A folder of shards, or its URL (s3://, gs://).")]
+Pattern = Annotated[
+    str, typer.Option(help="How text is split before merging: r50k, cl100k or o200k.")
+]
 Format = Annotated[Literal["megatron", "llmc", "nanogpt"], typer.Option(help="Whose files.")]
 
 
@@ -55,9 +59,7 @@ def prepare(
     vocab: Annotated[
         Path | None, typer.Option(help="Rank file of `vocab train` or tiktoken; default GPT-2's.")
     ] = None,
-    pattern: Annotated[
-        str, typer.Option(help="How text is split before merging: r50k, cl100k or o200k.")
-    ] = "r50k",
+    pattern: Pattern = "r50k",
     engine: Annotated[
         str, typer.Option(help="tiktoken, gigatoken (the same ids, faster), or auto.")
     ] = "auto",
@@ -100,7 +102,7 @@ def prepare(
         progress=not as_json,
     )
     if made is not None:
-        info(out, as_json)
+        info(str(out), as_json)
     elif as_json:
         print(json.dumps({"part": part, "finished": False}))
     else:
@@ -112,11 +114,16 @@ def prepare(
 )
 def train_vocab(
     sources: Annotated[list[str], typer.Argument(help=SOURCES)],
-    out: Annotated[Path, typer.Option(help="Rank file to write, for `prepare --vocab`.")],
+    out: Annotated[Path, typer.Option(help="Rank file, for `prepare --vocab`, same --pattern.")],
     size: Annotated[int, typer.Option(help="Ids, end of text included.")] = 4096,
     held_out: Annotated[float, typer.Option(help="As given to prepare: not learned from.")] = 0.01,
     separator: Annotated[str | None, typer.Option(help="As given to prepare.")] = None,
     text_field: Annotated[str, typer.Option(help="As given to prepare.")] = "text",
+    min_chars: Annotated[int, typer.Option(help="As given to prepare.")] = 0,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="As given to prepare; repeatable.")
+    ] = None,
+    pattern: Pattern = "r50k",
 ) -> None:
     """Learn a byte-level BPE vocabulary from the training documents."""
     import data
@@ -128,13 +135,16 @@ def train_vocab(
         held_out=held_out,
         separator=_unescaped(separator),
         text_field=text_field,
+        min_chars=min_chars,
+        where=_conditions(where or []),
+        pattern=pattern,
         progress=sys.stderr.isatty(),
     )
     print(f"{out}: {size} ids, sha256 {data.load_tokenizer(out).vocab_hash}")
 
 
 @shards_app.command(epilog="Example: sparse-gpt shards info shards/novels")
-def info(folder: Path, as_json: Json = False) -> None:
+def info(folder: Folder, as_json: Json = False) -> None:
     """Documents, tokens and vocabulary of a folder of shards."""
     from data import open_shards
 
@@ -167,11 +177,12 @@ def info(folder: Path, as_json: Json = False) -> None:
         table.add_row(split, *(f"{count:,}" for count in counts.values()))
     show(table)
     if manifest.rejected:
-        print(f"{manifest.rejected:,} broken documents were set aside: {folder}/rejected.jsonl")
+        named_in = f"{folder.rstrip('/')}/rejected.jsonl"  # of a URL there: it is not copied
+        print(f"{manifest.rejected:,} broken documents were set aside: {named_in}")
 
 
 @shards_app.command(epilog="Example: sparse-gpt shards verify shards/novels")
-def verify(folder: Path) -> None:
+def verify(folder: Folder) -> None:
     """Check every hash; names the file and block of each damage, and exits 1."""
     import data
 
@@ -187,7 +198,7 @@ def verify(folder: Path) -> None:
     "export", epilog="Example: sparse-gpt shards export shards/novels --format nanogpt --out novels"
 )
 def export_shards(
-    folder: Path,
+    folder: Folder,
     format: Format,
     out: Annotated[Path, typer.Option(help="A new folder for the files.")],
     shard_tokens: Annotated[
@@ -197,7 +208,8 @@ def export_shards(
     """Write shards as files of Megatron-LM, llm.c (modded-nanogpt's too) or nanoGPT."""
     import data
 
-    for path in data.export_shards(folder, format, out, shard_tokens=shard_tokens):
+    paths = data.export_shards(folder, format, out, shard_tokens=shard_tokens, progress=True)
+    for path in paths:
         print(path)
 
 
@@ -219,12 +231,20 @@ def import_shards(
         Path | None, typer.Option(help="Rank file that the ids belong to; default GPT-2's.")
     ] = None,
     shard_tokens: Annotated[int, typer.Option(help="Tokens a shard at most.")] = 100_000_000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that decode and hash.")] = 1,
     as_json: Json = False,
 ) -> None:
     """Make shards of the files of Megatron-LM, llm.c (modded-nanogpt's too) or nanoGPT."""
     import data
 
     data.import_shards(
-        sources, format, out, held_out=held_out or [], vocab=vocab, shard_tokens=shard_tokens
+        sources,
+        format,
+        out,
+        held_out=held_out or [],
+        vocab=vocab,
+        shard_tokens=shard_tokens,
+        workers=workers,
+        progress=not as_json,
     )
-    info(out, as_json)
+    info(str(out), as_json)

@@ -1,5 +1,6 @@
 import hashlib
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -7,6 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
+import data.tokenizer
 from data import DataError, load_tokenizer, prepare
 from data.manifest import SPLITS
 from data.tokenizer import PATTERNS, VOCABULARY, Tokenizer
@@ -20,6 +22,17 @@ def test_known_ids_and_attributes() -> None:
     assert (tokenizer.vocab_size, tokenizer.eot) == (50257, 50256)
     assert tokenizer.vocab_hash == hashlib.sha256(VOCABULARY.read_bytes()).hexdigest()
     assert PATTERNS["r50k"] == openai_public.r50k_pat_str
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.lists(st.integers(0, 50256) | st.integers(128, 255)))
+def test_any_ids_are_decoded_as_by_tiktoken(ids: list[int]) -> None:
+    """Most are no whole UTF-8; and in pieces that end within characters."""
+    tokenizer = load_tokenizer()
+    expected = tokenizer._encoding.decode(ids)
+    assert tokenizer.decode(np.array(ids, np.uint16)) == expected
+    with mock.patch.object(data.tokenizer, "_JOINED", 3):
+        assert tokenizer.decode(ids) == expected
 
 
 @settings(max_examples=100, deadline=None)

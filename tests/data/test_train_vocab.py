@@ -1,5 +1,8 @@
 import json
+import sys
 from pathlib import Path
+from typing import Any
+from unittest import mock
 
 import numpy as np
 import pytest
@@ -8,9 +11,12 @@ from hypothesis import strategies as st
 
 from data import DataError, load_tokenizer, open_shards, prepare, train_vocab
 from data.shards import content_hash
+from data.tokenizer import PATTERNS, Tokenizer
+from data.train_vocab import learn
 from data.units import held_out_below
 
 SAMPLES = Path(__file__).parents[2] / "data" / "samples"
+train_vocab_module = sys.modules["data.train_vocab"]  # `data.train_vocab` is the function
 READING = {"separator": "\nChapter ", "held_out": 0.1}
 
 
@@ -44,6 +50,70 @@ def test_the_same_text_gives_the_same_file(ranks: Path, tmp_path: Path) -> None:
     assert again.read_bytes() == ranks.read_bytes()
 
 
+# What the patterns tell apart: digits, cases, contractions, marks, and every kind of space.
+PIECES = [
+    *("'s", "'LL", "'ſ", "don't", "Ⅷ", "1234567", "٣", "²", "ǅ", "ß", "İ", "한", "日本", "e\u0301"),
+    *("\u0301", " ", "  ", "\t", "\n", "\r\n", "\n\n", "\u00a0", "\u0085", "\u2028", "\u3000"),
+    *("\x1c", "\u200b", "\ufeff", "/", "!?", "_", "😀", "𝒜", "the", "Anne", "\x00"),
+]
+TEXTS = st.lists(st.sampled_from(PIECES) | st.characters(exclude_categories=["Cs"]), max_size=30)
+
+
+@pytest.fixture(scope="module", params=PATTERNS)
+def both(
+    request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory
+) -> tuple[Any, Tokenizer]:
+    """What `tokenizers` learned with a pattern from a novel and from random pieces, and our
+    tokenizer of the rank file learned from the same."""
+    random = np.random.default_rng(0)
+    mixed = "".join(random.choice(PIECES, 50_000))
+    novel = (SAMPLES / "persuasion.txt").read_text()
+    folder = tmp_path_factory.mktemp("both")
+    corpus, ranks = folder / "corpus.jsonl", folder / "ranks.tiktoken"
+    corpus.write_text("".join(json.dumps({"text": text}) + "\n" for text in (mixed, novel)))
+    train_vocab([corpus], ranks, size=1500, held_out=0, pattern=request.param)
+    return learn([mixed, novel], 1500, request.param), load_tokenizer(ranks, request.param)
+
+
+@settings(max_examples=400, deadline=None)
+@given(text=TEXTS.map("".join))
+def test_ids_are_those_of_the_tokenizer_that_learned(
+    both: tuple[Any, Tokenizer], text: str
+) -> None:
+    theirs, ours = both
+    assert ours.encode(text).tolist() == theirs.encode(text).ids
+
+
+def test_what_was_learned_follows_the_pattern(both: tuple[Any, Tokenizer]) -> None:
+    _, ours = both
+    tokens = [ours.decode([i]) for i in range(ours.vocab_size)]
+    digits = max(len(token) for token in tokens if token.isdigit())
+    assert digits == 3 if ours.pattern != "r50k" else digits >= 7
+    assert ("don't" in tokens) == (ours.pattern == "o200k")
+
+
+def test_a_long_document_is_learned_from_as_a_whole(tmp_path: Path) -> None:
+    """In parts, for the memory, which change nothing."""
+    for pattern in PATTERNS:
+        files = [tmp_path / f"{pattern}-{part}" for part in (50, 1 << 30)]
+        for file, part in zip(files, (50, 1 << 30), strict=True):
+            with mock.patch.object(train_vocab_module, "_PART", part):
+                train_vocab([SAMPLES], file, size=600, held_out=0, pattern=pattern)
+        assert files[0].read_bytes() == files[1].read_bytes()
+
+
+@settings(max_examples=200, deadline=None)
+@given(text=TEXTS.map("".join), part=st.integers(1, 5))
+def test_parts_are_cut_where_pieces_are(both: tuple[Any, Tokenizer], text: str, part: int) -> None:
+    theirs, _ = both
+    with mock.patch.object(train_vocab_module, "_PART", part):
+        parts = list(train_vocab_module._parts(text))
+    assert "".join(parts) == text
+    whole = theirs.pre_tokenizer.pre_tokenize_str(text)
+    pieces = [piece for part in parts for piece, _ in theirs.pre_tokenizer.pre_tokenize_str(part)]
+    assert pieces == [piece for piece, _ in whole]
+
+
 def test_held_out_documents_are_not_learned_from(tmp_path: Path) -> None:
     letters = "abcdefghijklmnopqrstuvwxyz"
     words = [f"{a}{b}{c}" * 3 for a in letters for b in letters for c in "aeiou"]
@@ -56,6 +126,23 @@ def test_held_out_documents_are_not_learned_from(tmp_path: Path) -> None:
         split = "held_out" if content_hash(word * 20) < held_out_below(0.5) else "train"
         lengths[split].append(len(tokenizer.encode(word * 20)))
     assert np.mean(lengths["held_out"]) > 2 * np.mean(lengths["train"])
+
+
+def test_documents_that_prepare_leaves_out_are_not_learned_from(tmp_path: Path) -> None:
+    rows = [
+        *({"text": f"zzzz {n} wanted", "lang": "en"} for n in range(100)),
+        *({"text": f"qqqq {n} unwanted", "lang": "de"} for n in range(100)),
+        *({"text": "xxxx", "lang": "en"} for _ in range(100)),
+    ]
+    (tmp_path / "a.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = {"where": {"lang": "en"}, "min_chars": 5, "held_out": 0}
+    train_vocab([tmp_path / "a.jsonl"], tmp_path / "v", size=270, **options)
+    tokenizer = load_tokenizer(tmp_path / "v")
+    assert [len(tokenizer.encode(text)) for text in ("zzzz", "qqqq", "xxxx")] == [1, 4, 4]
+    (tmp_path / "a.txt").write_text("text")
+    says = r"a\.txt: where chooses among rows, but this file is plain text"
+    with pytest.raises(DataError, match=says):
+        train_vocab([tmp_path / "a.txt"], tmp_path / "w", **options)
 
 
 def test_prepare_uses_it(ranks: Path, tmp_path: Path) -> None:
@@ -78,6 +165,8 @@ def test_bad_requests_end_in_one_line(tmp_path: Path) -> None:
         train_vocab([SAMPLES], out, size=500_000)
     with pytest.raises(DataError, match="nowhere: no such folder"):
         train_vocab([SAMPLES], tmp_path / "nowhere" / "v.tiktoken")
+    with pytest.raises(DataError, match="pattern is 'p50k'; there are r50k, cl100k, o200k"):
+        train_vocab([SAMPLES], out, pattern="p50k")
     with pytest.raises(DataError, match="held_out is 2"):
         train_vocab([SAMPLES], out, held_out=2)
     assert not list(tmp_path.iterdir())

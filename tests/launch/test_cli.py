@@ -102,7 +102,8 @@ def test_export_then_import_then_verify(refused, tmp_path):
     done = sparse_gpt("shards", "export", ours, "--format", "nanogpt", "--out", theirs)
     assert done.stdout.split() == [str(theirs / "train.bin"), str(theirs / "val.bin")], done.stderr
     files = (theirs / "train.bin", "--held-out", theirs / "val.bin")
-    done = sparse_gpt("shards", "import", *files, "--format", "nanogpt", "--out", back, "--json")
+    command = ("shards", "import", *files, "--format", "nanogpt", "--out", back, "--workers", "2")
+    done = sparse_gpt(*command, "--json")
     assert done.returncode == 0, done.stderr
     before = json.loads(sparse_gpt("shards", "info", ours, "--json").stdout)
     after = json.loads(done.stdout)

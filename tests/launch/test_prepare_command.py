@@ -5,6 +5,7 @@ import sys
 
 import pytest
 
+from data import train_vocab
 from data.manifest import read_manifest
 from launch.cli import main
 
@@ -63,3 +64,19 @@ def test_a_launchers_rank_is_a_part(prepare, tmp_path, monkeypatch, capsys):
     assert json.loads(capsys.readouterr().out) == {"part": "2/2", "finished": False}
     assert prepare("other", "--part", "1/2", "--dedup") == 2
     assert "run it as one part" in capsys.readouterr().err
+
+
+def test_vocab_train_chooses_documents_as_prepare_does(prepare, tmp_path, monkeypatch, capsys):
+    source, out = tmp_path / "a.jsonl", tmp_path / "v.tiktoken"
+    command = ["sparse-gpt", "vocab", "train", str(source), "--out", str(out), "--size", "270"]
+    options = ["--where", "lang=en", "--min-chars", "18", "--pattern", "cl100k"]
+    monkeypatch.setattr(sys, "argv", [*command, *options])
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    assert not stopped.value.code
+    assert f"{out}: 270 ids, sha256" in capsys.readouterr().out
+    wanted = {"where": {"lang": "en"}, "min_chars": 18, "pattern": "cl100k"}
+    train_vocab([source], tmp_path / "same", size=270, **wanted)
+    assert out.read_bytes() == (tmp_path / "same").read_bytes()
+    train_vocab([source], tmp_path / "other", size=270)
+    assert out.read_bytes() != (tmp_path / "other").read_bytes()
