@@ -94,7 +94,7 @@ def import_shards(
     for path, times in Counter(path.resolve() for path in chain(*paths)).items():
         if times > 1:
             raise DataError(f"{path}: given twice, to train on or to hold out; name it once")
-    identity = {**tokenizer.identity(), "engine": format, "version": "unknown"}
+    identity = {**tokenizer.identity(), "engines": [format]}
     options = {"import": format, "held_out_files": len(paths[1]), "shard_tokens": shard_tokens}
     vocabulary = Vocabulary(tokenizer.vocab_hash, dtype_for(tokenizer.vocab_size), tokenizer.eot)
     dtype = DTYPES[vocabulary.dtype]

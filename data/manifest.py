@@ -7,7 +7,7 @@ with the 64 digits of that hash replaced by zeros. The manifest's other keys:
     format      "sparse-gpt shards 1"
     tokenizer   name, vocab_size, vocab_hash (sha256 of the vocabulary file), pattern (how text is
                 split before merging), pattern_hash (its sha256), engines (name and version of each
-                that made a shard)
+                that made a shard; of imported ones, the format)
     dtype       "uint16" or "uint32"
     eot         id, position ("before each document")
     options     what `prepare` was asked for that changes the shards

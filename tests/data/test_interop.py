@@ -49,7 +49,7 @@ def test_novels_come_back_as_they_were(novels: Path, tmp_path: Path, format: str
     assert len(manifest.splits["train"]) > 4
     assert all(shard.tokens <= 50_000 for shard in manifest.splits["train"])
     assert manifest.tokenizer["vocab_hash"] == load_tokenizer().vocab_hash
-    assert manifest.tokenizer["engine"] == manifest.options["import"] == format
+    assert manifest.tokenizer["engines"] == [manifest.options["import"]] == [format]
     assert [row["name"] for row in manifest.sources if row["name"].endswith(".bin")] == [
         path.name
         for word in ("train", "val")
