@@ -228,19 +228,20 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
     subprocess.run(["umount", str(folder)], check=True)
 
 
+@pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk(
-    corpus: Path, undisturbed: dict[str, bytes], small_disk: Path, tmp_path: Path
+    corpus: Path, undisturbed: dict[str, bytes], small_disk: Path, workers: int
 ) -> None:
     out = small_disk / "out"
     for _ in range(2):
         with pytest.raises(DataError, match="out: No space left on device; make room there and ru"):
-            prepare([corpus], out, **OPTIONS)
+            prepare([corpus], out, workers=workers, **OPTIONS)
         kept = content(out)
         assert 0 < len(kept) < len(undisturbed)
         assert kept.items() < undisturbed.items()  # whole files under their names, and no others
     before = {path: path.stat().st_mtime_ns for path in out.glob("*-*") if path.name[0] != "."}
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
-    prepare([corpus], out, **OPTIONS)
+    prepare([corpus], out, workers=workers, **OPTIONS)
     assert content(out) == undisturbed
     assert {path: path.stat().st_mtime_ns for path in before} == before
     assert list(out.glob(".*")) == []
