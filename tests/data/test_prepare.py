@@ -85,6 +85,13 @@ def running(session: int) -> list[int]:
     return found
 
 
+def finished_files(out: Path) -> dict[Path, int]:
+    """The files of units that have a record, and when they were written."""
+    keys = [record.stem.split("-")[2] for record in out.glob("unit-*")]
+    paths = [path for key in keys for path in out.glob(f"*{key}*")]
+    return {path: path.stat().st_mtime_ns for path in paths}
+
+
 def is_worker(pid: int) -> bool:
     """Whether a process is one that a parent spawned to work for it."""
     return b"spawn_main" in Path(f"/proc/{pid}/cmdline").read_bytes()
@@ -111,17 +118,15 @@ def test_same_bytes_for_any_workers_and_after_a_kill(corpus: Path, tmp_path: Pat
         time.sleep(0.05)
     with pytest.raises(DataError, match="killed: unfinished"):
         open_shards(out)
-    finished = {path: path.stat().st_mtime_ns for path in out.glob("*-*") if path.name[0] != "."}
-    assert len(finished) < len(expected) - 1
-    records = list(out.glob("unit-*"))
+    finished = finished_files(out)
+    assert 6 < len(finished) < len(expected) - 1
 
     process = start_prepare(tmp_path / "run.py", corpus, out, workers=2)
     _, errors = process.communicate(timeout=60)
     assert (process.returncode, errors) == (0, "")  # and no progress drawn: not a terminal
     assert content(out) == expected
     assert verify(out) == []
-    kept = [path for record in records for path in out.glob(f"*{record.stem.split('-')[2]}*")]
-    assert {path: path.stat().st_mtime_ns for path in kept} == {p: finished[p] for p in kept}
+    assert {path: path.stat().st_mtime_ns for path in finished} == finished
 
 
 @pytest.fixture(scope="module")
@@ -239,7 +244,7 @@ def test_a_full_disk(
         kept = content(out)
         assert 0 < len(kept) < len(undisturbed)
         assert kept.items() < undisturbed.items()  # whole files under their names, and no others
-    before = {path: path.stat().st_mtime_ns for path in out.glob("*-*") if path.name[0] != "."}
+    before = finished_files(out)
     subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
     prepare([corpus], out, workers=workers, **OPTIONS)
     assert content(out) == undisturbed
