@@ -178,7 +178,7 @@ def info(folder: Folder, as_json: Json = False) -> None:
     show(table)
     if manifest.rejected:
         named_in = f"{folder.rstrip('/')}/rejected.jsonl"  # of a URL there: it is not copied
-        print(f"{manifest.rejected:,} broken documents were set aside: {named_in}")
+        print(f"broken documents set aside: {manifest.rejected:,}, named in {named_in}")
 
 
 @shards_app.command(epilog="Example: sparse-gpt shards verify shards/novels")

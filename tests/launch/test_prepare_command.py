@@ -34,7 +34,7 @@ def prepare(monkeypatch, tmp_path):
 def test_filters_pattern_and_engine(prepare, tmp_path, capsys):
     options = ("--where", "lang=en", "--min-chars", "18", "--dedup", "--pattern", "cl100k")
     assert prepare("out", *options, "--engine", "tiktoken") == 0
-    assert "1 broken documents were set aside" in capsys.readouterr().out
+    assert "broken documents set aside: 1, named in" in capsys.readouterr().out
     manifest = read_manifest(tmp_path / "out")
     assert manifest.documents("train") + manifest.documents("held_out") == 195  # 11, 13, … 399
     assert manifest.tokenizer["pattern"] == "cl100k"
