@@ -111,7 +111,8 @@ class _Notes:
         slice's own hash is compared again when it is tokenized."""
         found = _stat(file)
         times = [found.st_size, found.st_mtime_ns, found.st_ctime_ns]
-        return json.dumps([str(file.path), file.kind, self._separator, SLICE_BYTES, *times])
+        what = [os.path.abspath(file.path), file.name, file.kind, self._separator, SLICE_BYTES]
+        return json.dumps([*what, *times])
 
     def find(self, key: str, file: SourceFile) -> Cut | None:
         """The cut of `file` if a part has noted it."""

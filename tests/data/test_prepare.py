@@ -324,6 +324,12 @@ def test_input_is_cut_once_for_all_parts_and_runs(corpus: Path, tmp_path: Path) 
         prepare([source], tmp_path / "changed", part="2/2", **OPTIONS)
     assert not list((tmp_path / "changed").glob(".*"))
 
+    named = tmp_path / "named"  # the same files, but as of another folder
+    shutil.copytree(source, tmp_path / "in" / "sub")
+    assert prepare([tmp_path / "in" / "sub"], named, part="1/2", **OPTIONS) is None
+    manifest = prepare([tmp_path / "in"], named, part="2/2", **OPTIONS)
+    assert [row["name"] for row in manifest.sources][:2] == ["sub/00.txt", "sub/01.txt"]
+
 
 def test_running_again_changes_nothing_and_mends_damage(novels: Path, tmp_path: Path) -> None:
     out = Path(shutil.copytree(novels, tmp_path / "out"))
