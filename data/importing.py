@@ -25,15 +25,7 @@ import xxhash
 from data.errors import DataError
 from data.files import whole_folder
 from data.formats import MEGATRON, MEGATRON_MAGIC, Ids, of_format
-from data.manifest import (
-    FORMAT,
-    MANIFEST,
-    SPLITS,
-    Manifest,
-    read_manifest,
-    shards_to_json,
-    write_sealed,
-)
+from data.manifest import SPLITS, Manifest, read_manifest, write_manifest
 from data.progress import Progress
 from data.shards import (
     DTYPES,
@@ -41,9 +33,7 @@ from data.shards import (
     LLM_C,
     ShardEntry,
     Shards,
-    Vocabulary,
     content_hashes,
-    dtype_for,
 )
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.workers import in_order
@@ -96,7 +86,7 @@ def import_shards(
             raise DataError(f"{path}: given twice, to train on or to hold out; name it once")
     identity = {**tokenizer.identity(), "engines": [format]}
     options = {"import": format, "held_out_files": len(paths[1]), "shard_tokens": shard_tokens}
-    vocabulary = Vocabulary(tokenizer.vocab_hash, dtype_for(tokenizer.vocab_size), tokenizer.eot)
+    vocabulary = tokenizer.vocabulary
     dtype = DTYPES[vocabulary.dtype]
     batches = (
         batch
@@ -121,16 +111,7 @@ def import_shards(
                         writer.extend(batch.tokens, batch.lengths, hashes)
                         bar.advance(batch.tokens.nbytes)
                     shards[split] = writer.finish()
-        manifest = {
-            "format": FORMAT,
-            "tokenizer": identity,
-            "dtype": vocabulary.dtype,
-            "eot": {"id": tokenizer.eot, "position": "before each document"},
-            "options": options,
-            "sources": rows,
-            "splits": shards_to_json(shards),
-        }
-        write_sealed(aside / MANIFEST, manifest)
+        write_manifest(aside, identity, vocabulary, options, rows, shards)
     return read_manifest(out)
 
 

@@ -72,6 +72,29 @@ def shards_to_json(splits: dict[str, list[ShardEntry]]) -> dict[str, Any]:
     return {split: [asdict(shard) for shard in splits[split]] for split in SPLITS}
 
 
+def write_manifest(
+    folder: Path,
+    tokenizer: dict[str, Any],
+    vocabulary: Vocabulary,
+    options: dict[str, Any],
+    sources: list[dict[str, Any]],
+    splits: dict[str, list[ShardEntry]],
+    **counts: int,
+) -> None:
+    """Publish the manifest of `folder`; the counts are `rejected` and `duplicates`."""
+    fields = {
+        "format": FORMAT,
+        "tokenizer": tokenizer,
+        "dtype": vocabulary.dtype,
+        "eot": {"id": vocabulary.eot, "position": "before each document"},
+        "options": options,
+        "sources": sources,
+        **counts,
+        "splits": shards_to_json(splits),
+    }
+    write_sealed(folder / MANIFEST, fields)
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json; `hash` is its own hash and names the data set."""

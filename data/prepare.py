@@ -33,18 +33,10 @@ from data.cutting import SLICE_BYTES, Slice, cut_all
 from data.dedup import Seen
 from data.documents import Block, Document, Reading, blocks, documents, read
 from data.errors import DataError, Resumable
-from data.manifest import (
-    FORMAT,
-    MANIFEST,
-    SPLITS,
-    Manifest,
-    read_manifest,
-    shards_to_json,
-    write_sealed,
-)
+from data.manifest import SPLITS, Manifest, read_manifest, write_manifest
 from data.progress import Progress
 from data.rejects import MAX_REJECTED, Reject, Tally, write_rejects
-from data.shards import DTYPES, INDEX, content_hashes, dtype_for
+from data.shards import DTYPES, INDEX, content_hashes
 from data.sources import find_files
 from data.tokenizer import Tokenizer, load_tokenizer
 from data.units import (
@@ -183,7 +175,7 @@ class _Work:
             if len(todo) >= self.workers > 1 and not self.options.dedup:
                 self._side_by_side(todo, count, bar)
             else:
-                self._one_by_one(units, todo, count, bar)
+                self._one_by_one(units, done, count, bar)
 
     def _tell(self, bar: Progress, count: int) -> None:
         """How many units all parts have finished; seldom, for it takes long where they are many."""
@@ -202,19 +194,19 @@ class _Work:
                 self._tell(bar, count)
         self.tally.add(0, [], whole=True)
 
-    def _one_by_one(self, units: list[Unit], todo: list[Unit], count: int, bar: Progress) -> None:
+    def _one_by_one(self, units: list[Unit], done: set[int], count: int, bar: Progress) -> None:
         out, options, workers = self.out, self.options, self.workers
+        todo = [unit for unit in units if unit.number not in done]
         chunks = [chunk for unit in todo for chunk in unit.chunks]
         if not any(part.streamed for chunk in chunks for part in chunk):
             workers = max(1, min(workers, len(chunks)))  # a process takes a second to start
         pieces = (piece for unit in todo for piece in _pieces(unit, options.reading))
         tokenize = partial(_tokenize, options=options, load=self.load)
-        numbers = {unit.number for unit in todo}
         seen = Seen()
         with closing(in_order(tokenize, pieces, workers)) as results:
             by_unit = groupby(results, key=lambda result: result[0].unit)
             for unit in units:
-                if unit.number not in numbers:
+                if unit.number in done:
                     if options.dedup:
                         seen.add(hashes_of(out, unit))
                     continue
@@ -311,7 +303,7 @@ def _tokenize(piece: _Piece, options: Options, load: Callable[[], Tokenizer]) ->
         for number in np.flatnonzero(hashes % _AUDIT_EVERY == 0):
             _audit(good[number], ids[number], tokenizer)
     lengths = np.array([1 + len(of_one) for of_one in ids], np.int64)
-    tokens = np.empty(lengths.sum(), DTYPES[dtype_for(tokenizer.vocab_size)])
+    tokens = np.empty(lengths.sum(), DTYPES[tokenizer.vocabulary.dtype])
     end = 0
     for of_one in ids:
         start, end = end + 1, end + 1 + len(of_one)
@@ -348,18 +340,16 @@ def _publish(
     tally.add(0, [], whole=True)
     _refuse_empty(splits, out, options)
     rejected = (reject for record in records(out, units) for reject in record.rejected)
-    manifest = {
-        "format": FORMAT,
-        "tokenizer": {**tokenizer.identity(), "engines": sorted(engines)},
-        "dtype": dtype_for(tokenizer.vocab_size),
-        "eot": {"id": tokenizer.eot, "position": "before each document"},
-        "options": asdict(options),
-        "sources": rows,
-        "rejected": write_rejects(out, rejected),
-        "duplicates": duplicates,
-        "splits": shards_to_json(splits),
-    }
-    write_sealed(out / MANIFEST, manifest)
+    write_manifest(
+        out,
+        {**tokenizer.identity(), "engines": sorted(engines)},
+        tokenizer.vocabulary,
+        asdict(options),
+        rows,
+        splits,
+        rejected=write_rejects(out, rejected),
+        duplicates=duplicates,
+    )
 
 
 @contextmanager

@@ -20,6 +20,7 @@ import numpy as np
 import numpy.typing as npt
 
 from data.errors import DataError
+from data.shards import Vocabulary, dtype_for
 
 VOCABULARY = Path(__file__).parent / "vocab" / "gpt2.tiktoken"
 VOCAB_HASH = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
@@ -165,6 +166,11 @@ class Tokenizer:
         pieces = [b"".join(self._tokens[array[i : i + _JOINED]].tolist()) for i in starts]
         return b"".join(pieces).decode(errors="replace")
 
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the headers of shards say of it."""
+        return Vocabulary(self.vocab_hash, dtype_for(self.vocab_size), self.eot)
+
     def identity(self) -> dict[str, str | int]:
         """What the tokens depend on; part of the manifest and of every work unit's name. The engine
         is not: all give the same ids."""
@@ -175,6 +181,12 @@ class Tokenizer:
             "pattern": self.pattern,
             "pattern_hash": hashlib.sha256(PATTERNS[self.pattern].encode()).hexdigest(),
         }
+
+
+def check_pattern(pattern: str) -> None:
+    """Raise DataError for a pattern that is not there."""
+    if pattern not in PATTERNS:
+        raise DataError(f"pattern is {pattern!r}; there are {', '.join(PATTERNS)}")
 
 
 def _only_for_tiktoken(text: str) -> bool:
@@ -203,8 +215,7 @@ def load_tokenizer(
     Raises DataError if the file is missing, is no such file, lacks a byte, or, for GPT-2's, is
     altered, and for a pattern or an engine that is not there.
     """
-    if pattern not in PATTERNS:
-        raise DataError(f"pattern is {pattern!r}; there are {', '.join(PATTERNS)}")
+    check_pattern(pattern)
     if engine not in ENGINES:
         raise DataError(f"engine is {engine!r}; there are {', '.join(ENGINES)}")
     installed = find_spec("gigatoken") is not None

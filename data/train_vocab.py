@@ -13,7 +13,7 @@ from data.files import publish, temporary
 from data.rejects import MAX_REJECTED, Reject, Tally
 from data.shards import content_hash
 from data.sources import SourceFile, find_files
-from data.tokenizer import PATTERNS
+from data.tokenizer import PATTERNS, check_pattern
 from data.units import Options, held_out_below
 
 if TYPE_CHECKING:
@@ -49,8 +49,7 @@ def train_vocab(
     options = Options(held_out, 1, separator, text_field, min_chars, conditions)
     if size <= 257:
         raise DataError(f"size is {size}; 256 bytes and end of text are 257 ids already")
-    if pattern not in PATTERNS:
-        raise DataError(f"pattern is {pattern!r}; there are {', '.join(PATTERNS)}")
+    check_pattern(pattern)
     out = Path(out)
     if not out.parent.is_dir():
         raise DataError(f"{out.parent}: no such folder; make it first")

@@ -31,7 +31,7 @@ from data.manifest import (
 )
 from data.reader import damages
 from data.rejects import Reject
-from data.shards import INDEX, ShardEntry, Shards, Vocabulary, dtype_for
+from data.shards import INDEX, ShardEntry, Shards
 from data.tokenizer import Tokenizer
 
 BYTES_PER_TOKEN = 4  # of English text, about; decides how much input makes a shard
@@ -240,12 +240,12 @@ class UnitWriter:
     def __init__(self, out: Path, unit: Unit, tokenizer: Tokenizer, options: Options) -> None:
         self._out, self._unit = out, unit
         self._below = np.uint64(held_out_below(options.held_out))
-        vocabulary = Vocabulary(
-            tokenizer.vocab_hash, dtype_for(tokenizer.vocab_size), tokenizer.eot
-        )
         self._shards = {
             split: Shards(
-                out, f"{unit.name(split)}-{{:02d}}-{unit.key}", vocabulary, options.shard_tokens
+                out,
+                f"{unit.name(split)}-{{:02d}}-{unit.key}",
+                tokenizer.vocabulary,
+                options.shard_tokens,
             )
             for split in SPLITS
         }
