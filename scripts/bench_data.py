@@ -22,7 +22,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -33,7 +32,7 @@ import torch
 from rich.table import Table
 
 from data import Batches, open_shards
-from data.manifest import FORMAT, MANIFEST, SPLITS, write_sealed
+from data.manifest import write_manifest
 from data.shards import HEADER_BYTES, FileEntry, ShardEntry, ShardWriter, Vocabulary, header
 from launch.provenance import provenance
 from launch.terminal import show
@@ -98,17 +97,9 @@ if importlib.util.find_spec("megatron"):
     LOADERS["megatron"] = megatron
 
 
-def write_manifest(folder: Path, shards: list[ShardEntry]) -> None:
-    fields = {
-        "format": FORMAT,
-        "tokenizer": {"vocab_hash": VOCABULARY.hash},
-        "dtype": VOCABULARY.dtype,
-        "eot": {"id": VOCABULARY.eot},
-        "options": {},
-        "sources": [],
-        "splits": dict(zip(SPLITS, ([asdict(shard) for shard in shards], []), strict=True)),
-    }
-    write_sealed(folder / MANIFEST, fields)
+def publish(folder: Path, shards: list[ShardEntry]) -> None:
+    splits = {"train": shards, "held_out": []}
+    write_manifest(folder, {"vocab_hash": VOCABULARY.hash}, VOCABULARY, {}, [], splits)
 
 
 def make_tokens(folder: Path, shards: int = 4, tokens: int = 25_000_000) -> None:
@@ -125,7 +116,7 @@ def make_tokens(folder: Path, shards: int = 4, tokens: int = 25_000_000) -> None
                 ids, np.full(tokens // DOCUMENT, DOCUMENT), np.zeros(tokens // DOCUMENT, np.uint64)
             )
             entries.append(writer.finish())
-    write_manifest(folder / "shards", entries)
+    publish(folder / "shards", entries)
     make_index(folder, shards * tokens)
 
 
@@ -146,7 +137,7 @@ def make_sparse(folder: Path, shards: int, tokens: int) -> None:
                     file.write(header(tokens, tokens // DOCUMENT, VOCABULARY))
                 file.truncate(size)
         entries.append(ShardEntry(name, tokens, tokens // DOCUMENT, **files))
-    write_manifest(folder / "shards", entries)
+    publish(folder / "shards", entries)
     with open(folder / "flat.bin", "wb") as file:
         file.truncate(2 * shards * tokens)
     make_index(folder, shards * tokens)

@@ -6,8 +6,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.manifest import FORMAT, MANIFEST, write_sealed
-from data.manifest import shards_to_json as to_json
+from data.manifest import write_manifest
 from data.prepare import prepare
 from data.shards import (
     DTYPES,
@@ -42,7 +41,7 @@ def write_folder(
             for document_hash, document in enumerate(documents):
                 writer.add(document, document_hash)
             splits[split].append(writer.finish())
-    return write_manifest(folder, splits, Vocabulary(vocab_hash, dtype, eot))
+    return publish(folder, splits, Vocabulary(vocab_hash, dtype, eot))
 
 
 def write_sparse_folder(folder: Path, counts: list[int], tail: list[int], dtype: str) -> Path:
@@ -63,22 +62,11 @@ def write_sparse_folder(folder: Path, counts: list[int], tail: list[int], dtype:
         shard.with_suffix(".idx").write_bytes(index.tobytes())
         files = [FileEntry(n, "0" * 64, "") for n in (size, index.nbytes)]
         shards.append(ShardEntry(shard.stem, count, 2, *files))
-    return write_manifest(folder, {"train": shards, "held_out": []}, vocabulary)
+    return publish(folder, {"train": shards, "held_out": []}, vocabulary)
 
 
-def write_manifest(
-    folder: Path, splits: dict[str, list[ShardEntry]], vocabulary: Vocabulary
-) -> Path:
-    fields = {
-        "format": FORMAT,
-        "tokenizer": {"vocab_hash": vocabulary.hash},
-        "dtype": vocabulary.dtype,
-        "eot": {"id": vocabulary.eot},
-        "options": {},
-        "sources": [],
-        "splits": to_json(splits),
-    }
-    write_sealed(folder / MANIFEST, fields)
+def publish(folder: Path, splits: dict[str, list[ShardEntry]], vocabulary: Vocabulary) -> Path:
+    write_manifest(folder, {"vocab_hash": vocabulary.hash}, vocabulary, {}, [], splits)
     return folder
 
 
