@@ -21,7 +21,7 @@ ENVIRONMENT = {
 
 def sparse_gpt(*arguments: str | Path, timeout: float = 300) -> subprocess.CompletedProcess[str]:
     """Run the command line as a user would."""
-    command = [sys.executable, "-m", "launch", *map(str, arguments)]
+    command = [sys.executable, "-m", "sparse_gpt", *map(str, arguments)]
     return subprocess.run(
         command, env=ENVIRONMENT, capture_output=True, text=True, timeout=timeout, cwd=ROOT
     )

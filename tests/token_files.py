@@ -7,11 +7,9 @@ from pathlib import Path
 
 import numpy as np
 
-from data import (
-    import_shards,
-)
-from data.manifest import SPLITS, read_manifest
-from data.shards import INDEX
+from sparse_gpt.data import import_shards
+from sparse_gpt.data.shards.format import INDEX
+from sparse_gpt.data.shards.manifest import SPLITS, read_manifest
 
 FORMATS = ("megatron", "llmc", "nanogpt")
 E = 50256  # GPT-2's end of text

@@ -6,20 +6,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from data.manifest import write_manifest
-from data.prepare import prepare
-from data.shards import (
-    DTYPES,
-    HEADER_BYTES,
-    INDEX,
-    FileEntry,
-    ShardEntry,
-    ShardWriter,
-    Vocabulary,
-    header,
-)
+from sparse_gpt.data.preparation.prepare import prepare
+from sparse_gpt.data.shards.format import DTYPES, HEADER_BYTES, INDEX, FileEntry, ShardEntry, header
+from sparse_gpt.data.shards.manifest import write_manifest
+from sparse_gpt.data.shards.writer import ShardWriter
+from sparse_gpt.data.vocabulary import Vocabulary
 
-SAMPLES = Path(__file__).parents[2] / "data" / "samples"
+SAMPLES = Path(__file__).parents[2] / "data" / "novels"
 
 
 def write_folder(

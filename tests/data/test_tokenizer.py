@@ -8,10 +8,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiktoken_ext import openai_public
 
-import data.tokenizer
-from data import DataError, load_tokenizer, prepare
-from data.manifest import SPLITS
-from data.tokenizer import PATTERNS, VOCABULARY, Tokenizer
+from sparse_gpt.data import load_tokenizer, prepare
+from sparse_gpt.data.shards.manifest import SPLITS
+from sparse_gpt.data.tokenizer import Tokenizer
+from sparse_gpt.data.vocabulary import PATTERNS, VOCABULARY
+from sparse_gpt.errors import DataError
 
 
 def test_known_ids_and_attributes() -> None:
@@ -31,7 +32,7 @@ def test_any_ids_are_decoded_as_by_tiktoken(ids: list[int]) -> None:
     tokenizer = load_tokenizer()
     expected = tokenizer._encoding.decode(ids)
     assert tokenizer.decode(np.array(ids, np.uint16)) == expected
-    with mock.patch.object(data.tokenizer, "_JOINED", 3):
+    with mock.patch.object(tokenizer, "_JOINED", 3):
         assert tokenizer.decode(ids) == expected
 
 
@@ -58,7 +59,7 @@ def test_ids_outside_the_vocabulary_are_refused() -> None:
 def test_altered_vocabulary_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     altered = tmp_path / "gpt2.tiktoken"
     altered.write_bytes(VOCABULARY.read_bytes().replace(b"IQ== 0", b"IQ== 1", 1))
-    monkeypatch.setattr("data.tokenizer.VOCABULARY", altered)
+    monkeypatch.setattr("sparse_gpt.data.tokenizer.VOCABULARY", altered)
     load_tokenizer.cache_clear()
     with pytest.raises(DataError, match=r"gpt2\.tiktoken: not GPT-2's vocabulary"):
         load_tokenizer()

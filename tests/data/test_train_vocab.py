@@ -9,14 +9,18 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from data import DataError, load_tokenizer, open_shards, prepare, train_vocab
-from data.shards import content_hash
-from data.tokenizer import PATTERNS, Tokenizer
-from data.train_vocab import learn
-from data.units import held_out_below
+from sparse_gpt.data import load_tokenizer, open_shards, prepare, train_vocab
+from sparse_gpt.data.content_hash import content_hash
+from sparse_gpt.data.preparation.units import held_out_below
+from sparse_gpt.data.tokenizer import Tokenizer
+from sparse_gpt.data.train_vocab import learn
+from sparse_gpt.data.vocabulary import PATTERNS
+from sparse_gpt.errors import DataError
 
-SAMPLES = Path(__file__).parents[2] / "data" / "samples"
-train_vocab_module = sys.modules["data.train_vocab"]  # `data.train_vocab` is the function
+SAMPLES = Path(__file__).parents[2] / "data" / "novels"
+train_vocab_module = sys.modules[
+    "sparse_gpt.data.train_vocab"
+]  # `data.train_vocab` is the function
 READING = {"separator": "\nChapter ", "held_out": 0.1}
 
 

@@ -9,13 +9,13 @@ import pytest
 import yaml
 from ranks import ENVIRONMENT, ROOT
 
-from data import prepare
+from sparse_gpt.data import prepare
 
 
 @pytest.fixture
 def study(tmp_path: Path) -> dict:
     shards = tmp_path / "shards"
-    novel = ROOT / "data/samples/persuasion.txt"
+    novel = ROOT / "data/novels/persuasion.txt"
     prepare([novel], shards, separator="\nChapter ", held_out=0.2)
     size = {"d_model": 32, "n_layer": 1, "n_head": 2, "max_seq_len": 32}
     return {
@@ -38,7 +38,13 @@ def study(tmp_path: Path) -> dict:
 def ablate(study: dict, folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     file = folder / "study.yaml"
     file.write_text(yaml.safe_dump(study, sort_keys=False))
-    command = [sys.executable, ROOT / "scripts/ablate_ffn.py", file, "--out", folder / "out"]
+    command = [
+        sys.executable,
+        ROOT / "scripts/studies/ablate_ffn.py",
+        file,
+        "--out",
+        folder / "out",
+    ]
     return subprocess.run(
         [*command, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=300
     )

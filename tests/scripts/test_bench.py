@@ -8,7 +8,7 @@ import sys
 import pytest
 from ranks import ENVIRONMENT, ROOT
 
-from data import prepare, train_vocab
+from sparse_gpt.data import prepare, train_vocab
 
 SMALL = ("model={d_model: 32, n_layer: 1, n_head: 2, max_seq_len: 32, vocab_size: 100}",)
 
@@ -23,7 +23,7 @@ def bench(script, *arguments):
 def test_the_ffn_alone(tmp_path):
     eager = ("dense eager", "sparse eager")
     options = ("--only", *eager, "--d-model", "32", "--preset", "paper", "--rounds", "2")
-    bench("bench_ffn.py", *options, "--tokens", "48", "--json", tmp_path / "ffn.json")
+    bench("bench/ffn.py", *options, "--tokens", "48", "--json", tmp_path / "ffn.json")
     report = json.loads((tmp_path / "ffn.json").read_text())
     assert {"command", "hardware", "versions", "git_commit", "ceilings", "preset"} <= set(report)
     [shape] = report["shapes"]
@@ -55,7 +55,7 @@ def test_an_ffn_that_fails_does_not_stop_the_others(tmp_path):
         "paper",
     )
     out = tmp_path / "ffn.json"
-    bench("bench_ffn.py", *options, "--tokens", "8", "--rounds", "1", "--json", out)
+    bench("bench/ffn.py", *options, "--tokens", "8", "--rounds", "1", "--json", out)
     good, bad = (shape["results"] for shape in json.loads(out.read_text())["shapes"])
     assert "forward" in good["sparse eager"]
     assert "group_size 16 does not divide d_model 24" in bad["sparse eager"]["error"]
@@ -66,7 +66,7 @@ def test_an_ffn_that_fails_does_not_stop_the_others(tmp_path):
 def test_whole_models(tmp_path, what):
     config, out = ROOT / "configs/tiny-dense.yaml", tmp_path / "out.json"
     options = ("batch={global_tokens: 64, micro_batch: 2}", *SMALL, "--against", "paper", *what)
-    shown = bench("bench_train.py", config, *options, "--rounds", "2", "--json", out)
+    shown = bench("bench/train.py", config, *options, "--rounds", "2", "--json", out)
     report = json.loads(out.read_text())
     names = ["tiny-dense", "tiny-dense paper"]
     assert [r["contestant"] for r in report["results"]] == names * (2 if what else 1)
@@ -83,8 +83,8 @@ def test_whole_models(tmp_path, what):
 def test_plain_torch_trains_as_deepspeed_does(transfer):
     script = f"""
 import os, sys, torch
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
-from bench_train import Engine, TorchEngine, GPT, join_world, load_config
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts/bench")!r}]
+from train import Engine, TorchEngine, GPT, join_world, load_config
 world = join_world()
 config = load_config({str(ROOT / "configs/tiny-dense.yaml")!r}, [
     "batch={{global_tokens: 128, micro_batch: 2}}", {SMALL[0]!r},
@@ -106,12 +106,12 @@ os._exit(0)
 
 
 def test_drop_in(tmp_path):
-    novel = [ROOT / "data/samples/persuasion.txt"]
+    novel = [ROOT / "data/novels/persuasion.txt"]
     chapters = {"separator": "\nChapter ", "held_out": 0.2}
     train_vocab(novel, tmp_path / "bpe", size=1024, **chapters, progress=False)
     prepare(novel, tmp_path / "shards", vocab=tmp_path / "bpe", **chapters)
     sizes = ("--d-model", "32", "--n-layer", "2", "--steps", "20", "--fit", "2", "--tune", "1")
-    bench("bench_drop_in.py", tmp_path / "shards", *sizes, "--json", tmp_path / "out.json")
+    bench("bench/drop_in.py", tmp_path / "shards", *sizes, "--json", tmp_path / "out.json")
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
     assert [row["layers"] for row in rows] == ["", "", *["all"] * 5, *["last half"] * 5]
     losses = {(row["layers"], row["state"]): row["loss"] for row in rows}
@@ -122,10 +122,10 @@ def test_drop_in(tmp_path):
 def test_prepare(tmp_path):
     for extra in ("gigatoken", "tokenizers"):
         pytest.importorskip(extra)
-    novel = (ROOT / "data/samples/persuasion.txt").read_text()
+    novel = (ROOT / "data/novels/persuasion.txt").read_text()
     lines = [json.dumps({"text": text}) for text in novel.split("\n\n")[:200] if text.strip()]
     (tmp_path / "novel.jsonl").write_text("\n".join(lines) + "\n")
-    bench("bench_prepare.py", tmp_path / "novel.jsonl", "--rounds", "2", "--json", tmp_path / "out")
+    bench("bench/prepare.py", tmp_path / "novel.jsonl", "--rounds", "2", "--json", tmp_path / "out")
     report = json.loads((tmp_path / "out").read_text())
     assert {row["way"]: row["same_ids"] for row in report["rows"]} == dict.fromkeys(
         [

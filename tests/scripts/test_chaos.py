@@ -1,4 +1,4 @@
-"""Kills in every way, in short: scripts/chaos.py in full has 50."""
+"""Kills in every way, in short: scripts/studies/chaos.py in full has 50."""
 
 import json
 import subprocess
@@ -9,7 +9,7 @@ from ranks import ENVIRONMENT, ROOT
 
 def test_a_run_survives_every_way_of_dying(tmp_path):
     report = tmp_path / "chaos.json"
-    command = [sys.executable, ROOT / "scripts/chaos.py", "--kills", "6", "--steps", "60"]
+    command = [sys.executable, ROOT / "scripts/studies/chaos.py", "--kills", "6", "--steps", "60"]
     done = subprocess.run(
         [*command, "--json", report], env=ENVIRONMENT, capture_output=True, text=True, timeout=900
     )

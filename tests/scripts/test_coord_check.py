@@ -9,9 +9,9 @@ from ranks import ENVIRONMENT, ROOT
 SHORT = ["--d-model", "128", "512", "--seeds", "1", "--batch", "8", "--only", "dense", "sparse"]
 BROKEN = """
 import sys
-sys.path.insert(0, "scripts")
+sys.path.insert(0, "scripts/studies")
 import coord_check
-from launch import engine
+from sparse_gpt.train import engine
 engine.lr_multipliers = lambda model: dict.fromkeys(dict(model.named_parameters()), 1.0)
 coord_check.main()
 """
@@ -26,7 +26,7 @@ def run(*command):
 
 def test_the_change_by_training_is_equal_over_widths_with_transfer_alone(tmp_path):
     files = ("--json", tmp_path / "check.json", "--plot", tmp_path / "check.png")
-    done = run("scripts/coord_check.py", *SHORT, *files)
+    done = run("scripts/studies/coord_check.py", *SHORT, *files)
     assert done.returncode == 0, done.stdout + done.stderr
     rows = json.loads((tmp_path / "check.json").read_text())["slopes"]
     assert len(rows) == 2 * 4 * 2

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from ranks import ENVIRONMENT, ROOT
 
-from data import order
+from sparse_gpt.data.batches import order
 
-SCRIPT = ROOT / "scripts/simulate_order.py"
+SCRIPT = ROOT / "scripts/studies/simulate_order.py"
 
 
 def test_the_order_holds_at_paper_sizes(tmp_path):

@@ -1,0 +1,250 @@
+"""The commands about data: `prepare`, `vocab` and `shards`, thin over the room `data`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Literal
+
+import typer
+from rich.table import Table
+
+from sparse_gpt.cli.terminal import Json, show
+
+shards_app = typer.Typer(no_args_is_help=True, help="Look at tokenized data, check and convert it.")
+vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a corpus.")
+
+SOURCES = (
+    "Text, JSON Lines (also .gz, .zst) or parquet files, folders, globs, hf:NAME[:SUBSET][:SPLIT]."
+)
+Folder = Annotated[str, typer.Argument(help="A folder of shards, or its URL (s3://, gs://).")]
+Pattern = Annotated[
+    str, typer.Option(help="How text is split before merging: r50k, cl100k or o200k.")
+]
+Format = Annotated[Literal["megatron", "llmc", "nanogpt"], typer.Option(help="Whose files.")]
+
+
+def _unescaped(separator: str | None) -> str | None:
+    return separator and separator.replace("\\n", "\n")
+
+
+def _conditions(texts: list[str]) -> dict[str, str]:
+    from sparse_gpt.errors import DataError
+
+    pairs = [text.partition("=") for text in texts]
+    for text, (key, equals, _) in zip(texts, pairs, strict=True):
+        if not (key and equals):
+            raise DataError(f"--where {text}: must be KEY=VALUE")
+    return {key: value for key, _, value in pairs}
+
+
+def prepare(
+    sources: Annotated[list[str], typer.Argument(help=SOURCES)],
+    out: Annotated[Path, typer.Option(help="Folder for the shards.")],
+    held_out: Annotated[float, typer.Option(help="Fraction of documents for validation.")] = 0.01,
+    separator: Annotated[
+        str | None,
+        typer.Option(help=r"Split text files into documents before this text; \n is a line end."),
+    ] = None,
+    text_field: Annotated[
+        str, typer.Option(help="Key of the text in JSON Lines, or its column.")
+    ] = "text",
+    min_chars: Annotated[int, typer.Option(help="Leave out shorter documents.")] = 0,
+    where: Annotated[
+        list[str] | None,
+        typer.Option(metavar="KEY=VALUE", help="Leave out rows without this value; repeatable."),
+    ] = None,
+    dedup: Annotated[
+        bool, typer.Option("--dedup", help="Leave out documents whose text came before.")
+    ] = False,
+    vocab: Annotated[
+        Path | None, typer.Option(help="Rank file of `vocab train` or tiktoken; default GPT-2's.")
+    ] = None,
+    pattern: Pattern = "r50k",
+    engine: Annotated[
+        str, typer.Option(help="tiktoken, gigatoken (the same ids, faster), or auto.")
+    ] = "auto",
+    shard_tokens: Annotated[int, typer.Option(help="Tokens a shard at most.")] = 100_000_000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that tokenize.")] = 1,
+    max_rejected: Annotated[
+        float, typer.Option(help="Fraction of documents that may be broken: they are set aside.")
+    ] = 0.01,
+    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first broken one.")] = False,
+    part: Annotated[
+        str | None,
+        typer.Option(
+            metavar="I/N",
+            help="Do the I-th of N parts, on one of N machines that share --out; by default as a "
+            "Slurm array's task or RANK and WORLD_SIZE say.",
+        ),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Tokenize documents into shards; run again to resume."""
+    from sparse_gpt import data
+
+    part = part or data.part_of_environment()
+    made = data.prepare(
+        sources,
+        out,
+        workers=workers,
+        held_out=held_out,
+        shard_tokens=shard_tokens,
+        separator=_unescaped(separator),
+        text_field=text_field,
+        min_chars=min_chars,
+        where=_conditions(where or []),
+        dedup=dedup,
+        vocab=vocab,
+        pattern=pattern,
+        engine=engine,
+        max_rejected=0 if strict else max_rejected,
+        part=part,
+        progress=not as_json,
+    )
+    if made is not None:
+        info(str(out), as_json)
+    elif as_json:
+        print(json.dumps({"part": part, "finished": False}))
+    else:
+        print(f"{out}: part {part} is done; the last part to end writes the manifest")
+
+
+@vocab_app.command(
+    "train", epilog="Example: sparse-gpt vocab train corpus.jsonl --out bpe-4096.tiktoken"
+)
+def train_vocab(
+    sources: Annotated[list[str], typer.Argument(help=SOURCES)],
+    out: Annotated[Path, typer.Option(help="Rank file, for `prepare --vocab`, same --pattern.")],
+    size: Annotated[int, typer.Option(help="Ids, end of text included.")] = 4096,
+    held_out: Annotated[float, typer.Option(help="As given to prepare: not learned from.")] = 0.01,
+    separator: Annotated[str | None, typer.Option(help="As given to prepare.")] = None,
+    text_field: Annotated[str, typer.Option(help="As given to prepare.")] = "text",
+    min_chars: Annotated[int, typer.Option(help="As given to prepare.")] = 0,
+    where: Annotated[
+        list[str] | None, typer.Option(metavar="KEY=VALUE", help="As given to prepare; repeatable.")
+    ] = None,
+    pattern: Pattern = "r50k",
+) -> None:
+    """Learn a byte-level BPE vocabulary from the training documents."""
+    from sparse_gpt import data
+
+    data.train_vocab(
+        sources,
+        out,
+        size=size,
+        held_out=held_out,
+        separator=_unescaped(separator),
+        text_field=text_field,
+        min_chars=min_chars,
+        where=_conditions(where or []),
+        pattern=pattern,
+        progress=sys.stderr.isatty(),
+    )
+    print(f"{out}: {size} ids, sha256 {data.load_tokenizer(out).vocab_hash}")
+
+
+@shards_app.command(epilog="Example: sparse-gpt shards info shards/novels")
+def info(folder: Folder, as_json: Json = False) -> None:
+    """Documents, tokens and vocabulary of a folder of shards."""
+    from sparse_gpt.data import open_shards
+
+    dataset = open_shards(folder)
+    manifest = dataset.manifest
+    found = {
+        split.name: {
+            "documents": split.n_documents,
+            "tokens": split.n_tokens,
+            "shards": len(manifest.splits[split.name]),
+        }
+        for split in (dataset.train, dataset.held_out)
+    }
+    if as_json:
+        print(
+            json.dumps(
+                {
+                    **found,
+                    "rejected": manifest.rejected,
+                    "tokenizer": manifest.tokenizer,
+                    "hash": manifest.hash,
+                }
+            )
+        )
+        return
+    table = Table("split", title=f"{folder}: {manifest.tokenizer['name']} tokens, {manifest.dtype}")
+    for column in ("documents", "tokens", "shards"):
+        table.add_column(column, justify="right")
+    for split, counts in found.items():
+        table.add_row(split, *(f"{count:,}" for count in counts.values()))
+    show(table)
+    if manifest.rejected:
+        named_in = f"{folder.rstrip('/')}/rejected.jsonl"  # of a URL there: it is not copied
+        print(f"broken documents set aside: {manifest.rejected:,}, named in {named_in}")
+
+
+@shards_app.command(epilog="Example: sparse-gpt shards verify shards/novels")
+def verify(folder: Folder) -> None:
+    """Check every hash; names the file and block of each damage, and exits 1."""
+    from sparse_gpt import data
+
+    damages = data.verify(folder, progress=True)
+    for damage in damages:
+        print(damage)
+    if damages:
+        sys.exit(1)
+    print(f"{folder}: whole")
+
+
+@shards_app.command(
+    "export", epilog="Example: sparse-gpt shards export shards/novels --format nanogpt --out novels"
+)
+def export_shards(
+    folder: Folder,
+    format: Format,
+    out: Annotated[Path, typer.Option(help="A new folder for the files.")],
+    shard_tokens: Annotated[
+        int, typer.Option(help="With llmc: tokens a file at most.")
+    ] = 100_000_000,
+) -> None:
+    """Write shards as files of Megatron-LM, llm.c (modded-nanogpt's too) or nanoGPT."""
+    from sparse_gpt import data
+
+    paths = data.export_shards(folder, format, out, shard_tokens=shard_tokens, progress=True)
+    for path in paths:
+        print(path)
+
+
+@shards_app.command(
+    "import",
+    epilog="Example: sparse-gpt shards import 'fineweb10B/fineweb_train_*.bin' --held-out "
+    "'fineweb10B/fineweb_val_*.bin' --format llmc --out shards/fineweb",
+)
+def import_shards(
+    sources: Annotated[
+        list[str], typer.Argument(help="Token files to train on, globs, or Megatron's prefixes.")
+    ],
+    format: Format,
+    out: Annotated[Path, typer.Option(help="A new folder for the shards.")],
+    held_out: Annotated[
+        list[str] | None, typer.Option(help="The same for validation; may be given several times.")
+    ] = None,
+    vocab: Annotated[
+        Path | None, typer.Option(help="Rank file that the ids belong to; default GPT-2's.")
+    ] = None,
+    shard_tokens: Annotated[int, typer.Option(help="Tokens a shard at most.")] = 100_000_000,
+    workers: Annotated[int, typer.Option(min=1, help="Processes that decode and hash.")] = 1,
+    as_json: Json = False,
+) -> None:
+    """Make shards of the files of Megatron-LM, llm.c (modded-nanogpt's too) or nanoGPT."""
+    from sparse_gpt import data
+
+    data.import_shards(
+        sources,
+        format,
+        out,
+        held_out=held_out or [],
+        vocab=vocab,
+        shard_tokens=shard_tokens,
+        workers=workers,
+        progress=not as_json,
+    )
+    info(str(out), as_json)

@@ -1,0 +1,268 @@
+"""The `sparse-gpt` command: thin, each command calls the room that does the work.
+
+Exit codes: 0 done, 2 bad input (one clear line), 1 failure, 75 stopped by a signal after a
+checkpoint. What takes seconds to import is imported inside the command that needs it.
+"""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+from rich.table import Table
+
+from sparse_gpt.cli.data_commands import prepare, shards_app, vocab_app
+from sparse_gpt.cli.sweep_commands import sweep_app
+from sparse_gpt.cli.terminal import Json, show
+
+if TYPE_CHECKING:
+    from sparse_gpt.config.schema import RunConfig
+
+app = typer.Typer(
+    name="sparse-gpt",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Pretrain GPT-2-family models with sparse feed-forward networks.",
+    epilog="Start with: ./scripts/quickstart",
+)
+app.add_typer(shards_app, name="shards")
+app.add_typer(vocab_app, name="vocab")
+app.add_typer(sweep_app, name="sweep")
+
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override the file, e.g. optimizer.lr=1e-3."),
+]
+Config = Annotated[Path, typer.Argument(help="A run file, as in configs/.")]
+
+
+def main() -> None:
+    """Run the command line; bad input ends in one line and exit code 2."""
+    from sparse_gpt.errors import ConfigError, DataError
+
+    try:
+        app()
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+app.command(epilog="Example: sparse-gpt prepare books/*.txt corpus.jsonl --out shards/books")(
+    prepare
+)
+
+
+@app.command(epilog="Example: sparse-gpt train configs/tiny-sparse.yaml optimizer.lr=1e-3")
+def train(
+    config: Config,
+    overrides: Overrides = None,
+    devices: Annotated[
+        int | None, typer.Option(min=1, help="Ranks on this machine: all GPUs, or 1 on the CPU.")
+    ] = None,
+    hostfile: Annotated[
+        Path | None, typer.Option(help="Run on the hosts of this DeepSpeed hostfile instead.")
+    ] = None,
+    restarts: Annotated[
+        int, typer.Option(min=0, help="Start again after a crash, so many times at most.")
+    ] = 0,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Print what would be run; start and write nothing.")
+    ] = False,
+    slurm: Annotated[
+        bool, typer.Option("--slurm", help="Submit a job that queues itself again until done.")
+    ] = False,
+    nodes: Annotated[int, typer.Option(min=1, help="With --slurm: nodes of --devices ranks.")] = 1,
+    time: Annotated[
+        str | None, typer.Option(help="With --slurm: limit of one stay, as sbatch takes it.")
+    ] = None,
+) -> None:
+    """Train under the deepspeed launcher; run again to resume from the newest checkpoint.
+
+    SIGTERM or SIGUSR1 saves a checkpoint and ends with exit code 75.
+    """
+    from sparse_gpt.cluster.hostfile import on_hosts
+    from sparse_gpt.cluster.supervise import supervise
+    from sparse_gpt.cluster.this_machine import on_this_machine
+    from sparse_gpt.config.load import load_config
+    from sparse_gpt.errors import ConfigError
+    from sparse_gpt.train.checks import check
+    from sparse_gpt.train.deepspeed_config import deepspeed_config
+    from sparse_gpt.train.run_dir import finished
+
+    if devices and hostfile:
+        raise ConfigError("--devices is for this machine and --hostfile for several: give one")
+    arguments = ["--config", str(config.resolve()), *(overrides or [])]
+    if slurm:
+        if hostfile or restarts or not devices:
+            raise ConfigError(
+                "--slurm takes --devices, the GPUs of a node; no hostfile or restarts"
+            )
+        _submit(load_config(config, overrides or []), nodes, devices, time, arguments, dry_run)
+        return
+    if nodes > 1 or time:
+        raise ConfigError("--nodes and --time are for --slurm; for other clusters give --hostfile")
+    launch = on_hosts(hostfile, arguments) if hostfile else on_this_machine(devices, arguments)
+    run = load_config(config, overrides or [])
+    check(run, launch.world_size)
+    if dry_run:
+        print(launch)
+        print(json.dumps(deepspeed_config(run, launch.world_size), indent=2))
+        return
+    if finished(run):
+        print(f"{run.run_dir}: this run is finished; see it with sparse-gpt compare")
+        return
+    sys.exit(supervise(launch, Path(run.run_dir), restarts, run.fault.timeout_seconds))
+
+
+def _submit(
+    run: "RunConfig",
+    nodes: int,
+    devices: int,
+    time_limit: str | None,
+    arguments: list[str],
+    dry_run: bool,
+) -> None:
+    """The ranks check what a node has; the login node checks what it can know."""
+    from sparse_gpt.cluster.slurm import submit, train_script
+    from sparse_gpt.train.checks import check_run_dir
+    from sparse_gpt.train.deepspeed_config import deepspeed_config
+    from sparse_gpt.train.feed import open_data
+
+    deepspeed_config(run, nodes * devices)
+    check_run_dir(run, open_data(run.data))
+    run_dir = Path(run.run_dir)
+    script = train_script(run_dir, nodes, devices, time_limit, arguments)
+    print(script if dry_run else submit(run_dir / "train.sbatch", script))
+
+
+@app.command(epilog="Example: sparse-gpt replay runs/tiny-sparse/incidents/step-00000012")
+def replay(
+    incident: Annotated[Path, typer.Argument(help="A folder incidents/step-N of a run.")],
+    as_json: Json = False,
+) -> None:
+    """Run the step that stopped a run again, here: does it go wrong, and for which samples."""
+    from sparse_gpt.train.replay import replay, replay_json, replay_table
+
+    found = replay(incident)
+    if as_json:
+        print(json.dumps(replay_json(found), indent=1))
+        return
+    show(replay_table(found))
+    print(found.verdict)
+
+
+@app.command(
+    "prove-resume",
+    epilog="Example: sparse-gpt prove-resume configs/tiny-sparse.yaml --steps 10 --devices 2",
+)
+def prove(
+    config: Config,
+    overrides: Overrides = None,
+    steps: Annotated[
+        int, typer.Option(min=2, help="N: the run is killed after N of 2N steps.")
+    ] = 10,
+    devices: Annotated[int, typer.Option(min=1, help="w: ranks of the run.")] = 2,
+    other_devices: Annotated[int, typer.Option(min=1, help="w′: ranks that take it over.")] = 1,
+    out: Annotated[Path | None, typer.Option(help="A new folder for the runs.")] = None,
+) -> None:
+    """Kill a run and resume it, on as many ranks and on others; exit 1 unless nothing changed."""
+    from sparse_gpt.cluster.prove_resume import TOLERANCE, Proof
+
+    folder = out or Path("runs") / f"{config.stem}-resume-proof"
+    proof = Proof(config, overrides or [], folder, steps, devices)
+    proof.train()
+    found = [proof.resumed("cut", devices), proof.resumed("elastic", other_devices)]
+    table = Table(
+        "run", "ranks", "same tokens", "first difference", "loss", "weights", "", box=None
+    )
+    for one in found:
+        table.add_row(
+            one.name,
+            " → ".join(map(str, one.ranks)),
+            "yes" if one.same_tokens else "NO",
+            "none" if one.first_difference is None else f"step {one.first_difference}",
+            f"{one.loss:.1e}",
+            f"{one.weights:.1e}",
+            "[green]✓[/]" if one.holds else "[red]✗[/]",
+        )
+    show(table)
+    if all(one.holds for one in found):
+        print(f"proved: exact on {devices} ranks, within {TOLERANCE:g} on {other_devices}")
+    else:
+        print("not proved: the resumed run is another one")
+        sys.exit(1)
+
+
+@app.command(epilog="Example: sparse-gpt compare runs/tiny-dense runs/tiny-sparse")
+def compare(
+    runs: Annotated[list[Path], typer.Argument(help="Run directories; ratios are to the first.")],
+    as_json: Json = False,
+) -> None:
+    """Parameters, costs, loss and speed of runs side by side."""
+    from sparse_gpt.plan.compare import comparison, summaries
+
+    found = summaries(runs)
+    if as_json:
+        print(json.dumps(found, indent=1))
+    else:
+        show(comparison(found))
+
+
+@app.command(epilog="Example: sparse-gpt flops configs/tiny-paper.yaml model.d_model=256")
+def flops(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
+    """FLOPs a token by block and component, dense beside sparse."""
+    from sparse_gpt.config.load import load_config
+    from sparse_gpt.plan.flops_table import costs_json, costs_table
+
+    model = load_config(config, overrides or []).model
+    if as_json:
+        print(json.dumps(costs_json(model), indent=1))
+    else:
+        show(costs_table(model))
+
+
+@app.command(epilog="Example: sparse-gpt plan configs/124m.yaml --gpus 8 --gpu H100")
+def plan(
+    config: Config,
+    overrides: Overrides = None,
+    gpus: Annotated[int, typer.Option(min=1, help="Ranks of the run, one a GPU.")] = 1,
+    gpu: Annotated[str, typer.Option(help="Which: A100-80GB, H100, H200, ...")] = "H100",
+    mfu: Annotated[
+        float, typer.Option(min=0.01, max=1, help="Share of the peak that will be reached.")
+    ] = 0.4,
+    as_json: Json = False,
+) -> None:
+    """Memory of a rank by ZeRO stage, FLOPs, days and warnings, before anything starts."""
+    from sparse_gpt.config.load import load_config
+    from sparse_gpt.plan.plan import make_plan, plan_table
+
+    made = make_plan(load_config(config, overrides or []), gpus, gpu, mfu)
+    if as_json:
+        print(json.dumps(made, indent=1))
+        return
+    show(plan_table(made))
+    for warning in made["warnings"]:
+        print(f"warning: {warning}")
+
+
+@app.command(epilog="Example: sparse-gpt doctor")
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, and what will not work, with the fix."""
+    from dataclasses import asdict
+
+    from sparse_gpt.cluster.doctor import examine
+
+    findings = examine()
+    if as_json:
+        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+    else:
+        table = Table("", "what", "found", "fix", box=None)
+        marks = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "problem": "[red]✗[/]"}
+        for finding in findings:
+            fix = "" if finding.status == "ok" else finding.fix
+            table.add_row(marks[finding.status], finding.what, finding.found, fix)
+        show(table)
+    if any(finding.status == "problem" for finding in findings):
+        sys.exit(1)

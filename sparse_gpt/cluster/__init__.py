@@ -1,0 +1,1 @@
+"""Where ranks run: this machine, hosts, Slurm; their start, end and proof of resume."""

@@ -1,0 +1,225 @@
+"""Runs a launch to its end: passes signals to the ranks, names the cause of a failure, leaves no
+process behind, and starts again after a crash.
+
+DeepSpeed's runner and launcher pass no signal on, or kill the ranks for it, so this looks for the
+ranks themselves.
+"""
+
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from sparse_gpt.cluster.launcher import RANK, Launch
+from sparse_gpt.train.distributed import PREEMPTED
+from sparse_gpt.train.metrics_file import read_metrics
+
+_POLL = 0.05  # seconds
+_LAST_WORDS = 10.0  # seconds in which the other ranks may say what they saw of one that failed
+_DONE, _FAILED, _BAD_INPUT = 0, 1, 2
+_UNKNOWN = 256  # no exit code: its parent has taken note of the end already
+
+
+def supervise(launch: Launch, run_dir: Path, restarts: int, patience: float) -> int:
+    """Run `launch`, after a crash up to `restarts` times again; returns the exit code.
+
+    0 done, 1 failure, 2 bad input, 75 (PREEMPTED) stopped by SIGTERM or SIGUSR1 after a checkpoint,
+    for which ranks have `patience` seconds. A second SIGTERM raises KeyboardInterrupt, as Ctrl-C
+    does. Whatever happens, no process of the job outlives this call.
+    """
+    asked: list[signal.Signals] = []
+
+    def take(number: int, _: object) -> None:
+        if asked and number == signal.SIGTERM:
+            raise KeyboardInterrupt
+        asked.append(signal.Signals(number))
+
+    reached: list[int | None] = []  # newest logged step at each crash
+    with _on((signal.SIGTERM, signal.SIGUSR1), take):
+        while True:
+            code, cause = _run(launch, asked, patience)
+            if code != _FAILED:
+                break
+            rows = read_metrics(run_dir)
+            reached.append(rows[-1]["step"] if rows else None)
+            restarted = len(reached) - 1
+            if restarts and reached[-1:] == reached[-2:-1]:
+                where = "before the first step" if reached[-1] is None else f"at step {reached[-1]}"
+                cause += f", again {where}: another restart would not help"
+                break
+            if restarted == restarts:
+                break
+            delay = min(2**restarted, 60)
+            _say(f"{cause}; restart {restarted + 1} of {restarts} in {delay} s")
+            again = time.monotonic() + delay
+            while time.monotonic() < again and not asked:
+                time.sleep(_POLL)
+            if asked:
+                code, cause = PREEMPTED, f"stopped by {asked[0].name} between restarts"
+                break
+    if cause:
+        count = len(reached) - (code == _FAILED)
+        after = f" (after {count} restart{'s' * (count > 1)})" if count else ""
+        _say(f"{'error: ' if code == _FAILED else ''}{cause}{after}")
+    return code
+
+
+def _run(launch: Launch, asked: Sequence[signal.Signals], patience: float) -> tuple[int, str]:
+    """Run it once; returns the exit code, and the cause if the ranks have not said it."""
+    environment = os.environ | launch.environment | {"SPARSE_GPT_HOLDS_STDIN": "1"}
+    process = subprocess.Popen(
+        launch.command, env=environment, stdin=subprocess.PIPE, start_new_session=True
+    )
+    ranks = _Ranks(process.pid, launch)
+    deadline = float("inf")
+    try:
+        while process.poll() is None and time.monotonic() < deadline:
+            time.sleep(_POLL)
+            ranks.look()
+            if asked:
+                ranks.tell(asked[0])
+                deadline = min(deadline, time.monotonic() + patience)
+            if ranks.failure and ranks.failure[1] != PREEMPTED:
+                deadline = min(deadline, time.monotonic() + _LAST_WORDS)
+        ranks.look()
+        orphans = bool(ranks.alive)
+    finally:
+        _end(process)
+    # What the first rank ended with says more than what the runner makes of it, unless the runner
+    # has seen a signal end a rank before we looked.
+    failure, runner = ranks.failure, process.returncode
+    if ranks.reaped is not None and (number := _signed(runner)) < 0 < runner:
+        failure = ranks.reaped, number
+    code = failure[1] if failure else runner
+    if code == _BAD_INPUT or (code == _DONE and not orphans):
+        return code, ""
+    if code == PREEMPTED or (asked and (failure is None or code == -asked[0])):
+        by = f"by {asked[0].name}" if asked else "on request"
+        how = "after" if code == PREEMPTED else "without"
+        return PREEMPTED, f"stopped {by} {how} a checkpoint; run again to go on"
+    return _FAILED, _cause(runner, failure)
+
+
+class _Ranks:
+    """The job's ranks on this machine, as they come and go."""
+
+    def __init__(self, runner: int, launch: Launch) -> None:
+        self.alive: dict[int, psutil.Process] = {}
+        self.failure: tuple[int, int] | None = None  # the first (rank, exit code) that is not 0
+        self.reaped: int | None = None  # one that ended before, its code known to its parent only
+        self._runner, self._launch = psutil.Process(runner), launch
+        self._told: set[int] = set()
+
+    def look(self) -> None:
+        """Find ranks that have started and ranks that have ended."""
+        if not self._launch.remote and len(self.alive) < self._launch.world_size:
+            self.alive |= _ranks_below(self._runner)
+        failed = []
+        for rank, process in list(self.alive.items()):
+            code = _exit_code(process)
+            if code is None:
+                continue
+            del self.alive[rank]
+            if code == _UNKNOWN and self.failure is None and self.reaped is None:
+                self.reaped = rank
+            elif code not in (_DONE, _UNKNOWN):
+                failed.append((code, rank))
+        if failed and self.failure is None:
+            code, rank = min(failed)  # a signal's is negative: the others' ends follow from it
+            self.failure = rank, code
+
+    def tell(self, number: signal.Signals) -> None:
+        """Pass a signal on, once to each rank here; of other hosts', one says it to the rest."""
+        if self._launch.remote and not self._told:
+            kill = f"pkill -{number} -f {shlex.quote(_pattern(self._launch))}"
+            subprocess.Popen(["ssh", self._launch.hosts[0], kill], stdin=subprocess.DEVNULL)
+            self._told.add(0)
+        for rank in self.alive.keys() - self._told:
+            self._told.add(rank)
+            with suppress(psutil.NoSuchProcess):
+                self.alive[rank].send_signal(number)
+
+
+def _ranks_below(runner: psutil.Process) -> dict[int, psutil.Process]:
+    """The ranks among the processes that DeepSpeed's runner and its launcher have started."""
+    ranks = {}
+    with suppress(psutil.NoSuchProcess):
+        for process in runner.children(recursive=True):
+            with suppress(psutil.NoSuchProcess, psutil.AccessDenied):
+                if process.cmdline()[1:4] == ["-u", "-m", RANK]:
+                    ranks[int(process.environ()["RANK"])] = process
+    return ranks
+
+
+def _pattern(launch: Launch) -> str:
+    """What pkill finds the ranks by, but not the shell that runs pkill."""
+    name, config = re.escape(RANK), re.escape(launch.arguments[1])
+    return f"[-]m {name} --local_rank=[0-9]+ --config {config}"
+
+
+def _exit_code(process: psutil.Process) -> int | None:
+    """What a process ended with, negative a signal; None while it runs; or _UNKNOWN."""
+    try:
+        if process.is_running() and process.status() != psutil.STATUS_ZOMBIE:
+            return None
+        fields = Path(f"/proc/{process.pid}/stat").read_text().rpartition(")")[2].split()
+        return os.waitstatus_to_exitcode(int(fields[49]))  # field 52 of proc(5)
+    except (psutil.NoSuchProcess, OSError):
+        return _UNKNOWN
+
+
+def _signed(code: int) -> int:
+    """An exit code as the rank's that it was: 247 was -9, the end by signal 9."""
+    return code if code < 128 else code - 256
+
+
+def _cause(runner: int, failure: tuple[int, int] | None) -> str:
+    """One line about a job that failed, from its first failure or else its runner's exit code."""
+    if failure:
+        who, code = f"rank {failure[0]}", failure[1]
+    elif runner <= 0:
+        return "the deepspeed launcher was killed; its ranks are ended"
+    else:
+        who, code = "a rank", _signed(runner)
+    if code < 0:
+        memory = " (out of memory?)" if -code == signal.SIGKILL else ""
+        return f"{who} was killed by {signal.Signals(-code).name}{memory}"
+    return f"{who} failed with exit code {code}; what it says is above"
+
+
+def _end(process: subprocess.Popen[bytes]) -> None:
+    """End every process of the job: checkpoints are whole or not there, so it may be abrupt."""
+    with _on((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), signal.SIG_IGN):
+        process.terminate()  # with a hostfile the runner ends the launchers of other hosts first
+        with suppress(subprocess.TimeoutExpired):
+            process.wait(10)
+        deadline = time.monotonic() + 5
+        with suppress(ProcessLookupError):
+            while time.monotonic() < deadline:
+                os.killpg(process.pid, signal.SIGKILL)  # raises when the group is empty
+                process.poll()
+                time.sleep(_POLL)
+
+
+@contextmanager
+def _on(numbers: Sequence[signal.Signals], handler: Any) -> Iterator[None]:
+    """Handle signals in another way for a while."""
+    previous = {number: signal.signal(number, handler) for number in numbers}
+    try:
+        yield
+    finally:
+        for number, old in previous.items():
+            signal.signal(number, old)
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)

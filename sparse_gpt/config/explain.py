@@ -1,0 +1,69 @@
+"""The first thing wrong with a configuration, in one line for its author."""
+
+import difflib
+import types
+import typing
+from collections.abc import Iterator, Sequence
+from typing import Annotated, Any
+
+from pydantic import BaseModel, ValidationError
+
+
+def explain(error: ValidationError, root: type[BaseModel]) -> str:
+    """The first complaint of pydantic as one line, with the nearest name for an unknown key."""
+    errors = error.errors(include_url=False)
+    first = errors[0]
+    key = ".".join(str(part) for part in _path(root, first["loc"]))
+    if first["type"] == "extra_forbidden":
+        *section, name = _path(root, first["loc"])
+        names = sorted(set(_field_names(root, section)))
+        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
+        what = f"unknown key; did you mean '{near[0]}'?" if near else "unknown key"
+        what += "" if near else f"; known here: {', '.join(names)}"
+    elif first["type"] == "missing":
+        what = "is missing"
+    else:
+        what = first["msg"].removeprefix("Value error, ")
+        if first["type"] != "value_error":
+            what = f"{what[0].lower()}{what[1:]}, got {first['input']!r}"
+    more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
+    return f"{key}: {what}{more}" if key else f"{what}{more}"
+
+
+def _path(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[int | str]:
+    """The place of an error as its author wrote it: without pydantic's tags of union members."""
+    path: list[int | str] = []
+    for part in loc[:-1]:
+        names = set(_field_names(root, path))
+        if isinstance(part, int) or part in names or _ANY in names:
+            path.append(part)
+    return [*path, *loc[-1:]]
+
+
+def _field_names(model: Any, section: Sequence[int | str]) -> Iterator[str]:
+    """Names of the keys that may stand in `section`, a path below `model`; _ANY in a mapping."""
+    for branch in _models(model):
+        if typing.get_origin(branch) is dict:
+            if not section:
+                yield _ANY
+            else:
+                yield from _field_names(typing.get_args(branch)[1], section[1:])
+        elif not section:
+            yield from branch.model_fields
+        elif section[0] in branch.model_fields:
+            annotation = branch.model_fields[str(section[0])].annotation
+            yield from _field_names(annotation, section[1:])
+
+
+_ANY = "*"
+
+
+def _models(annotation: Any) -> list[Any]:
+    """The models and mappings among what an annotation allows."""
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return [annotation]
+    if typing.get_origin(annotation) is dict:
+        return [annotation]
+    if typing.get_origin(annotation) in (typing.Union, types.UnionType, Annotated):
+        return [model for arg in typing.get_args(annotation) for model in _models(arg)]
+    return []

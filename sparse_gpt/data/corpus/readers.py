@@ -1,0 +1,111 @@
+"""Files that can only be read front to back, or a group of rows at a time: of compressed ones a
+slice is the whole file, of parquet a row group. pyarrow reads them."""
+
+import io
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from sparse_gpt.errors import DataError
+
+if TYPE_CHECKING:
+    import pyarrow as pa
+
+ROWS = 1024  # a table
+
+
+def shown(value: Any) -> str:
+    """A value of a row as `where` compares it: text as it is, anything else as JSON."""
+    return value if isinstance(value, str) else json.dumps(value)
+
+
+@contextmanager
+def open_compressed(
+    path: Path, codec: str
+) -> Iterator[tuple[io.BufferedReader, Callable[[], int]]]:
+    """The content of a compressed file, of one or several streams, and a function that tells how
+    many bytes of the file are read; reading raises OSError where it is damaged or cut short."""
+    import pyarrow as pa
+
+    with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, codec) as content:
+        yield io.BufferedReader(content), file.tell
+
+
+def line_blocks(content: io.BufferedReader, size: int) -> Iterator[bytes]:
+    """The content in blocks that end where a line ends, of about `size` bytes or one line."""
+    while block := content.read(size):
+        yield block + content.readline()
+
+
+def row_groups(path: Path) -> list[tuple[int, int]]:
+    """(byte at which it starts, rows) of each row group of a parquet file that holds any."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        metadata = pq.read_metadata(path)
+    except pa.ArrowInvalid as error:
+        raise DataError(f"{path}: not a parquet file: {_first_line(error)}") from None
+    groups = []
+    for number in range(metadata.num_row_groups):
+        group = metadata.row_group(number)
+        columns = [group.column(i) for i in range(group.num_columns)]
+        start = min(c.dictionary_page_offset or c.data_page_offset for c in columns)
+        groups.append((start, group.num_rows))
+    return groups
+
+
+def parquet_tables(path: Path, group: int, columns: list[str]) -> "Iterator[pa.Table]":
+    """The columns of a row group, some rows at a time."""
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path) as file:
+            require_columns(columns, file.schema_arrow.names, str(path))
+            for batch in file.iter_batches(ROWS, row_groups=[group], columns=columns):
+                yield pa.Table.from_batches([batch])
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"{path}: cannot read row group {group}: {_first_line(error)}") from None
+
+
+def packed(table: "pa.Table") -> bytes:
+    """A table for `rows_of`, in Arrow's format: other than its pickle it holds these rows alone."""
+    import pyarrow as pa
+
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table)
+    return bytes(sink.getvalue())
+
+
+def rows_of(content: bytes, columns: list[str]) -> Iterator[list[Any]]:
+    """The columns' values in each row of a packed table, or of b"", which has none; text comes as
+    bytes, which may be broken."""
+    if not content:
+        return
+    import pyarrow as pa
+
+    table = pa.ipc.open_stream(content).read_all()
+    values = []
+    for name in columns:
+        column = table.column(name)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if column.type in (pa.string(), pa.large_string(), pa.string_view()):
+            column = column.cast(pa.large_binary())  # else broken text fails a whole batch
+        values.append(column.to_pylist())
+    yield from map(list, zip(*values, strict=True))
+
+
+def require_columns(columns: list[str], found: list[str], source: str) -> None:
+    """Raise DataError if a column is not found, naming those that are."""
+    for name in columns:
+        if name not in found:
+            raise DataError(f"{source}: no column {name!r}; columns there: {', '.join(found)}")
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error) or type(error).__name__).splitlines()[0]

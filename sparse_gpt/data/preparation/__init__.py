@@ -1,0 +1,1 @@
+"""Documents become shards: units of work, shared by processes and machines, resumable."""

@@ -1,0 +1,290 @@
+"""Documents to shards: resumable, and the same bytes whatever the number of workers.
+
+    sources.py, cutting.py   units.py              documents.py, workers.py  units.py
+    files → slices        →  units, what is to do → chunks tokenized       → shards → manifest
+
+Where units are many each worker does whole ones; else workers tokenize chunks, and the parent
+writes what comes back in the order of the input. A document is held out if its content hash lies
+under held_out · 2^64: the same text always falls on the same side, whatever else is in the corpus,
+so exact duplicates cannot cross.
+
+Input or options that turn out to be bad take with them whatever this run has written; a crash, an
+interrupt, a full disk or too many rejected documents leave the finished units for the next run.
+"""
+
+import errno
+import math
+import os
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing, contextmanager
+from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import groupby
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from sparse_gpt.data.corpus.rejects import MAX_REJECTED, Tally, write_rejects
+from sparse_gpt.data.corpus.slices import cut_all
+from sparse_gpt.data.corpus.sources import find_files
+from sparse_gpt.data.preparation.dedup import Seen
+from sparse_gpt.data.preparation.parts import Part, claim, forget, publishing, writing
+from sparse_gpt.data.preparation.tokenizing import do_unit, pieces, tokenize
+from sparse_gpt.data.preparation.units import (
+    Options,
+    Splits,
+    Unit,
+    UnitWriter,
+    count_records,
+    finished,
+    hashes_of,
+    plan,
+    records,
+    refuse_other_units,
+)
+from sparse_gpt.data.shards.format import INDEX
+from sparse_gpt.data.shards.manifest import SPLITS, Manifest, read_manifest, write_manifest
+from sparse_gpt.data.tokenizer import Tokenizer, load_tokenizer
+from sparse_gpt.data.workers import in_order
+from sparse_gpt.errors import DataError, Resumable
+from sparse_gpt.progress import Progress
+
+
+def prepare(
+    sources: Sequence[str | Path],
+    out: str | Path,
+    *,
+    workers: int = 1,
+    held_out: float = 0.01,
+    shard_tokens: int = 100_000_000,
+    separator: str | None = None,
+    text_field: str = "text",
+    min_chars: int = 0,
+    where: Mapping[str, str] | None = None,
+    dedup: bool = False,
+    vocab: str | Path | None = None,
+    pattern: str = "r50k",
+    engine: str = "auto",
+    max_rejected: float = MAX_REJECTED,
+    part: str | None = None,
+    progress: bool = False,
+) -> Manifest | None:
+    """Tokenize files, folders, globs or hub data sets into the shard folder `out`; run again to
+    resume.
+
+    workers       processes that tokenize; with more than one, a calling script needs the usual
+                  `if __name__ == "__main__":`, for they are spawned
+    held_out      fraction of the documents for validation, chosen by hash; 0 for none
+    shard_tokens  tokens a shard at most, unless one document is longer
+    separator     where text files are split into documents; None: one document a file
+    text_field    the key of the text in JSON Lines, or its column in parquet and hub data sets
+    min_chars     documents of fewer characters are left out
+    where         rows are left out unless each of these keys has this value (as JSON writes it, if
+                  it is no string)
+    dedup         leave out documents whose text, but for white space, came before; needs 8 to 24
+                  bytes of memory a document, and all parts in one
+    vocab         rank file in tiktoken's format; None: GPT-2's
+    pattern       how text is split before merging: "r50k" as for GPT-2, "cl100k" or "o200k"
+    engine        "tiktoken", "gigatoken", or "auto" for the faster that is installed; all give the
+                  same ids, which is checked for one document in 512
+    max_rejected  fraction of the documents that may be broken: they are set aside in
+                  `rejected.jsonl`; with 0, the first stops the run
+    part          "i/n": do the i-th of n parts of the units; the parts may run at the same time, on
+                  several machines that share `out`
+    progress      draw progress on stderr, if that is a terminal
+
+    Returns the manifest, or None if other parts have units to do: the last to end writes it.
+
+    Raises DataError for bad input or options, if too many documents are broken, if `out` cannot be
+    written, is full or holds anything that this input with these options does not produce, and if
+    a split that was asked for is empty.
+    """
+    conditions = tuple((where or {}).items())
+    options = Options(held_out, shard_tokens, separator, text_field, min_chars, conditions, dedup)
+    share = Part.parse(part or "1/1")
+    if dedup and share.count > 1:
+        raise DataError(f"dedup needs all documents, not part {share} of them; run it as one part")
+    if workers < 1:
+        raise DataError(f"workers is {workers}; it must be at least 1")
+    load = partial(load_tokenizer, vocab, pattern, engine)
+    tokenizer = load()
+    out = Path(out)
+    for source in map(Path, sources):
+        if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
+            raise DataError(f"{out}: lies in the source {source}; write the shards elsewhere")
+    files = find_files(sources, rows=bool(conditions))
+    with claim(out, share), _disk_full(out):
+        cuts = cut_all(files, separator, out, (share.number, share.count), workers, progress)
+        slices = [part for of_file in cuts for part in of_file.slices]
+        if not slices:
+            raise DataError(f"the corpus is empty: {len(files)} file(s), 0 bytes; name some text")
+        units = plan(slices, options, tokenizer)
+        refuse_other_units(out, units)
+        mine = share.of(units)
+        with writing(out, mine):
+            work = _Work(out, options, load, workers, Tally(max_rejected), progress)
+            work.do(mine, work.finished(mine), len(units))
+            if sum(1 for _ in records(out, units)) < len(units):
+                return None
+            with publishing(out, units):
+                _publish(out, units, options, tokenizer, [row for _, row in cuts], max_rejected)
+                forget(out)
+    return read_manifest(out)
+
+
+@dataclass
+class _Work:
+    """What units are done with."""
+
+    out: Path
+    options: Options
+    load: Callable[[], Tokenizer]
+    workers: int
+    tally: Tally
+    progress: bool
+    _tell_after: float = 0.0
+
+    def finished(self, units: list[Unit]) -> set[int]:
+        """The numbers of the units that need not be done; counts their documents."""
+        begun = [unit for unit in units if unit.record(self.out).exists()]
+        done: set[int] = set()
+        bar = Progress("checking", sum(unit.bytes for unit in begun), self.progress)
+        with bar, ThreadPoolExecutor(self.workers) as pool:  # hashing lets go of Python's lock
+            records = pool.map(partial(finished, self.out), begun)
+            for unit, record in zip(begun, records, strict=True):
+                if record is not None:
+                    done.add(unit.number)
+                    self.tally.add(record.documents() + record.duplicates, record.rejected)
+                bar.advance(unit.bytes)
+        return done
+
+    def do(self, units: list[Unit], done: set[int], count: int) -> None:
+        """Do the units that are not done yet, of `count` that all parts do: a worker a unit, or
+        where they are too few for that, or each depends on all before it, all workers on one."""
+        todo = [unit for unit in units if unit.number not in done]
+        bar = Progress("tokenizing", sum(unit.bytes for unit in todo), self.progress)
+        with bar:
+            if len(todo) >= self.workers > 1 and not self.options.dedup:
+                self._side_by_side(todo, count, bar)
+            else:
+                self._one_by_one(units, done, count, bar)
+
+    def _tell(self, bar: Progress, count: int) -> None:
+        """How many units all parts have finished; seldom, for it takes long where they are many."""
+        start = time.monotonic()
+        if self.progress and start >= self._tell_after:
+            bar.title(f"tokenizing, {count_records(self.out)}/{count} units")
+            now = time.monotonic()
+            self._tell_after = now + max(1, 100 * (now - start))
+
+    def _side_by_side(self, todo: list[Unit], count: int, bar: Progress) -> None:
+        do = partial(do_unit, self.out, self.options, self.load, strict=self.tally.limit == 0)
+        with closing(in_order(do, todo, self.workers)) as results:
+            for unit, made in results:
+                self.tally.add(made.documents, made.rejects)
+                bar.advance(unit.bytes, made.characters, made.tokens)
+                self._tell(bar, count)
+        self.tally.add(0, [], whole=True)
+
+    def _one_by_one(self, units: list[Unit], done: set[int], count: int, bar: Progress) -> None:
+        out, options, workers = self.out, self.options, self.workers
+        todo = [unit for unit in units if unit.number not in done]
+        chunks = [chunk for unit in todo for chunk in unit.chunks]
+        if not any(part.streamed for chunk in chunks for part in chunk):
+            workers = max(1, min(workers, len(chunks)))  # a process takes a second to start
+        todo_pieces = (piece for unit in todo for piece in pieces(unit, options.reading))
+        seen = Seen()
+        with closing(
+            in_order(partial(tokenize, options=options, load=self.load), todo_pieces, workers)
+        ) as results:
+            by_unit = groupby(results, key=lambda result: result[0].unit)
+            for unit in units:
+                if unit.number in done:
+                    if options.dedup:
+                        seen.add(hashes_of(out, unit))
+                    continue
+                self._tell(bar, count)
+                with UnitWriter(out, unit, self.load(), options) as writer:
+                    for piece, found in next(by_unit)[1]:
+                        self.tally.add(len(found.lengths), found.rejects)
+                        if options.dedup:
+                            is_new = seen.add(found.hashes)
+                            writer.leave_out(int((~is_new).sum()))
+                            found = found.only(is_new)
+                        writer.add(found)
+                        bar.advance(piece.bytes, found.characters, len(found.tokens))
+                    if unit is todo[-1]:
+                        self.tally.add(0, [], whole=True)
+                    writer.finish()
+
+
+def _publish(
+    out: Path,
+    units: list[Unit],
+    options: Options,
+    tokenizer: Tokenizer,
+    rows: list[dict[str, Any]],
+    max_rejected: float,
+) -> None:
+    splits: Splits = {split: [] for split in SPLITS}
+    engines: set[str] = set()
+    tally, duplicates = Tally(max_rejected), 0
+    for record in records(out, units):
+        for split in SPLITS:
+            splits[split] += record.splits[split]
+        engines.add(record.engine)
+        duplicates += record.duplicates
+        tally.add(record.documents() + record.duplicates, record.rejected)
+    tally.add(0, [], whole=True)
+    _refuse_empty(splits, out, options)
+    rejected = (reject for record in records(out, units) for reject in record.rejected)
+    write_manifest(
+        out,
+        {**tokenizer.identity(), "engines": sorted(engines)},
+        tokenizer.vocabulary,
+        asdict(options),
+        rows,
+        splits,
+        rejected=write_rejects(out, rejected),
+        duplicates=duplicates,
+    )
+
+
+@contextmanager
+def _disk_full(out: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise Resumable(
+            f"{out}: {os.strerror(error.errno)}; make room there and run the same prepare again: "
+            "finished units are kept"
+        ) from None
+
+
+def _refuse_empty(splits: Splits, out: Path, options: Options) -> None:
+    """Raise DataError if a split that was asked for got no document."""
+    train, held_out = (sum(shard.documents for shard in splits[split]) for split in SPLITS)
+    if train and (held_out or not options.held_out):
+        return
+    if train + held_out == 0:
+        raise DataError("the corpus holds no text: its documents are empty or white space")
+    if train + held_out == 1:
+        raise DataError(
+            "the corpus is one document, which cannot be both trained on and held out; split it "
+            "with a separator, or set held_out to 0"
+        )
+    if train == 0:
+        raise DataError(
+            f"all {held_out} documents are held out; lower held_out below {options.held_out}"
+        )
+    indexes = [np.fromfile(out / f"{shard.name}.idx", INDEX) for shard in splits["train"]]
+    lowest = int(min(index["hash"].min() for index in indexes)) / 2**64
+    raise DataError(
+        f"none of the {train} documents is held out at held_out {options.held_out}; "
+        f"{math.ceil(lowest * 1e4) / 1e4} is the smallest that holds one out, 0 asks for none"
+    )

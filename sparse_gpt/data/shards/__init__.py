@@ -1,0 +1,1 @@
+"""Tokens on the disk: the format of a shard, the manifest of a folder, reading and verifying."""

@@ -1,0 +1,124 @@
+"""`manifest.json`: which shards are a data set, and where they came from. Written last, so a folder
+without one is not a data set.
+
+A sealed JSON file is an object whose first key, "hash", is the sha256 of the file's own bytes
+with the 64 digits of that hash replaced by zeros. The manifest's other keys:
+
+    format      "sparse-gpt shards 1"
+    tokenizer   name, vocab_size, vocab_hash (sha256 of the vocabulary file), pattern (how text is
+                split before merging), pattern_hash (its sha256), engines (name and version of each
+                that made a shard; of imported ones, the format)
+    dtype       "uint16" or "uint32"
+    eot         id, position ("before each document")
+    options     what `prepare` was asked for that changes the shards
+    sources     a list of {name, bytes, xxh3_128}; of hub data sets {name, shards, identity}
+    rejected    documents that were set aside; `rejected.jsonl` beside it names them
+    duplicates  documents that dedup left out
+    splits      "train" and "held_out": a list of shards, in the order of their tokens, each
+                {name, tokens, documents, bin: {bytes, sha256, blocks}, idx: {the same}}
+"""
+
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from sparse_gpt.data.shards.format import DTYPES, FileEntry, ShardEntry
+from sparse_gpt.data.vocabulary import Vocabulary
+from sparse_gpt.errors import DataError
+from sparse_gpt.files import read_sealed, write_sealed
+
+MANIFEST = "manifest.json"
+FORMAT = "sparse-gpt shards 1"
+SPLITS = ("train", "held_out")
+
+
+def shards_from_json(splits: dict[str, Any]) -> dict[str, list[ShardEntry]]:
+    """{split: shards} as `asdict` and JSON leave it."""
+    return {
+        split: [
+            ShardEntry(**{**row, "bin": FileEntry(**row["bin"]), "idx": FileEntry(**row["idx"])})
+            for row in splits[split]
+        ]
+        for split in SPLITS
+    }
+
+
+def shards_to_json(splits: dict[str, list[ShardEntry]]) -> dict[str, Any]:
+    """The inverse of `shards_from_json`."""
+    return {split: [asdict(shard) for shard in splits[split]] for split in SPLITS}
+
+
+def write_manifest(
+    folder: Path,
+    tokenizer: dict[str, Any],
+    vocabulary: Vocabulary,
+    options: dict[str, Any],
+    sources: list[dict[str, Any]],
+    splits: dict[str, list[ShardEntry]],
+    **counts: int,
+) -> None:
+    """Publish the manifest of `folder`; the counts are `rejected` and `duplicates`."""
+    fields = {
+        "format": FORMAT,
+        "tokenizer": tokenizer,
+        "dtype": vocabulary.dtype,
+        "eot": {"id": vocabulary.eot, "position": "before each document"},
+        "options": options,
+        "sources": sources,
+        **counts,
+        "splits": shards_to_json(splits),
+    }
+    write_sealed(folder / MANIFEST, fields)
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """The content of manifest.json; `hash` is its own hash and names the data set."""
+
+    hash: str
+    format: str
+    tokenizer: dict[str, Any]
+    dtype: str
+    eot: dict[str, Any]
+    options: dict[str, Any]
+    sources: list[dict[str, Any]]
+    splits: dict[str, list[ShardEntry]]
+    rejected: int = 0
+    duplicates: int = 0
+
+    @property
+    def vocabulary(self) -> Vocabulary:
+        """What the shards' headers must say."""
+        return Vocabulary(self.tokenizer["vocab_hash"], self.dtype, self.eot["id"])
+
+    def tokens(self, split: str) -> int:
+        """Tokens of "train" or "held_out", end-of-text ids included."""
+        return sum(shard.tokens for shard in self.splits[split])
+
+    def documents(self, split: str) -> int:
+        """Documents of "train" or "held_out"."""
+        return sum(shard.documents for shard in self.splits[split])
+
+
+def read_manifest(folder: str | Path) -> Manifest:
+    """The manifest of a shard folder; raises DataError if there is no whole one of our format."""
+    folder = Path(folder)
+    path = folder / MANIFEST
+    if not folder.is_dir():
+        raise DataError(f"{folder}: no such folder of shards; make it with prepare")
+    if not path.is_file():
+        if any(folder.glob("*-?????-*.bin")) or any(folder.glob(".tmp-*")):
+            raise DataError(f"{folder}: unfinished (no {MANIFEST}): run the same prepare again")
+        raise DataError(f"{folder}: not a folder of shards (no {MANIFEST})")
+    fields = read_sealed(path)
+    if fields.get("format") != FORMAT:
+        raise DataError(f"{path}: format {fields.get('format')!r}; this version reads {FORMAT!r}")
+    try:
+        manifest = Manifest(**{**fields, "splits": shards_from_json(fields["splits"])})
+        shards = [shard for split in SPLITS for shard in manifest.splits[split]]
+        sound = manifest.dtype in DTYPES and all("/" not in shard.name for shard in shards)
+    except (KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise DataError(f"{path}: not a manifest of ours; run prepare again")
+    return manifest

@@ -1,0 +1,86 @@
+"""Shards in object storage: copied whole to a local cache, once a machine, before they are opened.
+
+    s3://BUCKET/FOLDER   gs://BUCKET/FOLDER   whatever else fsspec reads
+
+Training reads windows in random order, so its first steps touch every shard: there is nothing to
+gain by copying late. Copies are kept in $SPARSE_GPT_CACHE (~/.cache/sparse-gpt), in a folder a
+data set; remove what is no longer wanted. Processes that want one at the same time take turns, so
+one of them copies.
+"""
+
+import fcntl
+import os
+import shutil
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from sparse_gpt.data.shards.format import FileEntry, file_entry
+from sparse_gpt.data.shards.manifest import MANIFEST, SPLITS, Manifest, read_manifest
+from sparse_gpt.errors import DataError
+from sparse_gpt.files import publish, temporary
+from sparse_gpt.progress import Progress
+
+_EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # by scheme, what reads it
+
+
+def local_folder(folder: str | Path) -> Path:
+    """`folder` itself, or of a URL its local copy.
+
+    Raises DataError for a URL that cannot be read or holds no shards, for s3:// and gs:// without
+    their extra, a disk without room for the shards, and a file that is not what the manifest says.
+    """
+    url = str(folder).rstrip("/")
+    if "://" not in url:
+        return Path(folder)
+    cache = Path(os.environ.get("SPARSE_GPT_CACHE") or Path.home() / ".cache/sparse-gpt") / "shards"
+    cache.mkdir(parents=True, exist_ok=True)
+    try:
+        import fsspec
+
+        storage, root = fsspec.core.url_to_fs(url)
+        with TemporaryDirectory(prefix=".manifest-", dir=cache) as incoming:
+            try:
+                content = storage.cat_file(f"{root}/{MANIFEST}")
+            except FileNotFoundError:
+                raise DataError(f"{url}: not a folder of shards (no {MANIFEST})") from None
+            Path(incoming, MANIFEST).write_bytes(content)
+            manifest = read_manifest(incoming)
+        copy = cache / f"{url.rpartition('/')[2]}-{manifest.hash[:16]}"
+        copy.mkdir(exist_ok=True)
+        with (copy / ".lock").open("w") as lock:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not (copy / MANIFEST).exists():
+                _copy_all(url, storage, root, manifest, copy)
+                temporary(copy / MANIFEST).write_bytes(content)
+                publish(copy / MANIFEST)
+    except DataError:
+        raise
+    except Exception as error:  # each kind of storage has its own
+        extra = _EXTRAS.get(url.partition("://")[0])
+        if extra and isinstance(error, ImportError):
+            raise DataError(f"{url}: reading it needs: pip install 'sparse-gpt[{extra}]'") from None
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise DataError(f"{url}: cannot be read: {reason}") from None
+    return copy
+
+
+def _copy_all(url: str, storage: Any, root: str, manifest: Manifest, copy: Path) -> None:
+    wanted: dict[str, FileEntry] = {}
+    for shard in (shard for split in SPLITS for shard in manifest.splits[split]):
+        wanted |= {f"{shard.name}.bin": shard.bin, f"{shard.name}.idx": shard.idx}
+    missing = {name: entry for name, entry in wanted.items() if not (copy / name).exists()}
+    total = sum(entry.bytes for entry in missing.values())
+    if total > (free := shutil.disk_usage(copy).free):
+        raise DataError(
+            f"{url}: takes {total / 1e9:.2f} GB in {copy}, where {free / 1e9:.2f} GB are free; "
+            "free some, or set SPARSE_GPT_CACHE to a folder on another disk"
+        )
+    with Progress("copying", total, True) as bar:
+        for name, entry in missing.items():
+            path = copy / name
+            storage.get_file(f"{root}/{name}", str(temporary(path)))
+            if file_entry(temporary(path)) != entry:
+                raise DataError(f"{url}/{name}: is not what its manifest says; upload it again")
+            publish(path)
+            bar.advance(entry.bytes)

@@ -1,0 +1,28 @@
+"""The errors that are the user's to mend: one line that names the file, line or key, what is wrong
+with it and what to do. The command line prints it without a traceback and exits 2."""
+
+import difflib
+from collections.abc import Iterable
+
+
+class InputError(ValueError):
+    """Bad input, of either kind below."""
+
+
+class DataError(InputError):
+    """Bad input to the data rooms, or a bad data set."""
+
+
+class Resumable(DataError):
+    """An error of `prepare` after which the finished units are of use: the next run goes on from
+    them."""
+
+
+class ConfigError(InputError):
+    """A run cannot be what its configuration says."""
+
+
+def did_you_mean(name: str, known: Iterable[str]) -> str:
+    """ "did you mean 'n_layer'?" for the known name that is nearest; "" where none is near."""
+    near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f"did you mean '{near[0]}'?" if near else ""

@@ -1,0 +1,89 @@
+"""UltraEfficientSparseFFN: the sparse feed-forward network, its parts joined."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from sparse_gpt.model.config import SparseFFNConfig, ffn_preset
+from sparse_gpt.model.ffn.factored import SparseFactorLinear
+from sparse_gpt.model.ffn.kernels import available, fused_ffn, suits, unsupported
+from sparse_gpt.model.ffn.polynomial import SparsePolynomial
+from sparse_gpt.model.ffn.refine import SparseMicroRefine, TokenFeedback
+from sparse_gpt.model.ffn.spectral import SparseSpectral
+
+
+class UltraEfficientSparseFFN(nn.Module):
+    """The branch, without the residual add, `(..., d_model) -> (..., d_model)`:
+
+        h = LN_in(x)
+        v = Poly(h) + Spec(h)             where spectral.path is parallel; Poly(Spec(h)) in series
+        v = Refine(Feedback(v))
+        y = Dropout(P(LN_out(v)))         where norm_out is before; Dropout(LN_out(P(v))) after
+
+    `config` is a SparseFFNConfig, else the preset's; a part configured None is None here. The
+    branch starts with the RMS `out_gain`, given by LN_out's gain where that comes last and by the
+    projection's weights where they do. (Before a norm those must not be 0: it would divide 0 by 0.)
+    `backend` starts as the config's and may be set: `eager` runs the parts one by one.
+    Raises ValueError when a part cannot have the width d_model; forward does when `triton` is asked
+    for and x is not on a GPU, or not float32 or bfloat16.
+    """
+
+    def __init__(
+        self, d_model: int = 128, preset: str = "default", config: SparseFFNConfig | None = None
+    ) -> None:
+        super().__init__()
+        chosen = config or ffn_preset(preset)
+        if not isinstance(chosen, SparseFFNConfig):
+            raise ValueError(f"preset {preset!r} is no sparse FFN")
+        chosen.check(d_model)
+        self.config = chosen
+        self.backend: str = chosen.backend
+        self._has_kernels = available("cuda") and unsupported(chosen, d_model) is None
+        # Registered in the order in which they run.
+        self.norm_in = nn.LayerNorm(d_model)
+        self.spectral = SparseSpectral(d_model, chosen.spectral) if chosen.spectral else None
+        # What the norm leaves has unit RMS already; what selection leaves has not.
+        series = chosen.spectral is not None and chosen.spectral.path == "series"
+        self.polynomial = SparsePolynomial(d_model, chosen.polynomial, renormalise=series)
+        self.feedback = TokenFeedback(d_model, chosen.feedback) if chosen.feedback else None
+        self.refine = SparseMicroRefine(d_model, chosen.refine) if chosen.refine else None
+        norm_out, projection = nn.LayerNorm(d_model), self._projection(d_model)
+        if chosen.norm_out == "before":
+            self.norm_out, self.projection = norm_out, projection
+        else:
+            self.projection, self.norm_out = projection, norm_out
+        sizes = norm_out.weight if chosen.norm_out == "after" else list(projection.parameters())[-1]
+        with torch.no_grad():
+            sizes.mul_(chosen.out_gain)
+        self.dropout = nn.Dropout(chosen.dropout)
+
+    def _projection(self, d_model: int) -> nn.Module:
+        if self.config.projection.kind == "factored":
+            return SparseFactorLinear(d_model, self.config.projection.block)
+        linear = nn.Linear(d_model, d_model, bias=False)  # LN_out has one
+        nn.init.normal_(linear.weight, std=1 / math.sqrt(d_model))
+        return linear
+
+    def forward(self, x: Tensor) -> Tensor:
+        """The branch, in x's dtype."""
+        auto = self.backend == "auto" and self._has_kernels and suits(x)
+        if auto or self.backend == "triton":
+            return self.dropout(fused_ffn(self, x))
+        h = self.norm_in(x)
+        if self.spectral is None:
+            v = self.polynomial(h)
+        elif self.spectral.config.path == "series":
+            v = self.polynomial(self.spectral(h))
+        else:
+            v = self.polynomial(h) + self.spectral(h)
+        for part in (self.feedback, self.refine):
+            if part is not None:
+                v = part(v)
+        if self.config.norm_out == "before":
+            v = self.projection(self.norm_out(v))
+        else:
+            v = self.norm_out(self.projection(v))
+        return self.dropout(v)

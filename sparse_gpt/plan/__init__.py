@@ -1,0 +1,1 @@
+"""What a run will cost and what runs have cost: memory, FLOPs, days, side by side."""

@@ -1,0 +1,322 @@
+"""What a sweep shows: its points and fitted curves in TensorBoard, and as PNG, CSV and JSON.
+
+fit/points.csv  fit.json  frontier.csv  multiplier.csv  *.png
+fit/<family>/...      TensorBoard runs that overlay, with training GFLOPs for the step
+"""
+
+import csv
+import fcntl
+import json
+import math
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+from sparse_gpt.provenance import provenance
+from sparse_gpt.scaling import (
+    Comparison,
+    Estimate,
+    Multiplier,
+    Points,
+    ScalingError,
+    compare,
+    usable,
+)
+from sparse_gpt.sweep import plots
+from sparse_gpt.sweep.collect import point_rows
+from sparse_gpt.sweep.grid import Sweep
+
+Array = NDArray[np.float64]
+
+_LOSS = "scaling/loss_by_gflops"
+_MULTIPLIER = "scaling/compute_multiplier"
+_LAYOUT = {
+    "Scaling": {
+        "loss by training GFLOPs": ["Multiline", [_LOSS]],
+        "FLOPs of the baseline over the family's, at equal loss, by the baseline's GFLOPs": [
+            "Margin",
+            [_MULTIPLIER, f"{_MULTIPLIER}/low_80", f"{_MULTIPLIER}/high_80"],
+        ],
+    }
+}
+_LIVE_RESAMPLES = 20
+
+
+@dataclass(frozen=True)
+class Report:
+    """Where the fit lies, what it says in a few lines, and all of it."""
+
+    out: Path
+    summary: list[str]
+    record: dict[str, Any]
+
+
+def fit_sweep(sweep: Sweep, resamples: int) -> Report:
+    """Fit the finished runs and publish `fit/`, whole, in place of the one before.
+
+    Raises ScalingError, in one line, where the runs cannot support a fit.
+    """
+    plots.check_plots()
+    rows = point_rows(sweep)
+    points = _points(rows)
+    there = usable(points)[0].families
+    for family in sweep.config.families:
+        if family not in there:
+            raise ScalingError(
+                f"family {family!r} has no usable run yet ({len(rows)} of {len(sweep.cells)} runs "
+                "are finished); see sparse-gpt sweep status"
+            )
+    comparison = compare(points, sweep.config.baseline, resamples)
+    summary = summarize(comparison)
+    record = {
+        "summary": summary,
+        "runs": len(rows),
+        "planned": len(sweep.cells),
+        "resamples": resamples,
+        "comparison": comparison.to_dict(),
+        "provenance": provenance(),
+    }
+    with _published(sweep.out / "fit") as folder:
+        _write_csv(folder / "points.csv", rows)
+        (folder / "fit.json").write_text(json.dumps(record, indent=1) + "\n")
+        _write_curves(folder, comparison)
+        figures = {
+            name: getattr(plots, name)(comparison)
+            for name in ("frontier", "isoflop", "multiplier", "residuals")
+        }
+        for name, figure in figures.items():
+            figure.savefig(folder / f"{name}.png")
+        _draw_points(folder, points)
+        _draw_fit(folder, comparison, figures, summary)
+    return Report(sweep.out, summary, record)
+
+
+def draw_points(sweep: Sweep) -> None:
+    """The same while a sweep runs: fitted roughly where the points allow it, else points alone."""
+    try:
+        fit_sweep(sweep, _LIVE_RESAMPLES)
+    except ScalingError:
+        rows = point_rows(sweep)
+        if not rows:
+            return
+        points = _points(rows)
+        with _published(sweep.out / "fit") as folder:
+            _write_csv(folder / "points.csv", rows)
+            plots.points_alone(points).savefig(folder / "frontier.png")
+            _draw_points(folder, points)
+
+
+@contextmanager
+def _published(target: Path) -> Iterator[Path]:
+    """A folder made aside that takes the place of an old one when it is complete.
+
+    By one process at a time: the tasks of a Slurm array share it.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    with target.with_name(f".{target.name}.lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        aside = target.with_name(f".{target.name}.writing")
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        yield aside
+        shutil.rmtree(target, ignore_errors=True)
+        aside.rename(target)
+
+
+def summarize(comparison: Comparison) -> list[str]:
+    """The result, a line a fact."""
+    lines = []
+    for family, found in comparison.multipliers.items():
+        for estimate, unit in (
+            (found.reference_compute, "training FLOPs"),
+            (found.reference_seconds, "device-seconds"),
+        ):
+            if estimate is None:
+                continue
+            lines.append(
+                f"{family} reaches a loss of {found.reference_loss:.3f} with {_times(estimate)} "
+                f"{unit} than {comparison.baseline}: multiplier {estimate.value:.2f} (80% interval "
+                f"{_range(estimate.interval_80)}, 95% {_range(estimate.interval_95)})"
+            )
+        where = (
+            "beyond the runs of one family: an extrapolation"
+            if found.reference_extrapolated
+            else "inside the range of both families' runs"
+        )
+        lines.append(
+            f"that loss is where {comparison.baseline}'s frontier is at its largest budget, "
+            f"{found.reference_budget:.3g} FLOPs, {where}"
+        )
+    lines.append(comparison.reason)
+    if held := comparison.held_out.get(comparison.chosen):
+        lines.append(
+            f"held-out budget: fitted without {held.budget:.3g} FLOPs, its {held.points} runs are "
+            f"predicted {held.rms_nats:.4f} nats off (rms; mean {held.mean_nats:+.4f})"
+        )
+    spreads = {f: s for f, s in comparison.seed_spread.items() if math.isfinite(s)}
+    if spreads:
+        each = ", ".join(f"{family} {spread:.4f}" for family, spread in spreads.items())
+        lines.append(f"standard deviation over seeds, nats: {each}")
+    for family, minima in comparison.minima.items():
+        if math.isfinite(minima.exponent):
+            lines.append(f"{family}: best size grows as FLOPs^{minima.exponent:.2f} (isoFLOP)")
+    return [*lines, *(f"left out: {line}" for line in comparison.left_out)]
+
+
+def _points(rows: list[dict[str, Any]]) -> Points:
+    if not rows:
+        raise ScalingError("no run is finished yet; sparse-gpt sweep run trains them")
+    return Points.from_rows(rows)
+
+
+def _times(estimate: Estimate) -> str:
+    value = float(estimate.value)
+    return f"{value:.2f} times fewer" if value >= 1 else f"{1 / value:.2f} times more"
+
+
+def _range(interval: Any) -> str:
+    return f"{interval[0]:.2f} to {interval[1]:.2f}"
+
+
+def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
+    rows = list(rows)
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def _frontier_flops(comparison: Comparison, family: str) -> tuple[Array, NDArray[np.bool_]]:
+    """Where a family's frontier is drawn, and which of it is beyond its largest budget."""
+    budgets = comparison.points.budget[comparison.points.family == family]
+    flops = np.geomspace(budgets.min(), 10 * budgets.max(), 81)
+    return flops, flops > 1.0001 * budgets.max()
+
+
+def _write_curves(folder: Path, comparison: Comparison) -> None:
+    rows = []
+    for family in comparison.law.families:
+        flops, extrapolated = _frontier_flops(comparison, family)
+        best = comparison.law.frontier(family, flops)
+        low, high = comparison.frontier_band(family, flops)
+        for i, c in enumerate(flops):
+            rows.append(
+                {
+                    "family": family,
+                    "training_flops": c,
+                    "forward_flops_per_token": best.m[i],
+                    "tokens": best.d[i],
+                    "loss": best.loss[i],
+                    "loss_low_80": low[i],
+                    "loss_high_80": high[i],
+                    "extrapolated": bool(extrapolated[i]),
+                }
+            )
+    _write_csv(folder / "frontier.csv", rows)
+    rows = []
+    for family, found in comparison.multipliers.items():
+        for i, loss in enumerate(found.losses):
+            row: dict[str, Any] = {"family": family, "loss": loss}
+            row["extrapolated"] = bool(found.extrapolated[i])
+            for name, estimate in (("compute", found.compute), ("seconds", found.seconds)):
+                if estimate is not None:
+                    row[name] = estimate.value[i]
+                    for level, interval in (
+                        (80, estimate.interval_80),
+                        (95, estimate.interval_95),
+                    ):
+                        row[f"{name}_low_{level}"] = interval[0, i]
+                        row[f"{name}_high_{level}"] = interval[1, i]
+            rows.append(row)
+    if rows:
+        _write_csv(folder / "multiplier.csv", rows)
+
+
+def _draw_points(folder: Path, points: Points) -> None:
+    """A TensorBoard run a family and size: the mean loss over seeds at each budget."""
+    for family in points.families:
+        for size in dict.fromkeys(points.size[points.family == family].tolist()):
+            mine = points[(points.family == family) & (points.size == size)]
+            with SummaryWriter(str(folder / family / f"points-{size}")) as writer:
+                for budget in np.unique(mine.budget):
+                    loss = float(mine.loss[mine.budget == budget].mean())
+                    writer.add_scalar(_LOSS, loss, round(budget / 1e9))
+
+
+def _draw_fit(
+    folder: Path, comparison: Comparison, figures: Mapping[str, Any], summary: list[str]
+) -> None:
+    for family in comparison.law.families:
+        flops, beyond = _frontier_flops(comparison, family)
+        for name, chosen in (("frontier", ~beyond), ("frontier-extrapolated", beyond)):
+            with SummaryWriter(str(folder / family / name)) as writer:
+                losses = comparison.law.frontier(family, flops[chosen]).loss
+                for c, loss in zip(flops[chosen], losses, strict=True):
+                    writer.add_scalar(_LOSS, loss, round(c / 1e9))
+        with SummaryWriter(str(folder / family)) as writer:
+            _draw_results(writer, comparison, family)
+            if family in comparison.multipliers:
+                _draw_multiplier(writer, comparison, comparison.multipliers[family])
+    with SummaryWriter(str(folder)) as writer:
+        writer.add_custom_scalars(_LAYOUT)
+        writer.add_text("scaling/result", "\n".join(f"- {line}" for line in summary))
+        writer.add_text("scaling/coefficients", coefficients(comparison))
+        for name, figure in figures.items():
+            pixels = np.asarray(figure.canvas.buffer_rgba())[..., :3]
+            writer.add_image(f"scaling/{name}", pixels, dataformats="HWC")
+
+
+def _draw_results(writer: SummaryWriter, comparison: Comparison, family: str) -> None:
+    """The family's coefficients for the HParams tab."""
+    results = {
+        f"scaling/{name}": value for name, value in _coefficients(comparison, family).items()
+    }
+    for summary in hparams({"family": family, "exponents": comparison.chosen}, results)[:2]:
+        writer._get_file_writer().add_summary(summary)  # add_hparams would make a run of its own
+    for name, value in results.items():
+        writer.add_scalar(name, value, 0)
+
+
+def _draw_multiplier(writer: SummaryWriter, comparison: Comparison, found: Multiplier) -> None:
+    compute = comparison.law.compute_for(comparison.baseline, found.losses)
+    for i, c in enumerate(compute):
+        step = round(c / 1e9)
+        writer.add_scalar(_MULTIPLIER, found.compute.value[i], step)
+        writer.add_scalar(f"{_MULTIPLIER}/low_80", found.compute.interval_80[0, i], step)
+        writer.add_scalar(f"{_MULTIPLIER}/high_80", found.compute.interval_80[1, i], step)
+
+
+def _coefficients(comparison: Comparison, family: str) -> dict[str, float]:
+    law = comparison.law
+    at = law.families.index(family)
+    per_family = {name: float(getattr(law, name)[at]) for name in ("A", "B", "alpha", "beta")}
+    found = {"E": float(law.E), **per_family}
+    if family in comparison.multipliers:
+        found["multiplier_at_reference"] = float(
+            comparison.multipliers[family].reference_compute.value
+        )
+    return found
+
+
+def coefficients(comparison: Comparison) -> str:
+    """The fitted law of each family as a Markdown table, with 80% intervals."""
+    drawn = comparison.draws.law
+    lines = ["| family | E | A | B | α | β |", "|---|---|---|---|---|---|"]
+    for at, family in enumerate(comparison.law.families):
+        cells = []
+        for name in ("E", "A", "B", "alpha", "beta"):
+            value, draws = getattr(comparison.law, name), getattr(drawn, name)
+            if name != "E":
+                value, draws = value[at], draws[:, at]
+            low, high = np.percentile(draws, [10, 90])
+            cells.append(f"{float(value):.4g} ({low:.3g} to {high:.3g})")
+        lines.append(f"| {family} | {' | '.join(cells)} |")
+    return "\n".join(lines)

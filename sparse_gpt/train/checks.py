@@ -1,0 +1,138 @@
+"""Whether a run can be: every check before a process group or a folder exists, in one place.
+
+The command line, `--dry-run` and each rank call `check`."""
+
+import os
+import shutil
+from bisect import bisect_right
+from functools import partial
+from pathlib import Path
+
+import torch
+
+from sparse_gpt.config.load import load_config
+from sparse_gpt.config.schema import RunConfig
+from sparse_gpt.data import Blend
+from sparse_gpt.data.batches.batches import count_windows
+from sparse_gpt.data.batches.order import blend_counts
+from sparse_gpt.errors import ConfigError
+from sparse_gpt.model.attention import has_flex
+from sparse_gpt.model.costs import model_report
+from sparse_gpt.model.ffn.kernels import available
+from sparse_gpt.train.deepspeed_config import deepspeed_config
+from sparse_gpt.train.feed import held_out, open_data, train_batches
+from sparse_gpt.train.run_dir import MAY_CHANGE, read_provenance, what_computes
+
+
+def check(config: RunConfig, world_size: int) -> Blend:
+    """Everything that can be known to be wrong before a process group or a folder exists."""
+    blend = open_data(config.data)
+    if config.model.vocab_size != blend.vocab_size:
+        raise ConfigError(
+            f"model.vocab_size: {config.model.vocab_size} is not the {blend.vocab_size} of the "
+            f"vocabulary that {blend.sources[0].folder} was made with; set it to that"
+        )
+    config.grad_accum(world_size)
+    deepspeed_config(config, world_size)
+    check_compiler(config)
+    train_batches(config, blend, world_size)
+    check_epochs(config, blend)
+    for source in blend.sources:
+        if source.dataset.held_out.n_tokens:
+            held_out(config, source.dataset.held_out, world_size)
+    ffn = config.model.ffn
+    if ffn.kind == "sparse" and ffn.backend == "triton":
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        if not available(device):
+            raise ConfigError(f"model.ffn.backend: triton cannot run on this {device}; use auto")
+        if config.precision == "fp16":
+            raise ConfigError("model.ffn.backend: triton has no fp16; use auto, or bf16")
+    if config.precision == "fp16" and not torch.cuda.is_available():
+        raise ConfigError("precision: fp16 needs a GPU; on the CPU use fp32 or bf16")
+    check_run_dir(config, blend)
+    return blend
+
+
+def check_epochs(config: RunConfig, blend: Blend) -> None:
+    """Raises ConfigError if the run would read a source more often than its `max_epochs`."""
+    given = config.data.blend or {}
+    seq_len, quotas = config.model.max_seq_len, blend.quotas
+    windows = [count_windows(source.dataset.train, seq_len) for source in blend.sources]
+    own = [given[source.folder].max_epochs if given else None for source in blend.sources]
+    caps = [epochs or config.data.max_epochs for epochs in own]
+    if not any(caps):
+        return
+    report = model_report(config.model)
+    steps = config.total_steps(report.training / report.seq)
+
+    def read(source: int, after: int) -> int:
+        return int(blend_counts(after * config.global_batch, quotas, config.seed)[source])
+
+    fits = [steps] * len(caps)  # so many steps of the run does each source last for
+    for number, cap in enumerate(caps):
+        if cap:
+            limit = int(cap * windows[number])
+            fits[number] = bisect_right(range(1, steps + 1), limit, key=partial(read, number))
+    fit = min(fits)
+    if fit == steps:
+        return
+    scarce = fits.index(fit)
+    folder, smaller = blend.sources[scarce].folder, ""
+    if len(given) > 1 and fit:
+        share = fit / steps * quotas[scarce] / quotas.sum()
+        others = sum(source.weight for path, source in given.items() if path != folder)
+        smaller = f", or {steps:,} with a weight under {others * share / (1 - share):.3g}"
+    raise ConfigError(
+        f"data: {folder} would be read {read(scarce, steps) / windows[scarce]:.2f} times in "
+        f"{steps:,} steps, above its max_epochs of {caps[scarce]:g}; {fit:,} steps "
+        f"({fit * config.batch.global_tokens:,} tokens) are possible{smaller}"
+    )
+
+
+def check_compiler(config: RunConfig) -> None:
+    """Raises ConfigError where what is compiled would fail at the first step, or silently not be.
+
+    Blocks are with `compile`, FlexAttention always.
+    """
+    cuda = torch.cuda.is_available()
+    flex = cuda and config.model.document_mask and has_flex("cuda", config.model)
+    if not config.compile and not flex:
+        return
+    key = "compile" if config.compile else "model.document_mask"
+    if os.environ.get("TORCHDYNAMO_DISABLE") == "1":
+        raise ConfigError(f"{key}: the environment has TORCHDYNAMO_DISABLE=1; unset it")
+    variable, usual = ("CC", ("gcc", "clang")) if cuda else ("CXX", ("g++",))
+    names = [os.environ[variable]] if variable in os.environ else usual
+    if not any(map(shutil.which, names)):
+        raise ConfigError(
+            f"{key}: there is no compiler {' or '.join(names)}; install it, or set {variable}"
+        )
+
+
+def check_run_dir(config: RunConfig, blend: Blend) -> None:
+    """Raises ConfigError if `run_dir` holds a run of another configuration or other data.
+
+    Other data of the same vocabulary pass with `data.allow_change`.
+    """
+    folder = Path(config.run_dir)
+    saved = folder / "config.yaml"
+    if not saved.exists():
+        return
+    before, now = (what_computes(run) for run in (load_config(saved), config))
+    changed = [key for key in now if before[key] != now[key] and key not in MAY_CHANGE]
+    if changed:
+        raise ConfigError(
+            f"{saved}: holds a run with another {', '.join(changed)}; "
+            "choose another run_dir, or remove that folder"
+        )
+    record, what = read_provenance(folder), config.data.path or "the blend"
+    if record.get("vocab_hash") not in (None, blend.vocab_hash):  # None: of an older version
+        raise ConfigError(
+            f"data: {what} has another vocabulary than {folder} was trained with: the same ids "
+            "are other text; choose another run_dir, or prepare the data with that vocabulary"
+        )
+    if record["data_manifest_hash"] != blend.hash and not config.data.allow_change:
+        raise ConfigError(
+            f"data: {what} is not the data that {folder} was trained on; choose another run_dir, "
+            "give the data of before, or set data.allow_change=true to go on with these"
+        )

@@ -1,0 +1,101 @@
+"""What a step does inside: time and measured sparsity of every component, on sampled steps only.
+
+Hooks are attached for one step and removed, so that other steps pay nothing. Compiled blocks and
+fused FFNs have no components any more: a sampled step runs them as they are written.
+"""
+
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from sparse_gpt.model.ffn import UltraEfficientSparseFFN
+from sparse_gpt.model.flops import FlopReport
+
+
+class Probe:
+    """Measures the components of a model's blocks, those that its FLOP report names."""
+
+    def __init__(self, model: nn.Module, report: FlopReport, device: torch.device) -> None:
+        self.device = device
+        self.blocks = list(model.get_submodule("blocks").children())
+        self.ffns = [m for m in model.modules() if isinstance(m, UltraEfficientSparseFFN)]
+        self.components = {
+            f"block_{number:02}/{name}": model.get_submodule(f"blocks.{number}.{name}")
+            for number, block in enumerate(report.blocks())
+            for name in block
+        }
+        self._marks: dict[str, list[Any]] = defaultdict(list)
+        self._sparsity: dict[str, list[torch.Tensor]] = defaultdict(list)
+
+    @contextmanager
+    def attached(self, sampled: bool) -> Iterator[None]:
+        """On a sampled step, measure every forward pass inside the `with`."""
+        self._marks.clear()
+        self._sparsity.clear()
+        if not sampled:
+            yield
+            return
+        hooks = []
+        for name, module in self.components.items():
+            hooks.append(module.register_forward_pre_hook(self._mark(name)))
+            hooks.append(module.register_forward_hook(self._mark(name)))
+            if hasattr(module, "sparsity"):
+                hooks.append(module.register_forward_hook(self._measure(name)))
+        # Compiled code is set aside and kept: the next step compiles nothing anew. (The stance
+        # `force_eager` would set FlexAttention's aside too, which without it makes all scores.)
+        compiled = [block._compiled_call_impl for block in self.blocks]
+        for block in self.blocks:
+            block._compiled_call_impl = None
+        backends = [ffn.backend for ffn in self.ffns]
+        for ffn in self.ffns:
+            ffn.backend = "eager"
+        try:
+            yield
+        finally:
+            for block, code in zip(self.blocks, compiled, strict=True):
+                block._compiled_call_impl = code
+            for ffn, backend in zip(self.ffns, backends, strict=True):
+                ffn.backend = backend
+            for hook in hooks:
+                hook.remove()
+
+    def metrics(self) -> dict[str, float]:
+        """`time/...`: forward milliseconds of the step; `sparsity/...`: share that was used.
+
+        Empty after a step that was not sampled.
+        """
+        if self._marks and self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        result = {}
+        for name, marks in self._marks.items():
+            spans = zip(marks[::2], marks[1::2], strict=True)
+            result[f"time/{name}"] = sum(self._milliseconds(start, end) for start, end in spans)
+        for name, shares in self._sparsity.items():
+            result[f"sparsity/{name}"] = torch.stack(shares).float().mean().item()
+        return result
+
+    def _mark(self, name: str) -> Any:
+        def hook(*_: object) -> None:
+            if self.device.type == "cuda":
+                event = torch.cuda.Event(enable_timing=True)
+                event.record()
+                self._marks[name].append(event)
+            else:
+                self._marks[name].append(time.perf_counter())
+
+        return hook
+
+    def _milliseconds(self, start: Any, end: Any) -> float:
+        return start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3
+
+    def _measure(self, name: str) -> Any:
+        def hook(module: Any, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
+            with torch.no_grad():
+                self._sparsity[name].append(module.sparsity(inputs[0]))
+
+        return hook

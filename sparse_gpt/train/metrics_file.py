@@ -1,0 +1,108 @@
+"""The record of a run, `metrics.jsonl`, and TensorBoard's files, which are drawn from it.
+
+`metrics.jsonl` holds one object a logged step, its keys being TensorBoard's tags. On resume the
+rows after the checkpoint are dropped and the rest is drawn again, so that neither shows a step
+twice. A full disk stops neither training nor the record: rows wait in memory until there is room.
+"""
+
+import errno
+import json
+import os
+import shutil
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from torch.utils.tensorboard import SummaryWriter
+
+from sparse_gpt.files import publish_text
+
+Row = Mapping[str, Any]
+
+
+class Record:
+    """Appends rows, whole or not at all, and draws them.
+
+    resume_step: the step whose state the run goes on from; later rows are dropped, all at 0.
+    begin: writes what TensorBoard shows besides the rows. draw: adds a row to it.
+    """
+
+    def __init__(
+        self,
+        run_dir: Path,
+        resume_step: int,
+        begin: Callable[[SummaryWriter], None],
+        draw: Callable[[SummaryWriter, Row], None],
+    ) -> None:
+        self.run_dir, self._begin, self._draw = run_dir, begin, draw
+        self._open(resume_step)
+
+    def _open(self, resume_step: int) -> None:
+        before = read_metrics(self.run_dir) if resume_step else []
+        rows = [row for row in before if row["step"] <= resume_step]
+        path = self.run_dir / "metrics.jsonl"
+        publish_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        self._file = path.open("ab", buffering=0)
+        self._waiting: list[Row] = []
+        self._board: SummaryWriter | None = self._draw_all()
+
+    def rewind(self, step: int) -> None:
+        """Drop what came after `step`, whose state the run goes on from."""
+        self.close()
+        self._open(step)
+
+    def add(self, row: Row) -> None:
+        """Append and draw a row, with those that had to wait for room on the disk."""
+        self._waiting.append(row)
+        try:
+            self._append()
+            rows, self._waiting = self._waiting, []
+            if self._board is None:
+                self._board = self._draw_all()
+            else:
+                for each in rows:
+                    self._draw(self._board, each)
+        except OSError as error:
+            if self._board is not None:
+                self._board = None  # its thread has ended; drawn again from the record
+                said = f"warning: {self.run_dir}: the record cannot be written ({error.strerror}); "
+                said += "training goes on, rows wait in memory. Free some disk space"
+                print(said, file=sys.stderr, flush=True)
+
+    def close(self) -> None:
+        """Finish the files."""
+        self._file.close()
+        if self._board is not None:
+            self._board.close()
+
+    def _append(self) -> None:
+        lines = "".join(json.dumps(row) + "\n" for row in self._waiting).encode()
+        end = os.fstat(self._file.fileno()).st_size
+        try:
+            if self._file.write(lines) < len(lines):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            self._file.truncate(end)
+            raise
+
+    def _draw_all(self) -> SummaryWriter:
+        folder = self.run_dir / "tensorboard"
+        shutil.rmtree(folder, ignore_errors=True)
+        board = SummaryWriter(str(folder), flush_secs=5)
+        self._begin(board)
+        for row in read_metrics(self.run_dir):
+            self._draw(board, row)
+        return board
+
+
+def read_metrics(folder: Path) -> list[dict[str, Any]]:
+    """The logged steps of a run, none without any; up to a line that is not written whole."""
+    path = folder / "metrics.jsonl"
+    rows: list[dict[str, Any]] = []
+    for line in path.read_text().splitlines() if path.exists() else []:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows

@@ -1,0 +1,59 @@
+"""One rank of a run, from its arguments to its exit code."""
+
+import argparse
+import os
+import sys
+import time
+import warnings
+
+import torch.distributed as dist
+
+from sparse_gpt.config.load import load_config
+from sparse_gpt.errors import InputError
+from sparse_gpt.train.checkpoint.checkpoints import CheckpointError
+from sparse_gpt.train.distributed import (
+    PREEMPTED,
+    WITNESS_WAITS,
+    end_with_launcher,
+    lost_peer,
+    read_environment,
+)
+from sparse_gpt.train.guard import RunStopped
+from sparse_gpt.train.loop import train
+from sparse_gpt.train.preemption import Preempted
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description="One rank of a training run.")
+    parser.add_argument("--config", required=True, help="a run file, as in configs/")
+    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=1e-3")
+    args = parser.parse_intermixed_args()
+    warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
+    end_with_launcher()
+    try:
+        train(load_config(args.config, args.overrides))
+    except InputError as error:
+        if read_environment()[1] == 0:  # one a host: what is wrong may be wrong on this one only
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        os._exit(2)
+    except Preempted as preempted:
+        dist.barrier()  # a rank that ends alone would have the launcher end the others
+        if read_environment()[0] == 0:
+            print(preempted, flush=True)
+        os._exit(PREEMPTED)
+    except (RunStopped, CheckpointError) as error:  # on all ranks
+        if read_environment()[0] == 0:
+            print(f"error: {error}", file=sys.stderr, flush=True)
+        dist.barrier()
+        os._exit(1)
+    except Exception as error:
+        line = lost_peer(error)
+        if line is None:
+            raise
+        print(f"error: {line}", file=sys.stderr, flush=True)
+        time.sleep(WITNESS_WAITS)
+        os._exit(1)
+    dist.barrier()
+    sys.stdout.flush()
+    os._exit(0)  # DeepSpeed's threads abort about 1 in 200 ordinary exits

@@ -1,0 +1,153 @@
+"""The folder of a run: its resolved config and where it came from.
+
+config.yaml  provenance.json  metrics.jsonl  tensorboard/  checkpoints/  incidents/
+"""
+
+import fcntl
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+from typing import Any
+
+import xxhash
+
+from sparse_gpt.config.load import to_yaml
+from sparse_gpt.config.schema import RunConfig
+from sparse_gpt.data import Blend
+from sparse_gpt.errors import ConfigError
+from sparse_gpt.files import publish_text
+from sparse_gpt.model.costs import model_report
+from sparse_gpt.provenance import git_commit, provenance
+from sparse_gpt.train.checkpoint.manifest import read_manifest, tag_of
+from sparse_gpt.train.distributed import World
+
+# What says how long, how loudly or how fast a run goes on, not what a good step computes (but for
+# rounding). Micro-batches and ZeRO's options may change too.
+MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "fault", "guard", "run_dir", "compile"}
+
+
+def what_computes(config: RunConfig) -> dict[str, Any]:
+    """The sections of a run, without the keys in them that may change.
+
+    Nor the data's, which may move: their hash counts.
+    """
+    native = {key: v for key, v in config.deepspeed.items() if key != "zero_optimization"}
+    return {
+        **config.model_dump(mode="json", exclude={"data"}),
+        "batch": config.batch.global_tokens,
+        "deepspeed": native,
+    }
+
+
+def config_hash(config: RunConfig) -> str:
+    """A hash of what the run computes: equal for runs that may resume each other."""
+    kept = {k: v for k, v in what_computes(config).items() if k not in MAY_CHANGE}
+    return xxhash.xxh3_128_hexdigest(json.dumps(kept, sort_keys=True).encode())
+
+
+def origin(config: RunConfig, data_manifest_hash: str) -> dict[str, str | None]:
+    """What a checkpoint says of where it came from."""
+    return {
+        "config_hash": config_hash(config),
+        "data_manifest_hash": data_manifest_hash,
+        "git_commit": git_commit(),
+    }
+
+
+def finished(config: RunConfig) -> bool:
+    """Whether the newest checkpoint in `run_dir` is the last that this configuration asks for."""
+    checkpoints = Path(config.run_dir) / "checkpoints"
+    newest = max(checkpoints.glob("step-*"), default=None)
+    manifest = read_manifest(newest) if newest else None
+    if manifest is None:
+        return False
+    report = model_report(config.model)
+    return bool(manifest["step"] >= config.total_steps(report.training / report.seq))
+
+
+def open_run_dir(
+    config: RunConfig, world: World, blend: Blend, step: int, preflight: dict[str, Any]
+) -> Path:
+    """Make the folder, or enter it again, and record this start after `step` completed steps."""
+    folder = Path(config.run_dir)
+    if world.rank == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        before = read_provenance(folder) if (folder / "config.yaml").exists() else {}
+        start = {"step": step, **_this_start(world), "preflight": preflight}
+        came_from = read_manifest(folder / "checkpoints" / tag_of(step))
+        if came_from and came_from["data_manifest_hash"] != blend.hash:
+            start["data_change"] = {
+                "sample": came_from["samples"],  # the first of the new data
+                "from": came_from["data_manifest_hash"],
+                "to": blend.hash,
+            }
+        record = {
+            **before,
+            "data_manifest_hash": blend.hash,
+            "vocab_hash": blend.vocab_hash,
+            "starts": [*before.get("starts", []), start],
+        }
+        publish_text(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
+        publish_text(folder / "config.yaml", to_yaml(config))
+    return folder
+
+
+def hold(folder: Path) -> None:
+    """Keep other processes from training in `folder` until this one ends, however it ends.
+
+    Raises ConfigError if another one does already.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # closed by the process's end
+    for _ in range(20):  # a look by `held` takes the lock for a moment
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            time.sleep(0.05)
+        else:
+            return
+    raise ConfigError(f"{folder}: another process trains this run; wait for it, or end it")
+
+
+def held(folder: Path) -> bool:
+    """Whether a process trains in `folder` now."""
+    if not (folder / ".lock").exists():
+        return False
+    with (folder / ".lock").open() as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            return True
+    return False
+
+
+def fork(trunk: Path, step: int, folder: Path) -> None:
+    """Make `folder` the run that `trunk` was after `step` steps; it appears whole or not at all.
+
+    The two share the checkpoint's files. Raises ConfigError where the trunk has no such checkpoint.
+    """
+    checkpoint = trunk / "checkpoints" / tag_of(step)
+    if not checkpoint.exists():
+        raise ConfigError(f"{checkpoint}: is not there; the run that forks from it needs it")
+    aside = folder.with_name(f".forking-{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    shutil.copytree(checkpoint, aside / "checkpoints" / tag_of(step), copy_function=os.link)
+    (aside / "checkpoints/latest").write_text(tag_of(step))
+    for name in ("config.yaml", "metrics.jsonl"):  # rows after the step go when it starts
+        shutil.copy(trunk / name, aside / name)
+    record = {**read_provenance(trunk), "forked_from": {"run": str(trunk), "step": step}}
+    publish_text(aside / "provenance.json", json.dumps(record, indent=1) + "\n")
+    aside.rename(folder)
+
+
+def read_provenance(folder: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((folder / "provenance.json").read_text())
+    return found
+
+
+def _this_start(world: World) -> dict[str, Any]:
+    start = provenance(world.device)
+    start["hardware"]["world_size"] = world.size
+    return start

@@ -1,0 +1,150 @@
+"""Signals, kills and hangs of a real job: how the command ends, what it says, what it leaves."""
+
+import signal
+import subprocess
+import sys
+import time
+
+import psutil
+import pytest
+from ranks import ENVIRONMENT, ROOT, metrics
+
+from sparse_gpt.cluster.launcher import Launch
+from sparse_gpt.cluster.supervise import supervise
+
+
+def start(run_file, *arguments):
+    """The command, in training: at least two steps are logged."""
+    command = [sys.executable, "-m", "sparse_gpt", "train", str(run_file), "--devices", "2"]
+    process = subprocess.Popen(
+        [*command, "duration.steps=100000", "checkpoint.every=5", *arguments],
+        env=ENVIRONMENT,
+        cwd=ROOT,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    until_step(process, run_file, 2)
+    return process
+
+
+def until_step(process, run_file, step):
+    log, deadline = run_file.parent / "run/metrics.jsonl", time.monotonic() + 300
+    while not (log.exists() and log.read_text().count("\n") > step):
+        assert process.poll() is None, process.stderr.read()
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def job(run_file):
+    """The processes of the run, by what they are: 0 and 1 (ranks), launcher, runner, command."""
+    kinds = {}
+    for process in psutil.process_iter():
+        try:
+            line = process.cmdline()
+        except psutil.Error:
+            continue
+        if str(run_file) not in line:
+            continue
+        ranks = [int(part[-1]) for part in line if part.startswith("--local_rank=")]
+        module = line[line.index("-m") + 1] if "-m" in line else None
+        names = {"deepspeed.launcher.launch": "launcher", "deepspeed.launcher.runner": "runner"}
+        kinds[ranks[0] if ranks else names.get(module, "command")] = process
+    return kinds
+
+
+def end(process, run_file, seconds):
+    """(exit code, lines on stderr) of a command that ends within `seconds`, leaving nothing."""
+    try:
+        _, errors = process.communicate(timeout=seconds)
+        deadline = time.monotonic() + 5
+        while job(run_file) and time.monotonic() < deadline:
+            time.sleep(0.05)
+        assert not job(run_file)
+    finally:
+        for left in job(run_file).values():
+            left.kill()
+    return process.returncode, errors.splitlines()
+
+
+@pytest.mark.parametrize(
+    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)]
+)
+def test_a_signal_saves_a_checkpoint_and_ends_with_75(run_file, number):
+    process = start(run_file, "checkpoint.every=100000")
+    process.send_signal(number)
+    code, errors = end(process, run_file, 60)
+    assert code == 75
+    assert f"stopped by {number.name} after a checkpoint" in errors[-1]
+    last = metrics(run_file.parent / "run")[-1]["step"]
+    assert (run_file.parent / "run/checkpoints/latest").read_text() == f"step-{last:08}"
+
+
+@pytest.mark.long
+def test_a_second_signal_or_control_c_ends_even_a_hung_job_at_once(run_file):
+    process = start(run_file)
+    job(run_file)[1].suspend()
+    process.send_signal(signal.SIGTERM)
+    time.sleep(1)
+    assert process.poll() is None
+    process.send_signal(signal.SIGTERM)
+    assert end(process, run_file, 5)[0] == 130
+
+
+@pytest.mark.long
+def test_ranks_listen_on_loopback_only_and_none_outlives_a_killed_command(run_file):
+    process = start(run_file)
+    sockets = [socket for rank in (0, 1) for socket in job(run_file)[rank].net_connections()]
+    listening = [socket for socket in sockets if socket.status == psutil.CONN_LISTEN]
+    assert {socket.laddr.ip for socket in listening} == {"127.0.0.1"}
+    process.kill()
+    assert end(process, run_file, 10)[0] == -signal.SIGKILL
+
+
+@pytest.mark.long
+def test_a_killed_launcher_leaves_no_ranks(run_file):
+    process = start(run_file)
+    job(run_file)["launcher"].kill()
+    code, errors = end(process, run_file, 20)
+    assert code == 1
+    assert errors[-1] == "error: the deepspeed launcher was killed; its ranks are ended"
+
+
+def test_a_killed_rank_is_named_and_the_run_started_again(run_file):
+    process = start(run_file, "--restarts", "1")
+    job(run_file)[1].kill()
+    until_step(process, run_file, 20)  # beyond where it can have been
+    job(run_file)[0].kill()
+    code, errors = end(process, run_file, 60)
+    assert code == 1
+    killed = "was killed by SIGKILL (out of memory?)"
+    assert f"rank 1 {killed}; restart 1 of 1 in 1 s" in errors
+    assert errors[-1] == f"error: rank 0 {killed} (after 1 restart)"
+    lost = [line.split(" on ")[0] for line in errors if "another rank is lost or hangs" in line]
+    assert lost == ["error: rank 0", "error: rank 1"]
+
+
+@pytest.mark.parametrize(("code", "starts"), [(0, 1), (1, 2), (2, 1), (75, 1)])
+def test_no_restart_where_it_cannot_help(tmp_path, capfd, code, starts):
+    launch = Launch(1, ["sh", "-c", f"echo started; exit {code}"])
+    assert supervise(launch, tmp_path, restarts=5, patience=10) == code
+    output, errors = capfd.readouterr()
+    assert output.count("started") == starts
+    if code == 1:
+        assert errors.splitlines()[-1] == (
+            "error: a rank failed with exit code 1; what it says is above, again before the first "
+            "step: another restart would not help (after 1 restart)"
+        )
+
+
+@pytest.mark.long
+def test_a_hung_rank_ends_the_run_within_the_set_time(run_file):
+    process = start(run_file, "fault.timeout_seconds=5")
+    stopped = time.monotonic()
+    job(run_file)[1].suspend()
+    code, errors = end(process, run_file, 60)
+    assert code == 1
+    assert time.monotonic() - stopped < 5 + 10 + 15  # and what a busy machine takes
+    [line] = [line for line in errors if "another rank is lost or hangs" in line]
+    assert line.startswith("error: rank 0 on ")
+    assert "rank 0 failed with exit code 1" in errors[-1]

@@ -1,0 +1,147 @@
+"""`--hostfile` over two hosts: network namespaces joined by a cable, entered instead of by ssh."""
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from ranks import ENVIRONMENT, ROOT, finish, metrics, start_ranks
+
+HOSTS = tuple(f"sgtest-{os.getpid()}-{name}" for name in "ab")  # tests may run side by side
+
+SSH = f"""#!{sys.executable}
+# ssh [-o OPTION] HOST COMMAND...: the command gets neither our environment nor our standard input.
+import os, sys
+words = sys.argv[3:] if sys.argv[1] == "-o" else sys.argv[1:]
+os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+enter = ["ip", "netns", "exec", words[0], "sh", "-c", " ".join(words[1:])]
+os.execvpe("ip", enter, {{"PATH": os.environ["PATH"], "HOME": "/nonexistent"}})
+"""
+
+PDSH = f"""#!{sys.executable}
+# pdsh -S -f N -w HOST,HOST COMMAND...: on every host at once, %n its number; the worst exit code.
+import subprocess, sys
+hosts, command = sys.argv[5].split(","), " ".join(sys.argv[6:])
+commands = [["ssh", host, command.replace("%n", str(n))] for n, host in enumerate(hosts)]
+started = [subprocess.Popen(command) for command in commands]
+sys.exit(max(process.wait() % 256 for process in started))
+"""
+
+
+def ip(*arguments):
+    subprocess.run(["ip", *arguments], check=True, capture_output=True)
+
+
+@pytest.fixture
+def cluster(tmp_path, run_file, monkeypatch):
+    """A hostfile of two hosts with a rank each; the commands run in `tmp_path`."""
+    if os.geteuid() != 0 or shutil.which("ip") is None:
+        pytest.skip("making network namespaces takes root and the ip command (iproute2)")
+    try:
+        ip("netns", "add", HOSTS[0])
+    except subprocess.CalledProcessError as error:
+        pytest.skip(f"no network namespaces here: {error.stderr.decode().strip()}")
+    ip("netns", "add", HOSTS[1])
+    ip(
+        "link",
+        "add",
+        "cable",
+        "netns",
+        HOSTS[0],
+        "type",
+        "veth",
+        "peer",
+        "cable",
+        "netns",
+        HOSTS[1],
+    )
+    for number, host in enumerate(HOSTS, 1):
+        ip("-n", host, "address", "add", f"10.77.0.{number}/24", "dev", "cable")
+        ip("-n", host, "link", "set", "cable", "up")
+        ip("-n", host, "link", "set", "lo", "up")
+    tools = tmp_path / "tools"
+    tools.mkdir()
+    for name, text in {"ssh": SSH, "pdsh": PDSH}.items():
+        (tools / name).write_text(text)
+        (tools / name).chmod(0o755)
+    monkeypatch.setitem(ENVIRONMENT, "PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))
+    # What ssh does not pass on, DeepSpeed reads here: gloo must be told the cable's name.
+    names = ("OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE", "DS_ACCELERATOR")
+    lines = [f"{name}={ENVIRONMENT[name]}\n" for name in names]
+    (tmp_path / ".deepspeed_env").write_text("".join([*lines, "GLOO_SOCKET_IFNAME=cable\n"]))
+    (tmp_path / "hosts").write_text("".join(f"{host} slots=1\n" for host in HOSTS))
+    yield tmp_path / "hosts"
+    for rank in job(run_file):
+        rank.kill()
+    for host in HOSTS:
+        subprocess.run(["ip", "netns", "del", host], capture_output=True)
+
+
+def start(cluster, run_file, *overrides):
+    command = [sys.executable, "-m", "sparse_gpt", "train", str(run_file), *overrides]
+    return subprocess.Popen(
+        [*command, "--hostfile", str(cluster)],
+        env=ENVIRONMENT,
+        cwd=cluster.parent,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+
+
+def until_step(log: Path, step):
+    deadline = time.monotonic() + 300
+    while not (log.exists() and log.read_text().count("\n") > step):
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
+
+
+def ended(process, run_file, seconds):
+    """Its output, once it has ended within `seconds` and left nothing on any host."""
+    output, _ = process.communicate(timeout=seconds)
+    assert not job(run_file)
+    return output
+
+
+def job(run_file):
+    found = []
+    for process in psutil.process_iter():
+        try:
+            if str(run_file) in process.cmdline():
+                found.append(process)
+        except psutil.Error:
+            continue
+    return found
+
+
+@pytest.mark.long
+def test_two_hosts_train_as_one_and_stop_on_a_signal(cluster, run_file, tmp_path):
+    finish(start_ranks(run_file, f"run_dir={tmp_path / 'one'}"))
+    process = start(cluster, run_file)
+    until_step(tmp_path / "run/metrics.jsonl", 2)
+    process.send_signal(signal.SIGUSR1)
+    output = ended(process, run_file, 120)
+    assert process.returncode == 75, output
+    rows = metrics(tmp_path / "run")
+    ours = [row.get("train/loss") for row in rows]
+    assert ours == [row.get("train/loss") for row in metrics(tmp_path / "one")][: len(ours)]
+
+
+@pytest.mark.long
+def test_a_cut_cable_ends_both_hosts_within_the_set_time(cluster, run_file, tmp_path):
+    process = start(cluster, run_file, "fault.timeout_seconds=6", "duration.steps=100000")
+    until_step(tmp_path / "run/metrics.jsonl", 2)
+    ip("-n", HOSTS[1], "link", "set", "cable", "down")
+    cut = time.monotonic()
+    output = ended(process, run_file, 60)
+    assert time.monotonic() - cut < 6 + 10
+    assert process.returncode == 1
+    lost = [line for line in output.splitlines() if "another rank is lost or hangs" in line]
+    assert sorted(line.split(" on ")[0] for line in lost) == ["error: rank 0", "error: rank 1"]
+    assert "Traceback" not in output

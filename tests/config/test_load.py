@@ -1,0 +1,154 @@
+from pathlib import Path
+
+import pytest
+import yaml
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_gpt.config.load import load_config, to_yaml
+from sparse_gpt.errors import ConfigError
+
+ROOT = Path(__file__).parents[2]
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+
+
+@pytest.fixture
+def file(tmp_path):
+    def write(text, name="run.yaml"):
+        (tmp_path / name).write_text(text)
+        return tmp_path / name
+
+    return write
+
+
+GOOD = """
+model: {preset: tiny, ffn: default}
+data: {path: shards/novels}
+batch: {global_tokens: 4096, micro_batch: 4}
+duration: {steps: 10}
+optimizer: {lr: 1e-3}
+"""
+
+
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
+def test_every_config_we_ship_loads_and_survives_its_resolved_form(path, file):
+    config = load_config(path)
+    assert config.run_dir == f"runs/{path.stem}"
+    assert load_config(file(to_yaml(config), "resolved.yaml")) == config
+
+
+def test_there_is_a_config_for_every_size():
+    assert {"124m", "355m", "774m", "1558m"} < {path.stem for path in CONFIGS}
+
+
+def test_base_is_inherited_and_overrides_win(file):
+    file(GOOD, "base.yaml")
+    child = file("base: base.yaml\noptimizer: {lr: 2e-3}\nmodel: {n_layer: 2}", "child.yaml")
+    config = load_config(child, ["optimizer.weight_decay=0", "model.ffn.spectral.keep=0.25"])
+    assert (config.optimizer.lr, config.optimizer.weight_decay) == (2e-3, 0)
+    assert (config.model.n_layer, config.model.d_model) == (2, 128)
+    assert config.model.ffn.spectral.keep == 0.25
+    assert load_config(child, ["duration.tokens=5000"]).duration.steps is None
+
+
+def test_a_blend_and_a_path_replace_each_other(file):
+    file(GOOD, "base.yaml")
+    child = "base: base.yaml\ndata: {blend: {a: 3, b: {weight: 1, max_epochs: 2}}, max_epochs: 4}"
+    config = load_config(file(child, "child.yaml"))
+    assert config.data.path is None
+    found = {path: (part.weight, part.max_epochs) for path, part in config.data.blend.items()}
+    assert found == {"a": (3, None), "b": (1, 2)}
+    assert load_config(file(to_yaml(config), "resolved.yaml")) == config
+    again = load_config(file(child, "child.yaml"), ["data.path=c"]).data
+    assert (again.path, again.blend, again.max_epochs) == ("c", None, 4)
+    whole = load_config(file(child, "child.yaml"), ["data.blend={c: 1}"]).data
+    assert list(whole.blend) == ["c"]  # nothing of the inherited one is left in it
+
+
+def test_base_that_leads_back_to_itself(file):
+    file("base: b.yaml", "a.yaml")
+    with pytest.raises(ConfigError, match="inherits from itself"):
+        load_config(file("base: a.yaml", "b.yaml"))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ("optimizer.learning_rat=1", "optimizer.learning_rat: unknown key"),
+        ("optimizer.weight_decai=1", "did you mean 'weight_decay'"),
+        ("optimiser.lr=1", "optimiser: unknown key; did you mean 'optimizer'"),
+        ("model.n_layr=1", "model.n_layr: unknown key; did you mean 'n_layer'"),
+        ("model.ffn.spectral.kep=1", "model.ffn.spectral.kep: unknown key; did you mean 'keep'"),
+        ("model.ffn=papper", "no preset 'papper'; possible: dense, paper, default"),
+        ("model.preset=125m", "no preset '125m'; possible: tiny, 124m"),
+        ("model.n_head=3", "n_head 3 does not divide d_model 128"),
+        ("optimizer.lr=fast", "optimizer.lr: input should be a valid number, got 'fast'"),
+        ("optimizer.lr=-1", "optimizer.lr: input should be greater than 0, got -1"),
+        ("batch.micro_batch=true", "batch.micro_batch: input should be a valid integer, got True"),
+        ("batch.global_tokens=1000", "use 896 or 1024"),
+        ("duration={steps: 1, tokens: 5}", "exactly one of steps, tokens, flops"),
+        ("duration={}", "exactly one of steps, tokens, flops"),
+        (
+            "data={path: a, blend: {a: 1}}",
+            "data: give exactly one of path, blend; here is path and",
+        ),
+        ("data.path=null", "data: give exactly one of path, blend; here is none"),
+        ("data.blend={shards/a: -1}", "data.blend.shards/a.weight: input should be greater than 0"),
+        ("data.blend={shards/a: true}", "data.blend.shards/a: input should be"),
+        (
+            "data.blend={a: {weight: 1, epochs: 3}}",
+            "data.blend.a.epochs: unknown key; did you mean",
+        ),
+        ("data.blend={}", "data.blend: dictionary should have at least 1 item"),
+        ("data.max_epochs=0", "data.max_epochs: input should be greater than 0"),
+        ("precision=fp8", "precision: input should be 'fp32', 'bf16' or 'fp16', got 'fp8'"),
+        ("data=null", "data: "),
+        ("no-equals-sign", "written key=value"),
+        ("a..b=1", "written key=value"),
+        ("optimizer.lr={", "the value is not YAML"),
+    ],
+)
+def test_bad_values_get_one_line_that_names_the_key(file, change, message):
+    with pytest.raises(ConfigError) as caught:
+        load_config(file(GOOD), [change])
+    assert message in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_missing_key_and_bad_files(file, tmp_path):
+    with pytest.raises(ConfigError, match="optimizer: is missing"):
+        load_config(file(GOOD.replace("optimizer: {lr: 1e-3}", "")))
+    with pytest.raises(ConfigError, match=r"run\.yaml:2: is not YAML"):
+        load_config(file("a: 1\nb: [1"))
+    with pytest.raises(ConfigError, match="holds no `key: value` lines"):
+        load_config(file("just text"))
+    with pytest.raises(ConfigError, match="No such file"):
+        load_config(tmp_path / "absent.yaml")
+
+
+@given(world=st.integers(1, 64), sequences=st.integers(1, 512), micro=st.integers(1, 64))
+def test_grad_accum_divides_the_batch_or_lists_what_would(
+    tmp_path_factory, world, sequences, micro
+):
+    folder = tmp_path_factory.mktemp("grad_accum")
+    tree = yaml.safe_load(GOOD)
+    tree["batch"] = {"global_tokens": sequences * 128, "micro_batch": micro}
+    tree["optimizer"]["lr"] = 1.0
+    (folder / "run.yaml").write_text(yaml.safe_dump(tree))
+    config = load_config(folder / "run.yaml")
+    assert config.global_batch == sequences
+    if sequences % (world * micro) == 0:
+        assert config.grad_accum(world) * world * micro == sequences
+    else:
+        with pytest.raises(ConfigError, match="possible") as caught:
+            config.grad_accum(world)
+        listed = str(caught.value).split(": ")[-1].replace("…, ", "").split(", ")
+        divided = sequences if sequences % world else sequences // world
+        assert all(divided % int(value) == 0 for value in listed)
+
+
+def test_duration_in_tokens_and_flops(file):
+    config = load_config(file(GOOD), ["duration={tokens: 8193}"])
+    assert config.total_steps(1e6) == 3  # the last step is whole
+    config = load_config(file(GOOD), ["duration={flops: 1e12}"])
+    assert config.total_steps(1e6) == 245

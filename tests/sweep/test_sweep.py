@@ -1,0 +1,338 @@
+"""Sweeps: the grid, kills, forks, what fails, and what a fit shows."""
+
+import contextlib
+import csv
+import json
+import math
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+import yaml
+from ranks import ENVIRONMENT, ROOT, metrics, sparse_gpt
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sparse_gpt.errors import ConfigError
+from sparse_gpt.sweep.collect import point_rows
+from sparse_gpt.sweep.execute import slurm_script
+from sparse_gpt.sweep.grid import read_sweep
+from sparse_gpt.train.checkpoint.manifest import tag_of, write_manifest
+from sparse_gpt.train.run_dir import held, hold
+
+EXACT = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
+
+
+@pytest.fixture
+def sweep_tree(run_file):
+    """Two families of one size, two budgets: two trunks with a fork each."""
+    run = yaml.safe_load(run_file.read_text())
+    for key in ("run_dir", "duration"):
+        del run[key]
+    run["optimizer"] = {"width_transfer": True}
+    run["schedule"] = {"kind": "wsd", "warmup_steps": 4, "decay_fraction": 0.3}
+    return {
+        "run": run,
+        "families": {
+            "dense": {"model.ffn": {"preset": "dense", "fan_in_init": True}},
+            "sparse": {"model.ffn": "default"},
+        },
+        "baseline": "dense",
+        "sizes": {"d32": {"model.d_model": 32}},
+        "budgets": [2e9, 4e9],
+        "lr": [3e-3],
+    }
+
+
+def write(tree, path):
+    path.write_text(yaml.safe_dump(tree))
+    return path
+
+
+def comparable(sweep):
+    """The points without what time it took."""
+    rows = point_rows(sweep)
+    return [{key: row[key] for key in row if key != "device_seconds"} for row in rows]
+
+
+def test_the_grid_shares_trunks_and_says_what_it_leaves_out(sweep_tree, tmp_path):
+    sweep_tree["run"]["model"]["vocab_size"] = 50257
+    sweep_tree["budgets"] = [5e10, 1e11]
+    sweep_tree["sizes"]["d512"] = {"model.d_model": 512, "model.n_head": 32}
+    sweep_tree["seeds"] = [0, 1]
+    sweep = read_sweep(write(sweep_tree, tmp_path / "s.yaml"), tmp_path / "out")
+    assert [len(chain) for chain in sweep.chains] == [2] * 4
+    for trunk, fork in sweep.chains:
+        assert trunk.fork_step is None
+        assert trunk.config.checkpoint.at == (fork.fork_step,)
+        assert fork.fork_step == int(fork.steps * 0.7)
+        assert fork.own_flops == pytest.approx(0.3 * fork.training_flops, rel=0.05)
+        for cell in (trunk, fork):
+            assert cell.training_flops == pytest.approx(cell.budget, rel=0.05)
+    assert len(sweep.left_out) == 4
+    assert all("d512 at" in line and "are warm-up (2 runs)" in line for line in sweep.left_out)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"budget": [1]}, "budget: unknown key; did you mean 'budgets'?"),
+        ({"baseline": "gelu"}, "baseline: there is no family 'gelu'; there are dense, sparse"),
+        ({"lr": {"dense": [1e-3]}}, "lr: names no learning rates for family 'sparse'"),
+        ({"seeds": [1, 1]}, "seeds: [1, 1] has a value twice"),
+        ({"budgets": [-1.0]}, "budgets: -1 must be above 0"),
+        ({"sizes": {"d9": {"model.d_model": 9}}}, "d_model 9"),
+        ({"sizes": {"x": {"model.width": 9}}}, "model.width: unknown key"),
+        (
+            {"budgets": [1e6]},
+            "every run is left out; the first: dense d32 at 1e06 FLOPs: too large",
+        ),
+    ],
+)
+def test_a_wrong_sweep_file_is_refused_in_one_line(sweep_tree, tmp_path, change, says):
+    path = write(sweep_tree | change, tmp_path / "s.yaml")
+    with pytest.raises(ConfigError) as caught:
+        read_sweep(path, tmp_path / "out")
+    assert says in str(caught.value)
+    assert str(path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_held_run_is_refused_until_its_process_ends(tmp_path):
+    run_dir = tmp_path / "run"
+    assert not held(run_dir)
+    holder = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import sys, pathlib; from sparse_gpt.train.run_dir import hold; "
+            "hold(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()",
+            str(run_dir),
+        ],
+        cwd=ROOT,
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+    )
+    assert holder.stdout.readline() == b"held\n"
+    assert held(run_dir)
+    with pytest.raises(ConfigError, match="another process trains this run"):
+        hold(run_dir)
+    holder.kill()
+    holder.wait()
+    assert not held(run_dir)
+
+
+def test_kills_change_nothing_and_a_fork_is_the_run_it_stands_for(sweep_tree, tmp_path):
+    path = write(sweep_tree, tmp_path / "s.yaml")
+    done = sparse_gpt("sweep", "run", path, "--out", tmp_path / "whole", "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    whole = read_sweep(path, tmp_path / "whole")
+    expected = comparable(whole)
+    assert len(expected) == 4
+
+    command = [sys.executable, "-m", "sparse_gpt", "sweep", "run", str(path), "--jobs", "2"]
+    rng = random.Random(0)
+    for kill in range(5):
+        log = (tmp_path / "killed.log").open("a")
+        process = subprocess.Popen(
+            [*command, "--out", str(tmp_path / "killed")],
+            env=ENVIRONMENT, cwd=ROOT, stdout=log, stderr=log,
+        )  # fmt: skip
+        time.sleep(rng.uniform(2, 9))
+        # Every second time the ranks outlive the sweep, as when it alone runs out of memory.
+        family = [
+            process,
+            *(psutil.Process(process.pid).children(recursive=True) if kill % 2 else ()),
+        ]
+        for member in family:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(member.pid, signal.SIGKILL)
+        process.wait()
+    done = sparse_gpt("sweep", "run", path, "--out", tmp_path / "killed", "--jobs", "2")
+    assert done.returncode == 0, done.stderr
+    killed = read_sweep(path, tmp_path / "killed")
+    assert comparable(killed) == expected
+    before = {run.name: (run / "metrics.jsonl").stat().st_mtime_ns for run in _runs(killed)}
+    again = sparse_gpt("sweep", "run", path, "--out", tmp_path / "killed")
+    assert again.returncode == 0
+    assert {run.name: (run / "metrics.jsonl").stat().st_mtime_ns for run in _runs(killed)} == before
+
+    fork = next(cell for cell in whole.cells if cell.fork_step and cell.family == "sparse")
+    assert sparse_gpt("train", fork.config_path, f"run_dir={tmp_path / 'alone'}").returncode == 0
+    alone, forked = metrics(tmp_path / "alone"), metrics(fork.run_dir)
+    assert [[row.get(key) for key in EXACT] for row in alone] == [
+        [row.get(key) for key in EXACT] for row in forked
+    ]
+
+
+def _runs(sweep):
+    return sorted((sweep.out / "runs").iterdir())
+
+
+def test_what_fails_or_diverges_is_said_and_the_rest_goes_on(sweep_tree, tmp_path):
+    sweep_tree["families"] = {
+        "dense": sweep_tree["families"]["dense"],
+        "refused": {"batch.micro_batch": 5},
+        "wild": {"model.ffn": "default", "optimizer.grad_clip": 0.0},
+    }
+    sweep_tree["families"]["refused"]["model.ffn"] = "default"
+    sweep_tree["lr"] = {"dense": [3e-3], "refused": [3e-3], "wild": [1e18]}
+    sweep_tree["budgets"] = [2e9]
+    path = write(sweep_tree, tmp_path / "s.yaml")
+    done = sparse_gpt("sweep", "run", path, "--out", tmp_path / "out", "--jobs", "3")
+    assert done.returncode == 1
+    assert "refused-d32-lr0.003-s0-2e09: failed with exit code 2; see" in done.stderr
+    assert "wild-d32-lr1e+18-s0-2e09: diverged; it is left out of the fit" in done.stderr
+    states = json.loads(
+        sparse_gpt("sweep", "status", path, "--out", tmp_path / "out", "--json").stdout
+    )
+    assert [row["state"] for row in states] == ["done", "stopped", "diverged"]
+    fit = sparse_gpt("sweep", "fit", path, "--out", tmp_path / "out")
+    assert fit.returncode == 2
+    assert "family 'refused' has no usable run yet (2 of 3 runs are finished)" in fit.stderr
+    assert len(fit.stderr.splitlines()) == 1
+
+
+def law(family, m, d):
+    """The loss that the synthetic runs below have."""
+    scale = {"dense": 1.0, "sparse": 0.9}[family]
+    return 1.8 + scale * (60 * m**-0.3 + 25 * d**-0.25)
+
+
+def pretend(cell, loss):
+    """The files of a finished run that reached `loss`, as training writes them."""
+    checkpoint = cell.run_dir / "checkpoints" / tag_of(cell.steps)
+    checkpoint.mkdir(parents=True)
+    write_manifest(checkpoint, {"step": cell.steps})
+    rows = [
+        {"step": 0, "gflops": 0, "val/loss": 9.0},
+        {"step": cell.steps, "gflops": cell.training_flops / 1e9, "val/loss": loss,
+         "perf/step_ms": 2e-9 * cell.training_flops / cell.steps},
+    ]  # fmt: skip
+    text = "".join(json.dumps(row) + "\n" for row in rows)
+    (cell.run_dir / "metrics.jsonl").write_text(text)
+    start = {"hardware": {"world_size": 1}}
+    (cell.run_dir / "provenance.json").write_text(json.dumps({"starts": [start]}))
+
+
+@pytest.fixture
+def finished_sweep(sweep_tree, tmp_path):
+    sweep_tree["sizes"] = {
+        f"d{d}": {"model.d_model": d, "model.n_head": d // 16} for d in (32, 64, 96, 128)
+    }
+    sweep_tree["budgets"] = [1e12, 2e12, 4e12]
+    sweep_tree["limits"] = {"epochs": 1e6}
+    return read_sweep(write(sweep_tree, tmp_path / "s.yaml"), tmp_path / "out")
+
+
+def test_a_fit_finds_the_multiplier_and_draws_it(finished_sweep, tmp_path):
+    for cell in finished_sweep.cells:
+        pretend(cell, law(cell.family, cell.report.forward / cell.report.seq, cell.tokens))
+    out = ("--out", tmp_path / "out")
+    done = sparse_gpt("sweep", "fit", finished_sweep.path, *out, "--resamples", "100")
+    assert done.returncode == 0, done.stderr
+    # (A, B) × 0.9 at equal exponents: the loss above E falls as C^-γ, γ = αβ/(α + β).
+    expected = 0.9 ** (-(0.3 + 0.25) / (0.3 * 0.25))
+    record = json.loads((tmp_path / "out/fit/fit.json").read_text())
+    found = record["comparison"]["multipliers"]["sparse"]
+    assert found["reference_compute"]["value"] == pytest.approx(expected, rel=0.08)
+    assert f"{found['reference_compute']['value']:.2f} times fewer training FLOPs" in done.stdout
+
+    with (tmp_path / "out/fit/points.csv").open() as file:
+        assert len(list(csv.DictReader(file))) == len(finished_sweep.cells)
+    for name in ("frontier", "isoflop", "multiplier", "residuals"):
+        assert (tmp_path / f"out/fit/{name}.png").stat().st_size > 10_000
+    frontier = _board(tmp_path / "out/fit/sparse/frontier").Scalars("scaling/loss_by_gflops")
+    steps = [event.step for event in frontier]
+    assert steps == sorted(set(steps))
+    assert steps[0] == 1000
+    assert steps[-1] == pytest.approx(4000, rel=0.1)
+    points = _board(tmp_path / "out/fit/dense/points-d64").Scalars("scaling/loss_by_gflops")
+    assert [event.step for event in points] == [1000, 2000, 4000]
+    board = _board(tmp_path / "out/fit")
+    assert set(board.Tags()["images"]) == {
+        f"scaling/{name}" for name in ("frontier", "isoflop", "multiplier", "residuals")
+    }
+    band = _board(tmp_path / "out/fit/sparse")
+    tags = [f"scaling/compute_multiplier{end}" for end in ("", "/low_80", "/high_80")]
+    value, low, high = ([e.step for e in band.Scalars(tag)] for tag in tags)
+    assert value == low == high  # TensorBoard draws no band otherwise
+    assert all(event.value > 1 for event in band.Scalars(tags[1]))
+    assert [path.name for path in (tmp_path / "out").glob(".*")] == [".fit.lock"]
+
+
+def test_fits_at_the_same_time_take_turns(finished_sweep, tmp_path):
+    """As the tasks of a Slurm array draw, each when its chain is done."""
+    for cell in finished_sweep.cells:
+        pretend(cell, law(cell.family, cell.report.forward / cell.report.seq, cell.tokens))
+    draw = "from sparse_gpt.sweep import grid, report; from pathlib import Path; import sys; " + (
+        "sweep = grid.read_sweep(*map(Path, sys.argv[1:]));"
+        "[report.draw_points(sweep) for _ in range(3)]"
+    )
+    command = [sys.executable, "-c", draw, finished_sweep.path, tmp_path / "out"]
+    drawing = [subprocess.Popen(command, env=ENVIRONMENT, cwd=ROOT) for _ in range(3)]
+    assert [process.wait(timeout=300) for process in drawing] == [0, 0, 0]
+    assert (tmp_path / "out/fit/fit.json").exists()
+
+
+@pytest.mark.parametrize(
+    ("keep", "says"),
+    [
+        (lambda cell: False, "no run is finished yet"),
+        (lambda cell: cell.family == "dense", "family 'sparse' has no usable run yet"),
+        (lambda cell: cell.budget == 1e12 and cell.size == "d32", "s.yaml: "),
+        (lambda cell: cell.size == "d32", "s.yaml: "),
+        (lambda cell: math.nan, "family 'dense' has no usable run yet"),
+    ],
+)
+def test_a_fit_that_cannot_be_says_what_is_missing(finished_sweep, tmp_path, keep, says):
+    for cell in finished_sweep.cells:
+        if kept := keep(cell):
+            loss = law(cell.family, cell.report.forward / cell.report.seq, cell.tokens)
+            pretend(cell, loss * float(kept))
+    done = sparse_gpt("sweep", "fit", finished_sweep.path, "--out", tmp_path / "out")
+    assert done.returncode == 2
+    assert says in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    assert not (tmp_path / "out/fit").exists()
+
+
+def test_a_plan_measures_its_time(sweep_tree, tmp_path):
+    sweep_tree["families"].pop("dense")
+    sweep_tree["baseline"] = "sparse"
+    path = write(sweep_tree, tmp_path / "s.yaml")
+    options = ("--out", tmp_path / "out", "--json")
+    assert json.loads(sparse_gpt("sweep", "plan", path, *options).stdout)["seconds"] is None
+    done = sparse_gpt("sweep", "plan", path, *options, "--calibrate")
+    found = json.loads(done.stdout)
+    trunk, fork = found["runs"]
+    assert 0 < fork["seconds"] < trunk["seconds"]
+    assert found["seconds"] == pytest.approx(trunk["seconds"] + fork["seconds"])
+    assert not (tmp_path / "out/runs").exists()
+
+
+def test_an_array_has_a_task_a_chain(sweep_tree, tmp_path, monkeypatch):
+    sweep = read_sweep(write(sweep_tree, tmp_path / "s.yaml"), tmp_path / "out")
+    script = slurm_script(sweep, jobs=8, devices=4)
+    assert "#SBATCH --array=0-1%8" in script
+    assert "#SBATCH --gpus-per-node=4" in script
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+    done = sparse_gpt("sweep", "run", sweep.path, "--chain", "2")
+    assert done.returncode == 2
+    assert "--chain 2: the sweep has chains 0 to 1" in done.stderr
+    monkeypatch.setitem(ENVIRONMENT, "PATH", str(tmp_path))  # no Slurm, wherever this runs
+    refused = sparse_gpt("sweep", "run", sweep.path, "--out", tmp_path / "out", "--slurm")
+    assert refused.returncode == 2
+    assert "there is no sbatch here" in refused.stderr
+
+
+def _board(folder: Path) -> EventAccumulator:
+    board = EventAccumulator(str(folder), {"scalars": 0, "images": 0})
+    board.Reload()
+    return board

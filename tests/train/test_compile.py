@@ -1,0 +1,132 @@
+"""`compile: true`: the same training from faster blocks."""
+
+import shutil
+
+import pytest
+import ranks
+from ranks import finish, metrics, start_ranks
+
+from sparse_gpt.config.load import load_config
+from sparse_gpt.errors import ConfigError
+from sparse_gpt.train.checks import check_compiler
+from sparse_gpt.train.deepspeed_config import deepspeed_config
+
+# The gradient's norm would differ: its derivative jumps where selected coefficients change.
+LOSSES = ("train/loss", "val/loss")
+# More blocks than dynamo would compile variants of, were each block a variant.
+MODEL = ("model.n_layer=10", "model.ffn={polynomial: {degrees: [1, 2]}, refine: {stages: 1}}")
+OPTIONS = (*MODEL, "optimizer.lr=1e-4", "duration.steps=4", "eval.every=2", "checkpoint.every=2")
+
+
+@pytest.fixture
+def compiling(monkeypatch):
+    """Ranks that may compile, and say when they do so again."""
+    environment = {**ranks.ENVIRONMENT, "TORCH_LOGS": "recompiles,graph_breaks"}
+    environment.pop("TORCHDYNAMO_DISABLE", None)
+    monkeypatch.setattr(ranks, "ENVIRONMENT", environment)
+
+
+def losses(run_dir):
+    """The losses of a run's steps, as one list."""
+    return [row[tag] for row in metrics(run_dir) for tag in LOSSES if tag in row]
+
+
+def run(run_file, folder, *options, world_size):
+    """Train to step 4 (on from a checkpoint in `folder`, if there is one); what rank 0 printed."""
+    options = (*OPTIONS, *options, f"run_dir={folder}")
+    return finish(start_ranks(run_file, *options, world_size=world_size), timeout=600)[0]
+
+
+def test_a_compiled_run_is_the_eager_one(compiling, run_file, tmp_path):
+    """Its losses, its sampled steps, and a checkpoint that either goes on from."""
+    eager, compiled, again, back = (tmp_path / name for name in ("eager", "yes", "again", "back"))
+    options = ("deepspeed={zero_optimization: {stage: 2}}", "model.ffn.feedback={}")
+    run(run_file, eager, *options, world_size=2)
+    output = run(run_file, compiled, *options, "compile=true", world_size=2)
+    assert output.count("Recompiling function") == 1  # training differs from validation
+    assert "Graph break" not in output
+    assert len(losses(eager)) == 7
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
+
+    sampled, other = metrics(compiled)[1:3]
+    for part in ("attention", "ffn.polynomial", "ffn.norm_out"):
+        assert sampled[f"time/block_09/{part}"] > 0
+    assert 0 < sampled["sparsity/block_00/ffn.feedback"] < 1
+    assert not any(tag.startswith("time/") for tag in other)
+
+    shutil.copytree(compiled, again)
+    shutil.rmtree(again / "checkpoints/step-00000004")
+    run(run_file, again, *options, "compile=true", world_size=2)
+    assert losses(again) == losses(compiled)
+
+    shutil.copytree(compiled / "checkpoints", back / "checkpoints")
+    shutil.rmtree(back / "checkpoints/step-00000004")
+    run(run_file, back, *options, world_size=2)
+    assert losses(back) == pytest.approx(losses(compiled)[-3:], rel=1e-4)
+
+
+def test_a_dense_model_compiles_in_half_precision(compiling, run_file, tmp_path):
+    eager, compiled = tmp_path / "eager", tmp_path / "compiled"
+    options = ("model.ffn=dense", "precision=bf16")
+    run(run_file, eager, *options, world_size=1)
+    run(run_file, compiled, *options, "compile=true", world_size=1)
+    assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["compile=maybe"], "compile: input should be a valid boolean, got 'maybe'"),
+        (["compile=true", "deepspeed={zero_optimization: {stage: 3}}"], "compile: ZeRO-3 gathers"),
+        (["compile=true", "activation_checkpointing=selective"], "selective recomputes inside"),
+        (["deepspeed={compile: {deepcompile: true}}"], "set `compile` of the run instead"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(run_file, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_config(load_config(run_file, overrides), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("TORCHDYNAMO_DISABLE", "1", "compile: the environment has TORCHDYNAMO_DISABLE=1"),
+        ("CXX", "no-such-compiler", "compile: there is no compiler no-such-compiler; install it"),
+    ],
+)
+def test_where_nothing_can_be_compiled_a_run_is_refused(
+    run_file, monkeypatch, variable, value, message
+):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    check_compiler(load_config(run_file, ["compile=true"]))
+    monkeypatch.setenv(variable, value)
+    check_compiler(load_config(run_file))
+    with pytest.raises(ConfigError, match=message):
+        check_compiler(load_config(run_file, ["compile=true"]))
+
+
+def test_flex_attention_needs_the_compiler_too(run_file, monkeypatch):
+    options = ["model.document_mask=true", "model.d_model=64", "model.n_head=4"]
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    check_compiler(load_config(run_file, options))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_compiler(load_config(run_file, [*options, "model.n_head=8"]))  # too narrow for it
+    with pytest.raises(ConfigError, match="document_mask: the environment has TORCHDYNAMO_DIS"):
+        check_compiler(load_config(run_file, options))
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ConfigError, match="document_mask: there is no compiler no-such-compiler"):
+        check_compiler(load_config(run_file, options))
+
+
+@pytest.mark.long
+def test_compiled_blocks_may_be_recomputed(compiling, run_file, tmp_path):
+    full = ("compile=true", "activation_checkpointing=full", "model.dropout=0.1")
+    run(run_file, tmp_path / "plain", world_size=1)
+    run(run_file, tmp_path / "full", *full[:2], world_size=1)
+    assert losses(tmp_path / "full") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
+    # With dropout: the masks of the second forward must be those of the first.
+    run(run_file, tmp_path / "dropout", full[0], full[2], world_size=1)
+    run(run_file, tmp_path / "both", *full, world_size=1)
+    assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "dropout"), rel=1e-4)

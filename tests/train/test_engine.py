@@ -1,0 +1,179 @@
+import re
+import shutil
+from pathlib import Path
+
+import pytest
+import yaml
+from ranks import finish, metrics, start_ranks
+
+from sparse_gpt import GPT
+from sparse_gpt.config.load import load_config
+from sparse_gpt.errors import ConfigError
+from sparse_gpt.model.costs import parameter_counts
+from sparse_gpt.train.deepspeed_config import deepspeed_config
+from sparse_gpt.train.engine import parameter_groups
+
+COUNTING = Path(__file__).with_name("counting_train.py")
+
+
+def native(run_file, keys, *overrides, world_size=2):
+    tree = yaml.safe_load(run_file.read_text())
+    run_file.write_text(yaml.safe_dump({**tree, "deepspeed": keys}))
+    return deepspeed_config(load_config(run_file, overrides), world_size)
+
+
+def test_the_batch_is_the_runs_and_native_keys_lie_over_our_defaults(run_file):
+    merged = native(run_file, {"zero_optimization": {"stage": 3, "overlap_comm": True}})
+    assert merged["train_batch_size"] == 16
+    assert merged["train_micro_batch_size_per_gpu"] == 4
+    assert merged["gradient_accumulation_steps"] == 2
+    assert merged["zero_optimization"] == {"stage": 3, "overlap_comm": True}
+    assert merged["data_types"] == {"grad_accum_dtype": "fp32"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
+        ({"train_batch_size": 17}, "deepspeed.train_batch_size: 17 contradicts the run, which has"),
+        ({"bf16": {"enabled": True}}, "deepspeed.bf16.enabled: True contradicts the run"),
+        ({"gradient_clipping": 5.0}, "contradicts the run, which has 1.0"),
+        ({"optimizer": {"type": "Adam"}}, "set `optimizer` of the run instead"),
+        ({"scheduler": {"type": "WarmupLR"}}, "set `schedule` of the run instead"),
+        ({"activation_checkpointing": {}}, "set `activation_checkpointing` of the run instead"),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_override_is_refused(run_file, keys, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        native(run_file, keys)
+
+
+def test_what_agrees_with_the_run_may_be_repeated(run_file):
+    assert native(run_file, {"train_batch_size": 16, "bf16": {"enabled": False}})
+
+
+def test_the_stage_that_trains_wrongly_in_half_precision_is_refused(run_file):
+    stage_0 = {"zero_optimization": {"stage": 0}}
+    assert native(run_file, stage_0)
+    with pytest.raises(ConfigError, match="0 trains wrongly in bf16; use 1"):
+        native(run_file, stage_0, "precision=bf16")
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ("{stage: 3, offload_param: {device: nvme}}", "offload_param.device: nvme has not been"),
+        ("{stage: 2, offload_optimizer: {device: nvme}}", "offload_optimizer.device: nvme"),
+    ],
+)
+def test_offload_to_disk_is_refused(run_file, zero, message):
+    config = load_config(run_file, [f"deepspeed={{zero_optimization: {zero}}}"])
+    with pytest.raises(ConfigError, match=message):
+        deepspeed_config(config, world_size=1)
+
+
+def test_what_memory_is_saved_changes_no_loss(run_file, tmp_path):
+    """Offload and recomputation, with dropout, at two ranks in ZeRO-3: the run without them."""
+    dropout = ("model.dropout=0.1", "model.ffn.dropout=0.1", "duration.steps=3")
+    savings = {
+        "plain": ("deepspeed={zero_optimization: {stage: 3}}",),
+        "saved": (
+            "deepspeed={zero_optimization: {stage: 3, offload_optimizer: {device: cpu}}}",
+            "activation_checkpointing=full",
+        ),
+    }
+    runs = []
+    for name, own in savings.items():
+        finish(start_ranks(run_file, *dropout, *own, f"run_dir={tmp_path / name}"))
+        runs.append(rows(tmp_path / name))
+    for plain, saved in zip(*runs, strict=True):
+        assert plain[::2] + plain[3:] == saved[::2] + saved[3:]
+        # An offloaded optimizer adds the norm up in another order; at these norms nothing is cut.
+        assert plain[1] == saved[1] or plain[1] == pytest.approx(saved[1], rel=1e-6)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("zero_stage", [0, 1])
+def test_accumulated_gradients_are_reduced_once_a_step(run_file, tmp_path, zero_stage):
+    counts = []
+    for micro_batch in (2, 8):  # 4 micro-batches a step, 1
+        run_dir = tmp_path / str(micro_batch)
+        own = [f"batch.micro_batch={micro_batch}", f"run_dir={run_dir}", "duration.steps=2"]
+        stage = f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}"
+        outputs = finish(start_ranks(run_file, *own, stage, script=COUNTING))
+        counts += [int(line.split()[1]) for line in re.findall("reduced .* elements", outputs[0])]
+    parameters = parameter_counts(load_config(run_file).model)[0]
+    assert parameters <= counts[-1] < 1.1 * parameters
+    assert len(set(counts)) == 1
+
+
+@pytest.mark.long
+def test_losses_of_every_zero_stage_agree_over_50_steps(run_file, tmp_path):
+    losses = []
+    for zero_stage in range(4):
+        stage = f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}"
+        run_dir = tmp_path / str(zero_stage)
+        finish(start_ranks(run_file, stage, "duration.steps=50", f"run_dir={run_dir}"))
+        losses.append([row["train/loss"] for row in metrics(run_dir)[1:]])
+        assert len(losses[-1]) == 50
+        assert losses[-1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_groups_decay_matrices_alone_and_alike_at_every_width(run_file):
+    config = load_config(run_file, ["optimizer.width_transfer=true", "model.vocab_size=100"])
+    model = GPT(config.model)
+    groups = parameter_groups(model, config.optimizer)
+    assert sum(len(group["params"]) for group in groups) == len(list(model.parameters()))
+    kinds = [(group["lr_multiplier"], group["weight_decay"]) for group in groups]
+    assert kinds == [(4.0, 0.1 / 4), (1.0, 0.1), (4.0, 0.0), (1.0, 0.0)]
+    for group in groups:
+        assert {p.dim() >= 2 for p in group["params"]} == {group["weight_decay"] > 0}
+
+    plain = parameter_groups(model, config.optimizer.model_copy(update={"width_transfer": False}))
+    kinds = [(group["lr_multiplier"], group["weight_decay"]) for group in plain]
+    assert kinds == [(1.0, 0.1), (1.0, 0.0)]
+
+
+def rows(run_dir):
+    tags = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
+    return [[row.get(tag) for tag in tags] for row in metrics(run_dir)]
+
+
+def test_width_transfer_trains_and_resumes_alike_in_every_zero_stage(run_file, tmp_path):
+    options = ["duration.steps=6", "checkpoint.every=3", "model.ffn.feedback={}"]
+    finish(start_ranks(run_file, *options, f"run_dir={tmp_path / 'plain'}"))
+    options.append("optimizer.width_transfer=true")
+    losses = {}
+    for stage in range(4):
+        run_dir = tmp_path / str(stage)
+        own = [f"run_dir={run_dir}", f"deepspeed={{zero_optimization: {{stage: {stage}}}}}"]
+        finish(start_ranks(run_file, *options, *own), timeout=300)
+        whole = rows(run_dir)
+        shutil.rmtree(run_dir / "checkpoints/step-00000006")
+        output = finish(start_ranks(run_file, *options, *own), timeout=300)[0]
+        assert "step 4/6" in output
+        assert "step 3/6" not in output
+        assert rows(run_dir) == whole
+        losses[stage] = [row["train/loss"] for row in metrics(run_dir)[1:]]
+        assert losses[stage] == pytest.approx(losses[0], rel=1e-5)
+    plain = rows(tmp_path / "plain")
+    assert [row[2] for row in whole] == [row[2] for row in plain]  # what is said is the schedule
+    assert losses[0][-1] != pytest.approx(plain[-1][0], rel=1e-3)
+
+
+def test_width_transfer_changes_nothing_at_the_base_width(run_file, tmp_path):
+    options = ["duration.steps=3", "model={d_model: 128, n_head: 4, n_layer: 1}"]
+    options.append("eval.max_tokens=64")
+    runs = []
+    for transfer in ("false", "true"):
+        own = [f"run_dir={tmp_path / transfer}", f"optimizer.width_transfer={transfer}"]
+        finish(start_ranks(run_file, *options, *own))
+        runs.append(rows(tmp_path / transfer))
+    assert runs[0] == runs[1]
+
+
+def test_width_transfer_wants_weights_that_start_by_their_width(run_file):
+    dense = ["optimizer.width_transfer=true", "model.ffn={preset: dense}"]
+    with pytest.raises(ConfigError, match=r"^\S+: optimizer.width_transfer: .*fan_in_init: true"):
+        load_config(run_file, dense)
+    assert load_config(run_file, [*dense, "model.ffn.fan_in_init=true"])

@@ -1,0 +1,249 @@
+"""Training under real ranks: what a run leaves behind, and that kills change nothing."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from ranks import ENVIRONMENT, ROOT, finish, metrics, sparse_gpt, start_ranks
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sparse_gpt.data import prepare
+
+EXACT = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
+
+
+def exact(rows):
+    return {row["step"]: [row.get(tag) for tag in EXACT] for row in rows}
+
+
+def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(gpt2_run_file):
+    done = sparse_gpt("train", gpt2_run_file, "--devices", "2", "model.ffn.feedback={}")
+    assert done.returncode == 0, done.stderr
+    run_dir = gpt2_run_file.parent / "run"
+
+    lines = [line for line in done.stdout.splitlines() if line.startswith("step")]
+    assert len(lines) == 17  # one a step, and the validation before the first
+    shape = r"step 16/16  loss \S+  lr \S+  grad \S+  \S+ tok/s  \S+ TFLOP/s  ETA 0:00:00  .*\d$"
+    assert re.match(shape, lines[-1])
+
+    rows = metrics(run_dir)
+    assert [row["step"] for row in rows] == list(range(17))
+    assert rows[-1]["train/loss"] < rows[1]["train/loss"] - 0.5
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.5
+
+    board = EventAccumulator(str(run_dir / "tensorboard"), {"scalars": 0})
+    board.Reload()
+    tags = set(board.Tags()["scalars"])
+    parts = ("norm_in", "spectral", "polynomial", "feedback", "refine", "projection", "norm_out")
+    components = ["ln_1", "attention", *(f"ffn.{part}" for part in parts)]
+    assert {
+        *EXACT,
+        *(f"perf/{name}" for name in ("tokens_per_second", "tflops", "step_ms", "data_wait_ms")),
+        "memory/rss_gb",
+        *("compute/train_loss", "compute/val_loss"),
+        *(f"{kind}/block_01/{name}" for kind in ("flops", "time") for name in components),
+        "flops/block_00/vs_dense",
+        *("sparsity/block_00/ffn.spectral", "sparsity/block_01/ffn.feedback"),
+    } <= tags
+    assert "perf/mfu" not in tags  # a CPU has no peak that we know
+    assert {"custom_scalars__config__", "_hparams_/session_start_info"} <= {
+        *board.summary_metadata,
+    }
+    assert board.Scalars("sparsity/block_00/ffn.spectral")[0].value == pytest.approx(0.5, abs=0.05)
+    gflops = [event.step for event in board.Scalars("compute/train_loss")]
+    assert gflops == [round(row["gflops"]) for row in rows if "train/loss" in row]
+
+    [start] = json.loads((run_dir / "provenance.json").read_text())["starts"]
+    assert (start["step"], start["hardware"]["world_size"]) == (0, 2)
+    assert start["versions"]["deepspeed"]
+    assert (run_dir / "checkpoints/latest").read_text() == "step-00000016"
+    assert not list((run_dir / "checkpoints").glob(".*"))
+
+    again = sparse_gpt("train", gpt2_run_file, "--devices", "2", "model.ffn.feedback={}")
+    assert again.returncode == 0, again.stderr
+    assert "this run is finished" in again.stdout
+    assert metrics(run_dir) == rows
+
+
+LONG_ZERO = (
+    *(f"stage: {stage}" for stage in range(4)),
+    *(f"stage: {stage}, offload_optimizer: {{device: cpu}}" for stage in (1, 2)),
+    "stage: 3, offload_optimizer: {device: cpu}, offload_param: {device: cpu}",
+)
+
+
+@pytest.mark.parametrize(
+    ("zero", "precision"),
+    [
+        ("stage: 1", "bf16"),
+        *(pytest.param(zero, "fp32", marks=pytest.mark.long) for zero in LONG_ZERO),
+    ],
+)
+def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero, precision):
+    """Dropout and running statistics included. All stages: test_engine.py."""
+    options = (
+        f"precision={precision}",
+        f"deepspeed={{zero_optimization: {{{zero}}}}}",
+        "model.dropout=0.1",
+        "model.ffn.dropout=0.1",
+        "model.ffn.feedback={}",
+        "batch={global_tokens: 256, micro_batch: 2}",
+        "duration.steps=24",
+        "checkpoint.every=8",
+    )
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    finish(start_ranks(run_file, *options, f"run_dir={whole}"))
+
+    ranks = start_ranks(run_file, *options, f"run_dir={cut}")
+    log, deadline = cut / "metrics.jsonl", time.monotonic() + 120
+    while not (cut / "checkpoints/step-00000008").exists():
+        assert time.monotonic() < deadline, ranks[0].communicate()[0]
+        time.sleep(0.002)
+    for rank in ranks:
+        rank.send_signal(signal.SIGKILL)
+    for rank in ranks:
+        rank.communicate()
+    reached = log.read_text().count("\n") - 1
+    assert 8 < reached < 24, "it should have been killed between checkpoints"
+
+    finish(start_ranks(run_file, *options, f"run_dir={cut}"))
+    assert exact(metrics(cut)) == exact(metrics(whole))
+    assert [row["step"] for row in metrics(cut)] == list(range(25))
+    starts = json.loads((cut / "provenance.json").read_text())["starts"]
+    assert starts[0]["step"] == 0
+    assert starts[1]["step"] in (8, 16)  # the second may be whole by then
+
+
+def test_documents_are_masked_the_same_on_any_ranks(run_file, shards, tmp_path):
+    """Each paragraph is a document, so that most rows hold several."""
+    novels = sorted((ROOT / "data/novels").glob("*.txt"))
+    paragraphs = tmp_path / "paragraphs"
+    vocab = shards.with_name("bpe")
+    prepare(novels, paragraphs, separator="\n\n", held_out=0.1, vocab=vocab, progress=False)
+    masked = (f"data.path={paragraphs}", "model.document_mask=true", "duration.steps=12")
+    finish(start_ranks(run_file, *masked, f"run_dir={tmp_path / 'two'}"))
+    finish(start_ranks(run_file, *masked, f"run_dir={tmp_path / 'one'}", world_size=1))
+    finish(start_ranks(run_file, masked[0], masked[2], f"run_dir={tmp_path / 'unmasked'}"))
+    two, one, unmasked = (
+        [row["val/loss"] for row in metrics(tmp_path / name) if "val/loss" in row]
+        for name in ("two", "one", "unmasked")
+    )
+    assert one == pytest.approx(two, rel=1e-5)
+    assert unmasked != pytest.approx(two, rel=5e-5)
+
+
+def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run_file):
+    finish(start_ranks(run_file))
+    before = metrics(run_file.parent / "run")
+    checkpoints = run_file.parent / "run/checkpoints"
+    victim = max((checkpoints / "step-00000016").iterdir(), key=lambda path: path.stat().st_size)
+    data = bytearray(victim.read_bytes())
+    data[len(data) // 2] ^= 1
+    victim.write_bytes(data)
+    (checkpoints / "damaged-step-00000016").mkdir()  # damaged before, and trained again since
+    (checkpoints / "damaged-step-00000016/rank-7.pt").touch()
+    outputs = finish(start_ranks(run_file))
+    assert f"{victim.name} is damaged; set aside" in "".join(outputs)  # the rank that read it
+    assert "step 13/16" in outputs[0]
+    assert "step 12/16" not in outputs[0]
+    assert exact(metrics(run_file.parent / "run")) == exact(before)
+    assert (checkpoints / "damaged-step-00000016" / victim.name).read_bytes() == data
+    assert (checkpoints / "latest").read_text() == "step-00000016"
+
+
+def test_another_config_is_refused_in_one_line(run_file, tmp_path):
+    finish(start_ranks(run_file, "duration.steps=4"))
+    for overrides, message in (
+        (["optimizer.lr=1e-4"], "holds a run with another optimizer"),
+        (["batch.global_tokens=1024"], "holds a run with another batch"),
+        (["seed=1", "model.n_layer=1"], "holds a run with another model, seed"),
+    ):
+        ranks = start_ranks(run_file, *overrides)
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+        assert {rank.returncode for rank in ranks} == {2}, outputs
+        errors = [line for line in outputs[0].splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert message in errors[0]
+
+
+def test_losses_do_not_depend_on_world_size_or_grad_accum(gpt2_run_file, tmp_path):
+    """And the learning rate is the schedule's."""
+    tree = yaml.safe_load(gpt2_run_file.read_text())
+    tree["schedule"] = {"kind": "wsd", "warmup_steps": 4, "final_lr_ratio": 0.0}
+    gpt2_run_file.write_text(yaml.safe_dump(tree))
+    losses = {}
+    for world_size, micro_batch in ((1, 16), (2, 2)):
+        run_dir = tmp_path / f"{world_size}-{micro_batch}"
+        options = (f"run_dir={run_dir}", f"batch.micro_batch={micro_batch}")
+        finish(start_ranks(gpt2_run_file, *options, world_size=world_size))
+        losses[world_size] = exact(metrics(run_dir))
+    rates = [row.get("train/learning_rate") for row in metrics(run_dir)][1:]
+    assert rates[:5] == pytest.approx([7.5e-4, 1.5e-3, 2.25e-3, 3e-3, 3e-3])
+    assert rates[-1] == 0.0
+    for step, row in losses[1].items():
+        for a, b in zip(row, losses[2][step], strict=True):
+            assert a == b == None or a == pytest.approx(b, rel=2e-4)  # noqa: E711
+
+
+def test_half_precision_trains(gpt2_run_file):
+    finish(
+        start_ranks(gpt2_run_file, "precision=bf16", "deepspeed={zero_optimization: {stage: 2}}")
+    )
+    rows = metrics(gpt2_run_file.parent / "run")
+    assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.5
+
+
+def test_torchrun_and_srun_train_as_any_launcher(run_file, tmp_path):
+    finish(start_ranks(run_file, f"run_dir={tmp_path / 'plain'}"))
+    plain = exact(metrics(tmp_path / "plain"))
+    script = [str(ROOT / "launch/train.py"), "--config", str(run_file)]
+
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command = [*torchrun, *script, f"run_dir={tmp_path / 'torchrun'}"]
+    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=180, capture_output=True)
+    assert exact(metrics(tmp_path / "torchrun")) == plain
+
+    ranks = []
+    for rank in "01":  # what srun sets, without a Slurm
+        slurm = {"NTASKS": "2", "PROCID": rank, "LOCALID": rank}
+        slurm |= {"JOB_ID": str(os.getpid()), "JOB_NODELIST": "127.0.0.1"}
+        env = ENVIRONMENT | {f"SLURM_{name}": value for name, value in slurm.items()}
+        command = [sys.executable, *script, f"run_dir={tmp_path / 'srun'}"]
+        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+        ranks.append(subprocess.Popen(command, env=env, text=True, **output))
+    finish(ranks)
+    assert exact(metrics(tmp_path / "srun")) == plain
+
+
+@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.long), 3])
+def test_fused_kernels_train_as_the_eager_chain_does(run_file, tmp_path, monkeypatch, zero_stage):
+    """In Triton's interpreter; ZeRO-3 must gather what the kernels read past the modules."""
+    options = [f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}", "duration={steps: 3}"]
+    options += ["batch={global_tokens: 128, micro_batch: 2}", "eval.max_tokens=64"]
+    losses = []
+    for backend in ("eager", "triton"):
+        monkeypatch.setitem(ENVIRONMENT, "TRITON_INTERPRET", str(int(backend == "triton")))
+        run_dir = tmp_path / backend
+        own = [f"run_dir={run_dir}", f"model.ffn.backend={backend}"]
+        finish(start_ranks(run_file, *options, *own), timeout=300)
+        losses.append([row["train/loss"] for row in metrics(run_dir) if "train/loss" in row])
+        assert any("time/block_00/ffn.polynomial" in row for row in metrics(run_dir))
+    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
+
+
+def test_a_disk_that_stalls_is_waited_for_and_told_of(run_file, tmp_path):
+    """Ten batches are a tenth of a second of training: reading ahead cannot hide half a second."""
+    whole, slow = tmp_path / "whole", tmp_path / "slow"
+    finish(start_ranks(run_file, f"run_dir={whole}", world_size=1))
+    script = Path(__file__).with_name("slow_disk_train.py")
+    finish(start_ranks(run_file, f"run_dir={slow}", world_size=1, script=script))
+    assert exact(metrics(slow)) == exact(metrics(whole))
+    waits = sorted(row.get("perf/data_wait_ms", 0) for row in metrics(slow))
+    assert waits[len(waits) // 2] < 100 < waits[-1]
