@@ -148,7 +148,7 @@ class SparseFFNConfig(_Config):
         if self.projection.kind == "factored":
             check_divides("projection.block", self.projection.block, d_model)
         if self.backend == "triton":
-            from sparse_gpt.model.ffn.kernels import unsupported
+            from sparse_gpt.model.ffn.kernels.limits import unsupported
 
             if problem := unsupported(self, d_model):
                 raise ValueError(f"backend triton: {problem}")

@@ -21,7 +21,7 @@ from sparse_gpt.model.attention import has_flex
 from sparse_gpt.model.config import ModelConfig
 from sparse_gpt.model.costs import parameter_counts
 from sparse_gpt.model.ffn import UltraEfficientSparseFFN
-from sparse_gpt.model.ffn.kernels import unsupported
+from sparse_gpt.model.ffn.kernels.limits import unsupported
 from sparse_gpt.model.gpt import GPT, padded_vocabulary
 from sparse_gpt.model.loss import chunk_size
 

@@ -9,108 +9,21 @@ Forward returns y and `stats`, 28 bytes a token; backward computes the chain aga
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
 from sparse_gpt.model.ffn.kernels import feedback, norm, polynomial, projection, spectral
-from sparse_gpt.model.ffn.sparse import UltraEfficientSparseFFN
+from sparse_gpt.model.ffn.kernels.spec import Spec, parse, spec_of
+
+if TYPE_CHECKING:
+    from sparse_gpt.model.ffn.sparse import UltraEfficientSparseFFN
 
 # Rows of stats, `(7, tokens)` float32: LN_in's mean and 1/std; in series 1/RMS(p), p the
 # polynomial's input; LN_out's mean and 1/std; TokenFeedback's gate and m.
 _ROWS, _IN, _SCALE, _OUT, _GATE, _M = 7, slice(0, 2), 2, slice(3, 5), 5, 6
-
-
-class Spec(NamedTuple):
-    """The options of an FFN that its tensors' shapes do not tell."""
-
-    path: str  # "none" without a spectral stage
-    soft: bool
-    exact: bool
-    k: int
-    quantile: float
-    degrees: tuple[int, ...]
-    stages: int
-    steps: int  # of feedback, 0 without
-    factored: bool
-    norm_out: str
-
-    def text(self) -> str:
-        """For an operator's argument; in constructs that torch.compile can trace."""
-        degrees = ",".join([str(n) for n in self.degrees])
-        return (
-            f"{self.path} {int(self.soft)} {int(self.exact)} {self.k} {self.quantile!r} "
-            f"{degrees} {self.stages} {self.steps} {int(self.factored)} {self.norm_out}"
-        )
-
-    @property
-    def series(self) -> bool:
-        """Whether the polynomial reads what the selection left, renormalised."""
-        return self.path == "series"
-
-    @property
-    def selecting(self) -> spectral.Selection:
-        """The selection as the spectral kernels take it."""
-        return self.soft, self.exact, self.k, self.quantile
-
-    @property
-    def gradients(self) -> list[tuple[str, ...]]:
-        """Names of parameters, grouped as backward makes them: rows of one tensor, or one alone."""
-        refine = [f"refine.{x}.{n}" for x in ("alpha", "a", "b") for n in range(self.stages)]
-        groups: list[list[str]] = [["norm_in.weight", "norm_in.bias"]]
-        if self.path != "none":
-            groups[0].append("spectral.gain")
-        groups.append(["polynomial.weight"])
-        if self.steps:
-            groups.append(["polynomial.bias", "feedback.score"])
-            groups += [["feedback.a"], ["feedback.b"], refine]
-        else:
-            groups.append(["polynomial.bias", *refine])
-        factors = ("first", "second") if self.factored else ("weight",)
-        groups += [[f"projection.{name}"] for name in factors]
-        groups.append(["norm_out.weight", "norm_out.bias"])
-        return [tuple(group) for group in groups if group]
-
-    @property
-    def names(self) -> list[str]:
-        """Names of all parameters, in the order of the operators' arguments."""
-        return [name for group in self.gradients for name in group]
-
-
-@lru_cache
-def _parse(text: str) -> Spec:
-    words = iter(text.split())
-    return Spec(
-        path=next(words),
-        soft=next(words) == "1",
-        exact=next(words) == "1",
-        k=int(next(words)),
-        quantile=float(next(words)),
-        degrees=tuple(int(n) for n in next(words).split(",")),
-        stages=int(next(words)),
-        steps=int(next(words)),
-        factored=next(words) == "1",
-        norm_out=next(words),
-    )
-
-
-def _spec(ffn: UltraEfficientSparseFFN) -> Spec:
-    config, s = ffn.config, ffn.spectral
-    return Spec(
-        path="none" if s is None else s.config.path,
-        soft=s is not None and s.config.selection == "soft",
-        exact=s is not None and s.config.threshold == "exact",
-        k=0 if s is None else s.k,
-        quantile=0.0 if s is None else s.quantile,
-        degrees=config.polynomial.degrees,
-        stages=config.refine.stages if config.refine else 0,
-        steps=config.feedback.iterations if config.feedback else 0,
-        factored=config.projection.kind == "factored",
-        norm_out=config.norm_out,
-    )
 
 
 class _Chain(NamedTuple):
@@ -176,7 +89,7 @@ def _projection(w: dict[str, Tensor]) -> list[Tensor]:
 def _forward(
     x: Tensor, parameters: Sequence[Tensor], constants: Sequence[Tensor], spec: str
 ) -> tuple[Tensor, Tensor]:
-    options = _parse(spec)
+    options = parse(spec)
     w = dict(zip(options.names, parameters, strict=True))
     stats = torch.zeros((_ROWS, len(x)), dtype=torch.float32, device=x.device)
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
@@ -199,7 +112,7 @@ def _backward(
     spec: str,
 ) -> list[Tensor]:
     """The gradient of x, then one tensor for each of the spec's groups of parameters."""
-    options = _parse(spec)
+    options = parse(spec)
     w = dict(zip(options.names, parameters, strict=True))
     with torch.cuda.device_of(x), torch.autocast(x.device.type, enabled=False):
         gradients = _gradients(dy.contiguous(), x, stats, w, constants, options)
@@ -286,7 +199,7 @@ def _(
     constants: Sequence[Tensor],
     spec: str,
 ) -> list[Tensor]:
-    options = _parse(spec)
+    options = parse(spec)
     w = dict(zip(options.names, parameters, strict=True))
     made = [torch.empty_like(x)]
     for group in options.gradients:
@@ -299,7 +212,7 @@ def _(
 def _save(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     x, parameters, constants, ctx.spec = inputs
     ctx.constants = len(constants)
-    if _parse(ctx.spec).steps:
+    if parse(ctx.spec).steps:
         constants = constants[:-1]  # training moves the threshold, and the gate is in stats
     ctx.parameters = len(parameters)
     ctx.save_for_backward(x, output[1], *parameters, *constants)
@@ -312,7 +225,7 @@ def _differentiate(ctx: Any, dy: Tensor, dstats: Tensor | None) -> tuple[Any, ..
     parameters, constants = rest[: ctx.parameters], rest[ctx.parameters :]
     dx, *groups = _backward(dy, x, stats, parameters, constants, ctx.spec)
     made: list[Tensor] = []
-    for group, value in zip(_parse(ctx.spec).gradients, groups, strict=True):
+    for group, value in zip(parse(ctx.spec).gradients, groups, strict=True):
         made += [value] if len(group) == 1 else value.unbind()
     made = [gradient.to(w.dtype) for gradient, w in zip(made, parameters, strict=True)]
     return dx, made, [None] * ctx.constants, None
@@ -323,7 +236,7 @@ _forward.register_autograd(_differentiate, setup_context=_save)
 
 def _macs(x: Sequence[int], parameters: Any, constants: Any, spec: str) -> tuple[int, int]:
     """Multiply-accumulates by learned and by fixed matrices, from the arguments' shapes."""
-    options = _parse(spec)
+    options = parse(spec)
     w = dict(zip(options.names, parameters, strict=True))
     tokens, d = x
     moving = fixed = 0
@@ -359,7 +272,7 @@ def arguments(
     ffn: UltraEfficientSparseFFN, x: Tensor
 ) -> tuple[Tensor, list[Tensor], list[Tensor], str]:
     """The operators' arguments for an FFN and tokens `(tokens, d)`."""
-    spec = _spec(ffn)
+    spec = spec_of(ffn)
     named = dict(ffn.named_parameters())
     constants = []
     if ffn.spectral is not None:
