@@ -1,12 +1,16 @@
-"""Files that are whole or not there: written under another name, made to last, then named, by one
-process at a time."""
+"""Files and folders that are whole or not there: written under another name, made to last, then
+named; by one process at a time.
+
+A sealed JSON file is an object whose first key, "hash", is the sha256 of the file's own bytes with
+the 64 digits of that hash replaced by zeros.
+"""
 
 import fcntl
 import hashlib
 import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -14,6 +18,7 @@ from typing import Any
 from sparse_gpt.errors import DataError
 
 TEMPORARY = ".tmp-"
+_ZEROS = "0" * 64
 
 
 def temporary(path: Path) -> Path:
@@ -31,9 +36,13 @@ def sync(path: Path) -> None:
 
 
 def publish(path: Path) -> None:
-    """Give the whole, flushed temporary file its name, and make the name last."""
-    sync(temporary(path))
-    os.replace(temporary(path), path)
+    """Give the whole, flushed temporary file or folder its name, and make content and name last."""
+    aside = temporary(path)
+    if aside.is_dir():
+        for inner in aside.rglob("*"):
+            sync(inner)
+    sync(aside)
+    os.replace(aside, path)
     sync(path.parent)
 
 
@@ -43,61 +52,7 @@ def publish_text(path: Path, text: str) -> None:
     publish(path)
 
 
-def lock(handle: int, kind: int, folder: Path, who: str) -> None:
-    """Take a lock of `fcntl.flock`, which the kernel takes back when the process ends, even on
-    SIGKILL. Raises DataError if another process, a `who` that writes in `folder`, holds it."""
-    try:
-        fcntl.flock(handle, kind | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise DataError(f"{folder}: another {who} is writing there; wait for it to end") from None
-    except OSError:
-        pass  # some network file systems cannot lock
-
-
-@contextmanager
-def whole_folder(out: str | Path) -> Iterator[Path]:
-    """A folder to fill: it becomes the new folder `out` at the end, and goes where that is not
-    reached. Raises DataError if `out` is there and not empty, if another process fills it, and for
-    every OSError until then: a full disk, say."""
-    out = Path(out).resolve()
-    aside = temporary(out)
-    missing = [folder for folder in out.parents if not folder.exists()]
-    try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DataError(f"{out}: is there already; choose another folder")
-        aside.mkdir(parents=True, exist_ok=True)
-        with _alone(aside):
-            for left_by_a_killed_run in aside.iterdir():
-                left_by_a_killed_run.unlink()
-            try:
-                yield aside
-                for path in aside.iterdir():
-                    sync(path)
-                publish(out)
-            except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
-                for folder in missing:  # the innermost first
-                    folder.rmdir()
-                raise
-    except OSError as error:
-        raise DataError(f"{error.filename or out}: {error.strerror}") from None
-
-
-@contextmanager
-def _alone(folder: Path) -> Iterator[None]:
-    """Refuse a second process."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        lock(handle, fcntl.LOCK_EX, folder, "run")
-        yield
-    finally:
-        os.close(handle)
-
-
-_ZEROS = "0" * 64
-
-
-def write_sealed(path: Path, fields: dict[str, Any]) -> str:
+def write_sealed(path: Path, fields: Mapping[str, Any]) -> str:
     """Publish `fields` as a sealed JSON file; the hash it got."""
     content = json.dumps({"hash": _ZEROS, **fields}, indent=1) + "\n"
     digest = hashlib.sha256(content.encode()).hexdigest()
@@ -113,7 +68,78 @@ def read_sealed(path: Path) -> dict[str, Any]:
         digest = fields["hash"]
         whole = hashlib.sha256(content.replace(digest.encode(), _ZEROS.encode(), 1)).hexdigest()
     except (ValueError, KeyError, TypeError, AttributeError):
-        raise DataError(f"{path}: not a file of ours, or damaged; run prepare again") from None
+        raise DataError(f"{path}: not a file of ours, or damaged; write it again") from None
     if whole != digest:
         raise DataError(f"{path}: damaged: its content does not match its own hash")
     return dict(fields)
+
+
+def lock(path: Path, *, shared: bool = False, wait: bool = False) -> int:
+    """Take the lock of a folder, or of a file that is made if missing; the handle that holds it.
+
+    The kernel takes it back when the handle is closed or the process ends, even on SIGKILL. Raises
+    BlockingIOError if another process holds it, unless it is to `wait`. Where a file system cannot
+    lock, as some of networks, everybody gets it.
+    """
+    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
+    try:
+        fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(handle)
+        raise
+    except OSError:
+        pass
+    return handle
+
+
+@contextmanager
+def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+    """Hold `lock` inside the `with`."""
+    handle = lock(path, shared=shared, wait=wait)
+    try:
+        yield
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def new_folder(out: str | Path) -> Iterator[Path]:
+    """A folder to fill: it becomes the new folder `out` at the end, and goes where that is not
+    reached. Raises DataError if `out` is there and not empty, if another process fills it, and for
+    every OSError until then: a full disk, say."""
+    out = Path(out).resolve()
+    aside = temporary(out)
+    missing = [folder for folder in out.parents if not folder.exists()]
+    try:
+        if out.exists() and (not out.is_dir() or any(out.iterdir())):
+            raise DataError(f"{out}: is there already; choose another folder")
+        aside.mkdir(parents=True, exist_ok=True)
+        with locked(aside):
+            for left_by_a_killed_run in aside.iterdir():
+                left_by_a_killed_run.unlink()
+            try:
+                yield aside
+                publish(out)
+            except BaseException:
+                shutil.rmtree(aside, ignore_errors=True)
+                for folder in missing:  # the innermost first
+                    folder.rmdir()
+                raise
+    except BlockingIOError:
+        raise DataError(f"{aside}: another run is writing there; wait for it to end") from None
+    except OSError as error:
+        raise DataError(f"{error.filename or out}: {error.strerror}") from None
+
+
+@contextmanager
+def replaced_folder(out: Path) -> Iterator[Path]:
+    """A folder to fill: it takes the place of `out` at the end. Several processes take turns."""
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with locked(out.with_name(f".{out.name}.lock"), wait=True):
+        aside = temporary(out)
+        shutil.rmtree(aside, ignore_errors=True)
+        aside.mkdir()
+        yield aside
+        shutil.rmtree(out, ignore_errors=True)
+        publish(out)

@@ -1,31 +1,30 @@
-"""The progress bar of long work over bytes: what is done, MB/s, tokens/s and time left, on a
-terminal's stderr."""
+"""The progress bar of long work on a terminal's stderr: what is done, how fast, and time left."""
 
 from types import TracebackType
 
 
 class Progress:
     """A context manager; draws nothing unless `wanted` and stderr is a terminal. Threads may share
-    it."""
+    it. The total is bytes, told with MB/s and tokens/s, or anything else, told as a share."""
 
-    def __init__(self, title: str, total_bytes: int, wanted: bool) -> None:
+    def __init__(self, title: str, total: float, wanted: bool, of_bytes: bool = True) -> None:
+        from rich import progress
         from rich.console import Console
-        from rich.progress import BarColumn, DownloadColumn, TextColumn, TimeRemainingColumn
-        from rich.progress import Progress as Bar
         from rich.table import Column
 
-        console = Console(stderr=True)
+        self.console = Console(stderr=True)  # what it prints stands above the bar
         whole = Column(no_wrap=True)  # a narrow terminal takes its room from the bar
-        self._bar = Bar(
-            TextColumn("{task.description}", table_column=whole),
-            BarColumn(bar_width=None, table_column=Column(min_width=4, max_width=40)),
-            DownloadColumn(table_column=whole),
-            TextColumn("{task.fields[rate]}", table_column=whole),
-            TimeRemainingColumn(table_column=whole),
-            console=console,
-            disable=not (wanted and console.is_terminal),
+        amount = progress.DownloadColumn if of_bytes else progress.TaskProgressColumn
+        self._bar = progress.Progress(
+            progress.TextColumn("{task.description}", table_column=whole),
+            progress.BarColumn(bar_width=None, table_column=Column(min_width=4, max_width=40)),
+            amount(table_column=whole),
+            progress.TextColumn("{task.fields[rate]}", table_column=whole),
+            progress.TimeRemainingColumn(table_column=whole),
+            console=self.console,
+            disable=not (wanted and self.console.is_terminal),
         )
-        self._task = self._bar.add_task(title, total=total_bytes, rate="")
+        self._task = self._bar.add_task(title, total=total, rate="")
         self._characters = self._tokens = 0
 
     def __enter__(self) -> "Progress":
@@ -40,9 +39,18 @@ class Progress:
     ) -> None:
         self._bar.stop()
 
+    @property
+    def drawn(self) -> bool:
+        """Whether there is anything to see."""
+        return not self._bar.disable
+
     def title(self, text: str) -> None:
         """What stands before the bar from now on."""
         self._bar.update(self._task, description=text)
+
+    def at(self, done: float) -> None:
+        """So much of the total is done."""
+        self._bar.update(self._task, completed=done)
 
     def advance(self, n_bytes: int, characters: int | None = None, tokens: int = 0) -> None:
         """Count bytes of the input as done. The rate is that of the text in them: its characters,

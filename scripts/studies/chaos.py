@@ -90,13 +90,13 @@ class Chaos:
             self._deck = self.rng.sample(list(self.ways), len(self.ways))
         way = self._deck.pop()
         writing = self.rng.random() < 0.5
-        record, leftovers = self._inodes("metrics.jsonl"), self._inodes("checkpoints/.writing-*")
+        record, leftovers = self._inodes("metrics.jsonl"), self._inodes("checkpoints/.tmp-step-*")
         while self._inodes("metrics.jsonl") == record and process.poll() is None:
             time.sleep(0.005)  # until this life has opened the record
         goal = self.step() + self.rng.randint(0, 9)
         while process.poll() is None:
             there = self.step() >= goal
-            if there and (not writing or self._inodes("checkpoints/.writing-*") - leftovers):
+            if there and (not writing or self._inodes("checkpoints/.tmp-step-*") - leftovers):
                 break
             time.sleep(0.002)
         else:

@@ -15,6 +15,7 @@ from rich.table import Table
 from sparse_gpt.cli.data_commands import prepare, shards_app, vocab_app
 from sparse_gpt.cli.sweep_commands import sweep_app
 from sparse_gpt.cli.terminal import Json, show
+from sparse_gpt.errors import InputError
 
 if TYPE_CHECKING:
     from sparse_gpt.config.schema import RunConfig
@@ -40,11 +41,9 @@ Config = Annotated[Path, typer.Argument(help="A run file, as in configs/.")]
 
 def main() -> None:
     """Run the command line; bad input ends in one line and exit code 2."""
-    from sparse_gpt.errors import ConfigError, DataError
-
     try:
         app()
-    except (ConfigError, DataError) as error:
+    except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
@@ -124,14 +123,10 @@ def _submit(
     arguments: list[str],
     dry_run: bool,
 ) -> None:
-    """The ranks check what a node has; the login node checks what it can know."""
     from sparse_gpt.cluster.slurm import submit, train_script
-    from sparse_gpt.train.checks import check_run_dir
-    from sparse_gpt.train.deepspeed_config import deepspeed_config
-    from sparse_gpt.train.feed import open_data
+    from sparse_gpt.train.checks import check
 
-    deepspeed_config(run, nodes * devices)
-    check_run_dir(run, open_data(run.data))
+    check(run, nodes * devices, here=False)
     run_dir = Path(run.run_dir)
     script = train_script(run_dir, nodes, devices, time_limit, arguments)
     print(script if dry_run else submit(run_dir / "train.sbatch", script))

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from sparse_gpt.cluster.launcher import RANK
 from sparse_gpt.errors import ConfigError
+from sparse_gpt.files import publish_text
 from sparse_gpt.train.distributed import PREEMPTED
 
 _NOTICE = 120  # seconds before the time limit in which ranks save a checkpoint
@@ -48,7 +49,7 @@ def submit(path: Path, script: str) -> str:
     if sbatch is None:
         raise ConfigError("--slurm: there is no sbatch here; run this on a login node of Slurm")
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(script)
+    publish_text(path, script)
     done = subprocess.run([sbatch, str(path)], capture_output=True, text=True)
     if done.returncode:
         raise ConfigError(f"{path}: sbatch refused it: {done.stderr.strip()}")

@@ -1,15 +1,15 @@
 """`sparse-gpt plan`: what a run would need and cost on given GPUs, before anything starts."""
 
-import difflib
 from dataclasses import asdict
 from typing import Any
 
 from rich.table import Table
 
 from sparse_gpt.config.schema import RunConfig
-from sparse_gpt.errors import ConfigError
+from sparse_gpt.errors import ConfigError, did_you_mean
 from sparse_gpt.model.costs import ffn_cost, model_report, parameter_counts, total
 from sparse_gpt.plan.memory import Memory, bucket_size, estimate, fuses
+from sparse_gpt.train.checks import check_settings
 from sparse_gpt.train.deepspeed_config import deepspeed_config
 from sparse_gpt.train.gpus import GPUS, Gpu
 
@@ -25,7 +25,7 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, mfu: float) -> dict[str, A
     Raises ConfigError for a GPU that is not known or a run that cannot be shared by `gpus`.
     """
     device = _known(gpu)
-    grad_accum = config.grad_accum(gpus)
+    check_settings(config, gpus)
     stage = deepspeed_config(config, gpus)["zero_optimization"]["stage"]
     first = 0 if config.precision == "fp32" else 1  # DeepSpeed's ZeRO-0 trains in fp32 alone
     stages = {str(number): _stage(config, gpus, number, device) for number in range(first, 4)}
@@ -40,7 +40,7 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, mfu: float) -> dict[str, A
         "memory_bytes": device.memory,
         "parameters": parameter_counts(config.model)[0],
         "micro_batch": config.batch.micro_batch,
-        "grad_accum": grad_accum,
+        "grad_accum": config.grad_accum(gpus),
         "configured_stage": stage,
         "stages": stages,
         "steps": steps,
@@ -55,9 +55,8 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, mfu: float) -> dict[str, A
 
 def _known(gpu: str) -> Gpu:
     if gpu not in GPUS:
-        near = difflib.get_close_matches(gpu.upper(), GPUS, n=1)
-        hint = f"did you mean {near[0]}? " if near else ""
-        raise ConfigError(f"--gpu {gpu}: {hint}known are {', '.join(GPUS)}")
+        hint = did_you_mean(gpu.upper(), GPUS)
+        raise ConfigError(f"--gpu {gpu}: {hint and hint + ' '}known are {', '.join(GPUS)}")
     return GPUS[gpu]
 
 

@@ -8,6 +8,7 @@ from dataclasses import asdict, dataclass
 
 from sparse_gpt.config.load import to_yaml
 from sparse_gpt.config.schema import DurationConfig, LogConfig
+from sparse_gpt.files import publish_text
 from sparse_gpt.provenance import provenance
 from sparse_gpt.sweep.execute import Trainer
 from sparse_gpt.sweep.grid import Cell, Sweep
@@ -38,7 +39,7 @@ def calibrate(sweep: Sweep, trainer: Trainer) -> None:
         if pace
     }
     record = {"jobs": trainer.jobs, "seconds": found, **provenance()}
-    (sweep.out / "calibration.json").write_text(json.dumps(record, indent=1) + "\n")
+    publish_text(sweep.out / "calibration.json", json.dumps(record, indent=1) + "\n")
 
 
 def _measure(sweep: Sweep, cell: Cell, trainer: Trainer) -> Pace | None:
@@ -53,7 +54,7 @@ def _measure(sweep: Sweep, cell: Cell, trainer: Trainer) -> Pace | None:
         }
     )
     path = folder / f"{name}.yaml"
-    path.write_text(to_yaml(config))
+    publish_text(path, to_yaml(config))
     started = time.monotonic()
     if trainer.train(path, folder / f"{name}.log"):
         return None

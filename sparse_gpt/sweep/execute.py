@@ -18,11 +18,11 @@ from queue import SimpleQueue
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeRemainingColumn
 
 from sparse_gpt.cluster.slurm import submit
 from sparse_gpt.cluster.this_machine import cores
 from sparse_gpt.errors import ConfigError
+from sparse_gpt.progress import Progress
 from sparse_gpt.sweep.collect import computed_flops, ended, log_path, loss, state
 from sparse_gpt.sweep.grid import Cell, Sweep, write_configs
 from sparse_gpt.train.metrics_file import read_metrics
@@ -95,25 +95,16 @@ def run_sweep(
     # The longest first, so that no long one is left alone at the end.
     chains = sorted(chains, key=lambda cells: -sum(cell.own_flops for cell in cells))
     cells = [cell for cells in chains for cell in cells]
-    console = Console(stderr=True)
-    bar = Progress(
-        TextColumn("{task.description}"),
-        BarColumn(),
-        TaskProgressColumn(),
-        TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
-    )
-    task = bar.add_task("", total=sum(cell.own_flops for cell in cells))
+    bar = Progress("", sum(cell.own_flops for cell in cells), wanted=True, of_bytes=False)
+    console = bar.console
     problems: list[str] = []
     with bar, ThreadPoolExecutor(trainer.jobs) as pool:
         todo = {pool.submit(_train_chain, cells, trainer, console) for cells in chains}
         try:
             while True:
-                if not bar.disable:
-                    count = sum(map(ended, cells))
-                    flops = sum(map(computed_flops, cells))
-                    bar.update(task, completed=flops, description=f"{count}/{len(cells)} runs")
+                if bar.drawn:
+                    bar.title(f"{sum(map(ended, cells))}/{len(cells)} runs")
+                    bar.at(sum(map(computed_flops, cells)))
                 if not todo:
                     return problems
                 done, todo = wait(todo, timeout=_POLL, return_when=FIRST_COMPLETED)
@@ -189,4 +180,5 @@ exec {shlex.join(command)} --chain "$SLURM_ARRAY_TASK_ID"
 def submit_array(sweep: Sweep, jobs: int, devices: int) -> str:
     """Write the array's script into the sweep's folder and give it to Slurm; returns its answer."""
     (sweep.out / "logs").mkdir(parents=True, exist_ok=True)
+    write_configs(sweep)
     return submit(sweep.out / "sweep.sbatch", slurm_script(sweep, jobs, devices))

@@ -19,6 +19,7 @@ from sparse_gpt.config.explain import explain
 from sparse_gpt.config.load import build_config, read_yaml, to_yaml
 from sparse_gpt.config.schema import DataConfig, DurationConfig, RunConfig, Section
 from sparse_gpt.errors import ConfigError, DataError
+from sparse_gpt.files import publish_text
 from sparse_gpt.model.costs import model_report, parameter_counts
 from sparse_gpt.model.flops import FlopReport
 from sparse_gpt.train.feed import open_data
@@ -246,7 +247,10 @@ def short(number: float) -> str:
 
 
 def write_configs(sweep: Sweep) -> None:
-    """The run file of every cell, under `configs/` of the sweep's folder."""
+    """The run file of every cell, under `configs/` of the sweep's folder. What is there already is
+    left alone: tasks of a Slurm array may be reading it."""
     (sweep.out / "configs").mkdir(parents=True, exist_ok=True)
     for cell in sweep.cells:
-        cell.config_path.write_text(to_yaml(cell.config))
+        path, text = cell.config_path, to_yaml(cell.config)
+        if not path.exists() or path.read_text() != text:
+            publish_text(path, text)

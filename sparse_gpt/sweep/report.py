@@ -5,12 +5,9 @@ fit/<family>/...      TensorBoard runs that overlay, with training GFLOPs for th
 """
 
 import csv
-import fcntl
 import json
 import math
-import shutil
-from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +17,7 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from sparse_gpt.files import replaced_folder
 from sparse_gpt.provenance import provenance
 from sparse_gpt.scaling import (
     Comparison,
@@ -84,7 +82,7 @@ def fit_sweep(sweep: Sweep, resamples: int) -> Report:
         "comparison": comparison.to_dict(),
         "provenance": provenance(),
     }
-    with _published(sweep.out / "fit") as folder:
+    with replaced_folder(sweep.out / "fit") as folder:
         _write_csv(folder / "points.csv", rows)
         (folder / "fit.json").write_text(json.dumps(record, indent=1) + "\n")
         _write_curves(folder, comparison)
@@ -108,27 +106,10 @@ def draw_points(sweep: Sweep) -> None:
         if not rows:
             return
         points = _points(rows)
-        with _published(sweep.out / "fit") as folder:
+        with replaced_folder(sweep.out / "fit") as folder:
             _write_csv(folder / "points.csv", rows)
             plots.points_alone(points).savefig(folder / "frontier.png")
             _draw_points(folder, points)
-
-
-@contextmanager
-def _published(target: Path) -> Iterator[Path]:
-    """A folder made aside that takes the place of an old one when it is complete.
-
-    By one process at a time: the tasks of a Slurm array share it.
-    """
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with target.with_name(f".{target.name}.lock").open("w") as lock:
-        fcntl.flock(lock, fcntl.LOCK_EX)
-        aside = target.with_name(f".{target.name}.writing")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        yield aside
-        shutil.rmtree(target, ignore_errors=True)
-        aside.rename(target)
 
 
 def summarize(comparison: Comparison) -> list[str]:

@@ -1,12 +1,13 @@
-"""Whether a run can be: every check before a process group or a folder exists, in one place.
-
-The command line, `--dry-run` and each rank call `check`."""
+"""Whether a run can be. The command line, `--dry-run` and each rank call `check`; what only the
+ranks together can know is in preflight.py."""
 
 import os
 import shutil
 from bisect import bisect_right
+from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -15,42 +16,117 @@ from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.data import Blend
 from sparse_gpt.data.batches.batches import count_windows
 from sparse_gpt.data.batches.order import blend_counts
-from sparse_gpt.errors import ConfigError
+from sparse_gpt.errors import ConfigError, did_you_mean
 from sparse_gpt.model.attention import has_flex
 from sparse_gpt.model.costs import model_report
 from sparse_gpt.model.ffn.kernels import available
-from sparse_gpt.train.deepspeed_config import deepspeed_config
+from sparse_gpt.train.deepspeed_config import NATIVE_KEYS, deepspeed_config, own_settings
 from sparse_gpt.train.feed import held_out, open_data, train_batches
 from sparse_gpt.train.run_dir import MAY_CHANGE, read_provenance, what_computes
 
 
-def check(config: RunConfig, world_size: int) -> Blend:
-    """Everything that can be known to be wrong before a process group or a folder exists."""
+def check(config: RunConfig, world_size: int, here: bool = True) -> Blend:
+    """Everything that can be known to be wrong before a process group or a folder exists; the data.
+
+    here: whether the ranks run on machines like this one, not from a login node on others. Raises
+    ConfigError or DataError.
+    """
+    check_settings(config, world_size)
+    if here:
+        check_machine(config)
     blend = open_data(config.data)
+    check_data(config, blend, world_size)
+    check_run_dir(config, blend)
+    return blend
+
+
+def check_settings(config: RunConfig, world_size: int) -> None:
+    """Raises ConfigError for settings that cannot be together, whatever the data and the machine:
+    a batch that ranks cannot share, what DeepSpeed would ignore, override or do wrongly."""
+    run = own_settings(config, world_size)
+    for key, value in config.deepspeed.items():
+        _check_native(key, value, run)
+    for section, key in (
+        ("zero_optimization", "compute_grad_norm"),
+        ("bf16", "check_grad_overflow"),
+    ):
+        if not config.deepspeed.get(section, {}).get(key, True):
+            raise ConfigError(
+                f"deepspeed.{section}.{key}: false would let NaN into the weights; leave it out"
+            )
+    zero = deepspeed_config(config, world_size)["zero_optimization"]
+    if zero["stage"] == 3 and config.guard.checksum_every:
+        raise ConfigError(
+            "guard.checksum_every: ZeRO-3 keeps one copy of the weights, so there are no replicas "
+            "to compare; use 0, or deepspeed.zero_optimization.stage: 2"
+        )
+    if zero["stage"] == 3 and config.compile:
+        raise ConfigError(
+            "compile: ZeRO-3 gathers the weights of each part in hooks that a compiled block "
+            "cannot run; use deepspeed.zero_optimization.stage: 2, or compile: false"
+        )
+    for part in ("offload_optimizer", "offload_param"):
+        device = (zero.get(part) or {}).get("device", "none")
+        if device not in ("none", "cpu"):
+            raise ConfigError(
+                f"deepspeed.zero_optimization.{part}.device: {device} has not been "
+                "tried with exact resume; use cpu"
+            )
+    if config.compile and config.activation_checkpointing == "selective":
+        raise ConfigError(
+            "activation_checkpointing: selective recomputes inside a block, which compile makes "
+            "one piece; use full, or compile: false"
+        )
+    if zero["stage"] == 0 and config.precision != "fp32":
+        # DeepSpeed 0.19.8 takes a phantom AdamW step at initialisation in this combination.
+        raise ConfigError(
+            f"deepspeed.zero_optimization.stage: 0 trains wrongly in {config.precision}; use 1"
+        )
+
+
+def _check_native(key: str, value: Any, run: Mapping[str, Any]) -> None:
+    if key in ("optimizer", "scheduler", "compile", "checkpoint", "activation_checkpointing"):
+        ours = "schedule" if key == "scheduler" else key
+        raise ConfigError(f"deepspeed.{key}: is the run's own; set `{ours}` of the run instead")
+    if key in run:
+        pairs = value.items() if isinstance(value, Mapping) else [(None, value)]
+        for name, given in pairs:
+            expected = run[key] if name is None else run[key].get(name, given)
+            if given != expected:
+                where = f"deepspeed.{key}" + (f".{name}" if name else "")
+                raise ConfigError(f"{where}: {given!r} contradicts the run, which has {expected!r}")
+    elif key not in NATIVE_KEYS:
+        hint = did_you_mean(key, [*NATIVE_KEYS, *run])
+        raise ConfigError(
+            f"deepspeed.{key}: is no key that DeepSpeed reads" + (f"; {hint}" if hint else "")
+        )
+
+
+def check_machine(config: RunConfig) -> None:
+    """Raises ConfigError for what the devices and compilers of this machine cannot do."""
+    check_compiler(config)
+    device, ffn = "cuda" if torch.cuda.is_available() else "cpu", config.model.ffn
+    if ffn.kind == "sparse" and ffn.backend == "triton":
+        if not available(device):
+            raise ConfigError(f"model.ffn.backend: triton cannot run on this {device}; use auto")
+        if config.precision == "fp16":
+            raise ConfigError("model.ffn.backend: triton has no fp16; use auto, or bf16")
+    if config.precision == "fp16" and device == "cpu":
+        raise ConfigError("precision: fp16 needs a GPU; on the CPU use fp32 or bf16")
+
+
+def check_data(config: RunConfig, blend: Blend, world_size: int) -> None:
+    """Raises ConfigError or DataError if the data are not for this model, or too few."""
     if config.model.vocab_size != blend.vocab_size:
         raise ConfigError(
             f"model.vocab_size: {config.model.vocab_size} is not the {blend.vocab_size} of the "
             f"vocabulary that {blend.sources[0].folder} was made with; set it to that"
         )
-    config.grad_accum(world_size)
-    deepspeed_config(config, world_size)
-    check_compiler(config)
     train_batches(config, blend, world_size)
     check_epochs(config, blend)
     for source in blend.sources:
         if source.dataset.held_out.n_tokens:
             held_out(config, source.dataset.held_out, world_size)
-    ffn = config.model.ffn
-    if ffn.kind == "sparse" and ffn.backend == "triton":
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        if not available(device):
-            raise ConfigError(f"model.ffn.backend: triton cannot run on this {device}; use auto")
-        if config.precision == "fp16":
-            raise ConfigError("model.ffn.backend: triton has no fp16; use auto, or bf16")
-    if config.precision == "fp16" and not torch.cuda.is_available():
-        raise ConfigError("precision: fp16 needs a GPU; on the CPU use fp32 or bf16")
-    check_run_dir(config, blend)
-    return blend
 
 
 def check_epochs(config: RunConfig, blend: Blend) -> None:

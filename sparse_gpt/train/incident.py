@@ -19,6 +19,7 @@ import torch.distributed as dist
 
 from sparse_gpt.config.load import to_yaml
 from sparse_gpt.data import Batch
+from sparse_gpt.files import publish, temporary
 from sparse_gpt.train.checkpoint.manifest import tag_of
 from sparse_gpt.train.engine import Engine
 
@@ -33,7 +34,7 @@ def write_incident(
     """
     world, guard = engine.world, engine.guard
     folder = run_dir / "incidents" / tag_of(step)
-    aside = folder.with_name(f".writing-{folder.name}")
+    aside = temporary(folder)
     weights = _whole_weights(engine)
     error: OSError | RuntimeError | None = None
     try:
@@ -70,7 +71,7 @@ def write_incident(
         return f"{folder} could not be written ({error or 'on another rank'})"
     if world.rank == 0:
         shutil.rmtree(folder, ignore_errors=True)  # of the same step in an earlier start
-        aside.rename(folder)
+        publish(folder)
     dist.barrier()
     size = sum(path.stat().st_size for path in folder.iterdir())
     return f"{folder} ({size / 1e6:.1f} MB)"

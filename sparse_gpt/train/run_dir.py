@@ -3,7 +3,6 @@
 config.yaml  provenance.json  metrics.jsonl  tensorboard/  checkpoints/  incidents/
 """
 
-import fcntl
 import json
 import os
 import shutil
@@ -17,7 +16,7 @@ from sparse_gpt.config.load import to_yaml
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.data import Blend
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.files import publish_text
+from sparse_gpt.files import lock, locked, publish, publish_text, temporary
 from sparse_gpt.model.costs import model_report
 from sparse_gpt.provenance import git_commit, provenance
 from sparse_gpt.train.checkpoint.manifest import read_manifest, tag_of
@@ -100,10 +99,9 @@ def hold(folder: Path) -> None:
     Raises ConfigError if another one does already.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    handle = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT)  # closed by the process's end
     for _ in range(20):  # a look by `held` takes the lock for a moment
         try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            lock(folder / ".lock")  # given back by the process's end
         except BlockingIOError:
             time.sleep(0.05)
         else:
@@ -115,12 +113,11 @@ def held(folder: Path) -> bool:
     """Whether a process trains in `folder` now."""
     if not (folder / ".lock").exists():
         return False
-    with (folder / ".lock").open() as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            return True
-    return False
+    try:
+        with locked(folder / ".lock"):
+            return False
+    except BlockingIOError:
+        return True
 
 
 def fork(trunk: Path, step: int, folder: Path) -> None:
@@ -131,7 +128,7 @@ def fork(trunk: Path, step: int, folder: Path) -> None:
     checkpoint = trunk / "checkpoints" / tag_of(step)
     if not checkpoint.exists():
         raise ConfigError(f"{checkpoint}: is not there; the run that forks from it needs it")
-    aside = folder.with_name(f".forking-{folder.name}")
+    aside = temporary(folder)
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(checkpoint, aside / "checkpoints" / tag_of(step), copy_function=os.link)
     (aside / "checkpoints/latest").write_text(tag_of(step))
@@ -139,7 +136,7 @@ def fork(trunk: Path, step: int, folder: Path) -> None:
         shutil.copy(trunk / name, aside / name)
     record = {**read_provenance(trunk), "forked_from": {"run": str(trunk), "step": step}}
     publish_text(aside / "provenance.json", json.dumps(record, indent=1) + "\n")
-    aside.rename(folder)
+    publish(folder)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

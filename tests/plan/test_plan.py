@@ -104,7 +104,7 @@ def test_a_plan_says_what_a_run_costs_and_what_is_wrong():
     assert (
         "does not fit: set batch.micro_batch to" in make_plan(huge, 8, "L40S", 0.4)["warnings"][0]
     )
-    with pytest.raises(ConfigError, match="--gpu h100: did you mean H100"):
+    with pytest.raises(ConfigError, match="--gpu h100: did you mean 'H100'"):
         make_plan(config, 8, "h100", 0.4)
 
 

@@ -8,8 +8,7 @@ from ranks import finish, metrics, start_ranks
 
 from sparse_gpt.config.load import load_config
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.train.checks import check_compiler
-from sparse_gpt.train.deepspeed_config import deepspeed_config
+from sparse_gpt.train.checks import check_compiler, check_settings
 
 # The gradient's norm would differ: its derivative jumps where selected coefficients change.
 LOSSES = ("train/loss", "val/loss")
@@ -84,7 +83,7 @@ def test_a_dense_model_compiles_in_half_precision(compiling, run_file, tmp_path)
 )
 def test_what_cannot_be_compiled_is_refused(run_file, overrides, message):
     with pytest.raises(ConfigError, match=message):
-        deepspeed_config(load_config(run_file, overrides), world_size=1)
+        check_settings(load_config(run_file, overrides), world_size=1)
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ from sparse_gpt import GPT
 from sparse_gpt.config.load import load_config
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.costs import parameter_counts
+from sparse_gpt.train.checks import check_settings
 from sparse_gpt.train.deepspeed_config import deepspeed_config
 from sparse_gpt.train.engine import parameter_groups
 
@@ -19,7 +20,9 @@ COUNTING = Path(__file__).with_name("counting_train.py")
 def native(run_file, keys, *overrides, world_size=2):
     tree = yaml.safe_load(run_file.read_text())
     run_file.write_text(yaml.safe_dump({**tree, "deepspeed": keys}))
-    return deepspeed_config(load_config(run_file, overrides), world_size)
+    config = load_config(run_file, overrides)
+    check_settings(config, world_size)
+    return deepspeed_config(config, world_size)
 
 
 def test_the_batch_is_the_runs_and_native_keys_lie_over_our_defaults(run_file):
@@ -69,7 +72,7 @@ def test_the_stage_that_trains_wrongly_in_half_precision_is_refused(run_file):
 def test_offload_to_disk_is_refused(run_file, zero, message):
     config = load_config(run_file, [f"deepspeed={{zero_optimization: {zero}}}"])
     with pytest.raises(ConfigError, match=message):
-        deepspeed_config(config, world_size=1)
+        check_settings(config, world_size=1)
 
 
 def test_what_memory_is_saved_changes_no_loss(run_file, tmp_path):

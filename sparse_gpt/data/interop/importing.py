@@ -30,7 +30,7 @@ from sparse_gpt.data.shards.writer import Shards
 from sparse_gpt.data.tokenizer import Tokenizer, load_tokenizer
 from sparse_gpt.data.workers import in_order
 from sparse_gpt.errors import DataError
-from sparse_gpt.files import whole_folder
+from sparse_gpt.files import new_folder
 from sparse_gpt.progress import Progress
 
 Document = npt.NDArray[np.uint32]  # ids, end of text first
@@ -88,7 +88,7 @@ def import_shards(
         for split, of_split in zip(SPLITS, paths, strict=True)
         for batch in _batches(split, documents(of_split, tokenizer), dtype)
     )
-    with whole_folder(out) as aside:
+    with new_folder(out) as aside:
         n_bytes = dtype.itemsize * sum(len(tokens_of(path)) for path in chain(*paths))
         files = [file for path in chain(*paths) for file in _files(path, format)]
         with Progress("hashing", sum(file.stat().st_size for file in files), progress) as bar:

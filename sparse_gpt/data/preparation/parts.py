@@ -5,12 +5,11 @@ other parts, and locks the file `.tmp-part-i-of-n` for itself. The kernel lets g
 its process ends, even on SIGKILL.
 """
 
-import fcntl
 import os
 import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from sparse_gpt.data.corpus.slices import NOTES
 from sparse_gpt.data.preparation.units import Unit, count_records, files_of, refuse_strangers
 from sparse_gpt.data.shards.manifest import MANIFEST
 from sparse_gpt.errors import DataError, Resumable
-from sparse_gpt.files import TEMPORARY, lock
+from sparse_gpt.files import TEMPORARY, lock, locked
 
 _PART_LOCK = re.compile(r"\.tmp-part-(\d+)-of-(\d+)")
 _PART_FILE = re.compile(r"\.tmp-(?:part|cuts)-\d+-of-\d+")
@@ -126,29 +125,34 @@ def forget(out: Path) -> None:
 @contextmanager
 def publishing(out: Path, units: list[Unit]) -> Iterator[None]:
     """One process at a time; for when all units are finished."""
-    with open(units[0].record(out), "rb") as record:
-        with suppress(OSError):  # as in `lock`
-            fcntl.flock(record, fcntl.LOCK_EX)
+    with locked(units[0].record(out), wait=True):
         yield
 
 
 def _hold(out: Path, part: Part, stack: ExitStack) -> None:
-    folder = os.open(out, os.O_RDONLY)
-    stack.callback(os.close, folder)
-    lock(folder, fcntl.LOCK_EX if part.count == 1 else fcntl.LOCK_SH, out, "prepare")
+    stack.enter_context(_alone(out, out, "prepare", shared=part.count > 1))
     if part.count == 1:
         return
     for path in out.iterdir():
         match = _PART_LOCK.fullmatch(path.name)
         if match and int(match[2]) != part.count:
-            with open(path, "rb") as other:
-                lock(other.fileno(), fcntl.LOCK_EX, out, f"prepare with part {match[1]}/{match[2]}")
-            path.unlink()  # of a run that was killed
+            with _alone(path, out, f"prepare with part {match[1]}/{match[2]}"):
+                path.unlink()  # of a run that was killed
     path = out / f"{TEMPORARY}part-{part.number}-of-{part.count}"
-    mine = os.open(path, os.O_WRONLY | os.O_CREAT)
-    stack.callback(os.close, mine)
-    lock(mine, fcntl.LOCK_EX, out, f"prepare with part {part}")
+    stack.enter_context(_alone(path, out, f"prepare with part {part}"))
     stack.callback(path.unlink)
+
+
+@contextmanager
+def _alone(path: Path, out: Path, who: str, shared: bool = False) -> Iterator[None]:
+    try:
+        handle = lock(path, shared=shared)
+    except BlockingIOError:
+        raise DataError(f"{out}: another {who} is writing there; wait for it to end") from None
+    try:
+        yield
+    finally:
+        os.close(handle)
 
 
 def _remove_temporaries(out: Path) -> None:

@@ -8,7 +8,6 @@ data set; remove what is no longer wanted. Processes that want one at the same t
 one of them copies.
 """
 
-import fcntl
 import os
 import shutil
 from pathlib import Path
@@ -18,7 +17,7 @@ from typing import Any
 from sparse_gpt.data.shards.format import FileEntry, file_entry
 from sparse_gpt.data.shards.manifest import MANIFEST, SPLITS, Manifest, read_manifest
 from sparse_gpt.errors import DataError
-from sparse_gpt.files import publish, temporary
+from sparse_gpt.files import locked, publish, temporary
 from sparse_gpt.progress import Progress
 
 _EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # by scheme, what reads it
@@ -48,8 +47,7 @@ def local_folder(folder: str | Path) -> Path:
             manifest = read_manifest(incoming)
         copy = cache / f"{url.rpartition('/')[2]}-{manifest.hash[:16]}"
         copy.mkdir(exist_ok=True)
-        with (copy / ".lock").open("w") as lock:
-            fcntl.flock(lock, fcntl.LOCK_EX)
+        with locked(copy / ".lock", wait=True):
             if not (copy / MANIFEST).exists():
                 _copy_all(url, storage, root, manifest, copy)
                 temporary(copy / MANIFEST).write_bytes(content)

@@ -23,7 +23,7 @@ import torch
 import xxhash
 
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.files import publish_text, sync
+from sparse_gpt.files import TEMPORARY, publish, publish_text, sync, temporary
 from sparse_gpt.train.checkpoint.manifest import (
     TrainState,
     read_manifest,
@@ -91,7 +91,7 @@ class Checkpoints:
         }
         folder = self._aside(state)
         if self.world.rank == 0:
-            for leftover in self.root.glob(".writing-*"):
+            for leftover in self.root.glob(f"{TEMPORARY}step-*"):
                 shutil.rmtree(leftover)
         self.votes.wait_for_all()
         path = folder / f"rank-{self.world.rank}.pt"
@@ -180,7 +180,7 @@ class Checkpoints:
         return TrainState(manifest["step"], manifest["samples"], manifest["guard"])
 
     def _aside(self, state: TrainState) -> Path:
-        return self.root / f".writing-{tag_of(state.step)}"
+        return temporary(self.root / tag_of(state.step))
 
     def _publish(self, state: TrainState) -> None:
         aside = self._aside(state)
@@ -195,7 +195,7 @@ class Checkpoints:
         for name in names:
             (aside / f"{name}.xxh3").unlink()
         write_manifest(aside, manifest)
-        aside.rename(self.root / tag_of(state.step))
+        publish(self.root / tag_of(state.step))
         publish_text(self.root / "latest", tag_of(state.step))
         for old in self._tags()[self.config.keep_last :]:
             if not self._kept(step_of(old)):

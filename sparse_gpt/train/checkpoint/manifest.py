@@ -8,7 +8,8 @@ from typing import Any
 
 import xxhash
 
-from sparse_gpt.files import publish_text
+from sparse_gpt.errors import DataError
+from sparse_gpt.files import read_sealed, write_sealed
 
 
 @dataclass(frozen=True)
@@ -32,18 +33,28 @@ def step_of(tag: str) -> int:
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint's `manifest.json` says; None if it is not as `write_manifest` left it."""
+    path = folder / "manifest.json"
     try:
-        manifest: dict[str, Any] = json.loads((folder / "manifest.json").read_text())
-        return manifest if manifest.pop("hash") == _hash_of(manifest) else None
-    except (OSError, ValueError, AttributeError, TypeError, KeyError):
+        manifest = read_sealed(path)
+        del manifest["hash"]
+        return manifest
+    except OSError:
         return None
+    except DataError:
+        return _read_0_1(path)
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:
-    """Publish a checkpoint's `manifest.json`, with a hash of itself: a flipped bit is found."""
-    sealed = {**manifest, "hash": _hash_of(manifest)}
-    publish_text(folder / "manifest.json", json.dumps(sealed, indent=1))
+    """Publish a checkpoint's `manifest.json`, sealed: a flipped bit is found."""
+    write_sealed(folder / "manifest.json", manifest)
 
 
-def _hash_of(manifest: Mapping[str, Any]) -> str:
-    return xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+def _read_0_1(path: Path) -> dict[str, Any] | None:
+    """As version 0.1 sealed it, so that its runs go on."""
+    try:
+        manifest: dict[str, Any] = json.loads(path.read_bytes())
+        digest = manifest.pop("hash")
+        whole = xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
+    except (ValueError, AttributeError, TypeError, KeyError):
+        return None
+    return manifest if digest == whole else None
