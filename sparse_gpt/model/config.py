@@ -187,7 +187,8 @@ def _named(presets: Mapping[str, Any], name: object) -> Any:
 
 def ffn_preset(name: str) -> DenseFFNConfig | SparseFFNConfig:
     """The FFN called `dense`, `paper` or `default`; ValueError for any other name."""
-    return _named(_FFN_PRESETS, name)
+    found: DenseFFNConfig | SparseFFNConfig = _named(_FFN_PRESETS, name)
+    return found
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

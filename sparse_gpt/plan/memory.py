@@ -107,7 +107,8 @@ class _FusedStandIn:
         self.dropout: nn.Module = ffn.dropout
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.dropout(_KeepsInput.apply(x))
+        y: Tensor = self.dropout(_KeepsInput.apply(x))  # type: ignore[no-untyped-call]
+        return y
 
 
 class _KeepsInput(torch.autograd.Function):
@@ -216,4 +217,4 @@ def bucket_size(config: RunConfig) -> int:
 
 
 def _on_host(zero: dict[str, Any], part: str) -> bool:
-    return (zero.get(part) or {}).get("device", "none") != "none"
+    return bool((zero.get(part) or {}).get("device", "none") != "none")

@@ -91,7 +91,8 @@ class Probe:
         return hook
 
     def _milliseconds(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3
+        cuda = self.device.type == "cuda"
+        return float(start.elapsed_time(end) if cuda else (end - start) * 1e3)
 
     def _measure(self, name: str) -> Any:
         def hook(module: Any, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:

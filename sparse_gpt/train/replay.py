@@ -154,7 +154,7 @@ def _backward(model: nn.Module, rank: dict[str, Any], rows: slice, device: torch
     parts = (rank[name] for name in ("tokens", "targets", "documents"))
     loss = model(*(None if part is None else part[rows].to(device) for part in parts))
     loss.backward()
-    return loss.item()
+    return float(loss.item())
 
 
 def replay_json(found: Replay) -> dict[str, Any]:
