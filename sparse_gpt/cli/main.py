@@ -200,7 +200,7 @@ def compare(
 
     found = summaries(runs)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps({run: vars(summary) for run, summary in found.items()}, indent=1))
     else:
         show(comparison(found))
 
@@ -235,10 +235,10 @@ def plan(
 
     made = make_plan(load_config(config, overrides or []), gpus, gpu, mfu)
     if as_json:
-        print(json.dumps(made, indent=1))
+        print(json.dumps(made.to_dict(), indent=1))
         return
     show(plan_table(made))
-    for warning in made["warnings"]:
+    for warning in made.warnings:
         print(f"warning: {warning}")
 
 
