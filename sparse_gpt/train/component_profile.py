@@ -17,7 +17,7 @@ from sparse_gpt.model.ffn import UltraEfficientSparseFFN
 from sparse_gpt.model.flops import FlopReport
 
 
-class Probe:
+class ComponentProfile:
     """Measures the components of a model's blocks, those that its FLOP report names."""
 
     def __init__(self, model: nn.Module, report: FlopReport, device: torch.device) -> None:
