@@ -71,7 +71,7 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, mfu: float) -> Plan:
     stages = {number: _stage(config, gpus, number, device) for number in range(first, 4)}
     report = model_report(config.model)
     per_token = report.training / report.seq
-    steps = config.total_steps(per_token)
+    steps = config.total_steps
     flops = per_token * config.batch.global_tokens * steps
     again = _recomputed_flops(config) / report.seq * config.batch.global_tokens * steps
     return Plan(

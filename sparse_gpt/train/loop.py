@@ -46,7 +46,7 @@ def train(config: RunConfig) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     found = preflight(config, world, blend.hash, parameters)
     report = count_flops(model, batch=1, seq=config.model.max_seq_len)
-    total_steps = config.total_steps(report.training / report.seq)
+    total_steps = config.total_steps
     profile = ComponentProfile(model, report, world.device)
     engine = Engine(config, model, world, total_steps)
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks

@@ -13,11 +13,12 @@ from rich.table import Table
 from torch import nn
 
 from sparse_gpt.config.load import load_config
-from sparse_gpt.config.schema import DTYPES, RunConfig
+from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.data import load_tokenizer
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.gpt import GPT
 from sparse_gpt.train.checkpoint.random_state import set_rng_state
+from sparse_gpt.train.precision import DTYPES
 
 
 @dataclass(frozen=True)
