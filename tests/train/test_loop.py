@@ -222,22 +222,6 @@ def test_torchrun_and_srun_train_as_any_launcher(run_file, tmp_path):
     assert exact(metrics(tmp_path / "srun")) == plain
 
 
-@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.long), 3])
-def test_fused_kernels_train_as_the_eager_chain_does(run_file, tmp_path, monkeypatch, zero_stage):
-    """In Triton's interpreter; ZeRO-3 must gather what the kernels read past the modules."""
-    options = [f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}", "duration={steps: 3}"]
-    options += ["batch={global_tokens: 128, micro_batch: 2}", "eval.max_tokens=64"]
-    losses = []
-    for backend in ("eager", "triton"):
-        monkeypatch.setitem(ENVIRONMENT, "TRITON_INTERPRET", str(int(backend == "triton")))
-        run_dir = tmp_path / backend
-        own = [f"run_dir={run_dir}", f"model.ffn.backend={backend}"]
-        finish(start_ranks(run_file, *options, *own), timeout=300)
-        losses.append([row["train/loss"] for row in metrics(run_dir) if "train/loss" in row])
-        assert any("time/block_00/ffn.polynomial" in row for row in metrics(run_dir))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
-
-
 def test_a_disk_that_stalls_is_waited_for_and_told_of(run_file, tmp_path):
     """Ten batches are a tenth of a second of training: reading ahead cannot hide half a second."""
     whole, slow = tmp_path / "whole", tmp_path / "slow"
