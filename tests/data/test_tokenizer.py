@@ -32,7 +32,7 @@ def test_any_ids_are_decoded_as_by_tiktoken(ids: list[int]) -> None:
     tokenizer = load_tokenizer()
     expected = tokenizer._encoding.decode(ids)
     assert tokenizer.decode(np.array(ids, np.uint16)) == expected
-    with mock.patch.object(tokenizer, "_JOINED", 3):
+    with mock.patch("sparse_gpt.data.tokenizer._JOINED", 3):
         assert tokenizer.decode(ids) == expected
 
 

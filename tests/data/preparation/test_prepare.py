@@ -537,7 +537,7 @@ def test_memory_of_ten_million_documents(tmp_path: Path) -> None:
         for n in range(10_000_000):
             file.write(f'{{"text": "the short document of number {n}"}}\n')
     code = (
-        "import resource\nfrom data import prepare\n"
+        "import resource\nfrom sparse_gpt.data import prepare\n"
         f"prepare([{str(tmp_path / 'a.jsonl')!r}], {str(tmp_path / 'out')!r}, dedup=True)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
