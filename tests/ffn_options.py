@@ -1,4 +1,4 @@
-"""FFN options that every property of the FFN must hold for, at d_model 32, and the fixtures that the
+"""FFN options that every property of the FFN must hold for, at d_model 32; and the fixtures that
 tests of `model` and of `huggingface` share."""
 
 from collections.abc import Callable

@@ -18,12 +18,12 @@ import yaml
 from ranks import ENVIRONMENT, ROOT, metrics, sparse_gpt
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sparse_gpt.data import open_shards
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.sweep.collect import point_rows
 from sparse_gpt.sweep.execute import slurm_script
 from sparse_gpt.sweep.grid import read_sweep
 from sparse_gpt.train.checkpoint.manifest import tag_of, write_manifest
-from sparse_gpt.train.run_dir import held, hold
 
 EXACT = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
 
@@ -102,30 +102,6 @@ def test_a_wrong_sweep_file_is_refused_in_one_line(sweep_tree, tmp_path, change,
     assert says in str(caught.value)
     assert str(path) in str(caught.value)
     assert "\n" not in str(caught.value)
-
-
-def test_a_held_run_is_refused_until_its_process_ends(tmp_path):
-    run_dir = tmp_path / "run"
-    assert not held(run_dir)
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys, pathlib; from sparse_gpt.train.run_dir import hold; "
-            "hold(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()",
-            str(run_dir),
-        ],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert holder.stdout.readline() == b"held\n"
-    assert held(run_dir)
-    with pytest.raises(ConfigError, match="another process trains this run"):
-        hold(run_dir)
-    holder.kill()
-    holder.wait()
-    assert not held(run_dir)
 
 
 def test_kills_change_nothing_and_a_fork_is_the_run_it_stands_for(sweep_tree, tmp_path):
@@ -336,3 +312,26 @@ def _board(folder: Path) -> EventAccumulator:
     board = EventAccumulator(str(folder), {"scalars": 0, "images": 0})
     board.Reload()
     return board
+
+
+def test_a_sweep_counts_epochs_of_the_source_that_is_read_first(run_file, pair, tmp_path):
+    tree = yaml.safe_load(run_file.read_text())
+    shared = {key: value for key, value in tree.items() if key not in ("run_dir", "duration")}
+    scarce = open_shards(pair[1]).train.n_tokens
+    shared["data"] = {"blend": {pair[0]: 1, pair[1]: 9}}
+    shared["optimizer"] = {}
+    sweep = {
+        "run": shared,
+        "families": {"dense": {"model.ffn": "dense"}},
+        "sizes": {"small": {}},
+        "budgets": [1e9, 1e13],
+        "lr": [1e-3],
+        "baseline": "dense",
+        "limits": {"tokens_per_parameter": [0, 1e9], "epochs": 1},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    planned = read_sweep(tmp_path / "sweep.yaml", tmp_path / "out")
+    assert all(cell.tokens <= scarce / 0.9 for cell in planned.cells)
+    assert len(planned.cells) == 1
+    [line] = planned.left_out
+    assert "epochs of the data, above 1" in line
