@@ -6,6 +6,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
@@ -109,30 +110,47 @@ def run_file(tmp_path: Path, shards: Path) -> Path:
     return path
 
 
+@dataclass(frozen=True)
+class Done:
+    """How a command ended and what it said."""
+
+    returncode: int
+    stdout: str
+    stderr: str
+
+
+@pytest.fixture
+def no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """This machine has no GPU, as for the processes that ranks.py starts."""
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 0)
+
+
 @pytest.fixture
 def command(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> Callable[..., tuple[int, str, str]]:
-    """Runs the command line in this process: exit code, what it prints, what it complains of."""
+    no_gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> Callable[..., Done]:
+    """Runs the command line in this process, in the folder of the source."""
+    monkeypatch.chdir(ROOT)
 
-    def run(*arguments: object) -> tuple[int, str, str]:
+    def run(*arguments: object) -> Done:
         monkeypatch.setattr(sys, "argv", ["sparse-gpt", *map(str, arguments)])
+        capsys.readouterr()
         with pytest.raises(SystemExit) as stopped:
             main()
-        output, errors = capsys.readouterr()
-        return int(stopped.value.code or 0), output, errors
+        return Done(int(stopped.value.code or 0), *capsys.readouterr())
 
     return run
 
 
 @pytest.fixture
-def refused(command: Callable[..., tuple[int, str, str]]) -> Callable[..., str]:
+def refused(command: Callable[..., Done]) -> Callable[..., str]:
     """Runs a command in this process; returns the one line with which it is refused."""
 
     def run(*arguments: object) -> str:
-        code, _, errors = command(*arguments)
-        assert code == 2, errors
-        lines = [line for line in errors.splitlines() if line.strip()]
+        done = command(*arguments)
+        assert done.returncode == 2, done
+        lines = [line for line in done.stderr.splitlines() if line.strip()]
         assert len(lines) == 1, lines
         assert lines[0].startswith("error: ")
         return lines[0]

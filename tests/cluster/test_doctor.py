@@ -1,9 +1,7 @@
 import json
 
-from ranks import sparse_gpt
 
-
-def test_doctor_finds_what_training_needs():
-    found = {row["what"]: row for row in json.loads(sparse_gpt("doctor", "--json").stdout)}
+def test_doctor_finds_what_training_needs(command):
+    found = {row["what"]: row for row in json.loads(command("doctor", "--json").stdout)}
     assert found["deepspeed"]["status"] == "ok"
     assert found["GPU"]["fix"]

@@ -1,10 +1,7 @@
-from ranks import sparse_gpt
-
-
-def test_a_hostfile_is_the_launchers(run_file, tmp_path):
+def test_a_hostfile_is_the_launchers(command, run_file, tmp_path):
     hosts = tmp_path / "hosts"
     hosts.write_text("# ours\nnode1 slots=2\nnode2 slots=2\n")
-    done = sparse_gpt("train", run_file, "--hostfile", hosts, "--dry-run", "batch.micro_batch=2")
+    done = command("train", run_file, "--hostfile", hosts, "--dry-run", "batch.micro_batch=2")
     assert done.returncode == 0, done.stderr
     assert f"--hostfile {hosts} " in done.stdout
     assert '"train_batch_size": 16' in done.stdout
@@ -15,7 +12,7 @@ def test_a_hostfile_is_the_launchers(run_file, tmp_path):
         ("a slots=1\na slots=1\n", f"{hosts}:2: names a twice"),
     ):
         hosts.write_text(text)
-        done = sparse_gpt("train", run_file, "--hostfile", hosts)
+        done = command("train", run_file, "--hostfile", hosts)
         assert done.returncode == 2
         assert done.stderr.startswith(f"error: {message}")
 

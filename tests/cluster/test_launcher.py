@@ -3,14 +3,12 @@
 import json
 import shlex
 
-from ranks import sparse_gpt
-
 from sparse_gpt.cluster.launcher import RANK
 
 
-def test_a_dry_run_prints_what_would_run_and_touches_nothing(run_file):
+def test_a_dry_run_prints_what_would_run_and_touches_nothing(command, run_file):
     before = sorted(run_file.parent.rglob("*"))
-    done = sparse_gpt("train", run_file, "--devices", "2", "--dry-run", "optimizer.lr=1e-4")
+    done = command("train", run_file, "--devices", "2", "--dry-run", "optimizer.lr=1e-4")
     assert done.returncode == 0, done.stderr
     assert sorted(run_file.parent.rglob("*")) == before
     line, _, config = done.stdout.partition("\n")

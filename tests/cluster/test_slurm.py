@@ -2,14 +2,14 @@
 
 import os
 
-from ranks import ENVIRONMENT, sparse_gpt
-
 from sparse_gpt.cluster.launcher import RANK
 
 
-def test_a_slurm_job_is_written_submitted_and_queues_itself_again(run_file, tmp_path, monkeypatch):
+def test_a_slurm_job_is_written_submitted_and_queues_itself_again(
+    command, run_file, tmp_path, monkeypatch
+):
     options = ("--slurm", "--nodes", "2", "--devices", "4", "--time", "12:00:00")
-    shown = sparse_gpt("train", run_file, *options, "--dry-run", "batch.micro_batch=2")
+    shown = command("train", run_file, *options, "--dry-run", "batch.micro_batch=2")
     assert shown.returncode == 0, shown.stderr
     for line in (
         "--nodes=2",
@@ -32,18 +32,18 @@ def test_a_slurm_job_is_written_submitted_and_queues_itself_again(run_file, tmp_
     }.items():
         (tools / name).write_text(f"#!/bin/sh\n{text}\n")
         (tools / name).chmod(0o755)
-    monkeypatch.setitem(ENVIRONMENT, "PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setitem(ENVIRONMENT, "SLURM_JOB_ID", "7")
+    monkeypatch.setenv("PATH", f"{tools}:{os.environ['PATH']}")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
     for code, requeued in (("75", True), ("1", False), ("0", False)):
-        monkeypatch.setitem(ENVIRONMENT, "CODE", code)
-        done = sparse_gpt("train", run_file, *options, "batch.micro_batch=2")
+        monkeypatch.setenv("CODE", code)
+        done = command("train", run_file, *options, "batch.micro_batch=2")
         assert done.returncode == 0, done.stderr
         assert f"-m {RANK} --config {run_file} batch.micro_batch=2\n" in done.stdout
         assert ("scontrol requeue 7\n" in done.stdout) == requeued
         assert done.stdout.endswith(f"job ended with {code}\n")
     assert (tmp_path / "run/train.sbatch").read_text() == shown.stdout.removesuffix("\n")
 
-    monkeypatch.setitem(ENVIRONMENT, "PATH", str(tmp_path))
-    refused = sparse_gpt("train", run_file, *options, "batch.micro_batch=2")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    refused = command("train", run_file, *options, "batch.micro_batch=2")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --slurm: there is no sbatch here")
