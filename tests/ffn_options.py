@@ -1,5 +1,4 @@
-"""FFN options that every property of the FFN must hold for, at d_model 32; and the fixtures that
-tests of `model` and of `huggingface` share."""
+"""The FFN options that every property of the FFN must hold for, at d_model 32, as fixtures."""
 
 from collections.abc import Callable
 from typing import Any
@@ -56,8 +55,7 @@ def model_config(request: pytest.FixtureRequest) -> ModelConfig:
 
 
 @pytest.fixture(autouse=True)
-def _seed() -> None:
-    """The same random numbers in every run of a test."""
+def seed() -> None:
     torch.manual_seed(0)
 
 

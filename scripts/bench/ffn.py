@@ -37,10 +37,10 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sparse_gpt import DenseFFN, UltraEfficientSparseFFN, count_flops
-from sparse_gpt.config.schema import DTYPES
 from sparse_gpt.model.config import DenseFFNConfig, ffn_preset
 from sparse_gpt.provenance import provenance
 from sparse_gpt.train.distributed import keep_freed_memory
+from sparse_gpt.train.precision import DTYPES
 
 Call = Callable[[], Tensor | None]
 PASSES = ("forward", "backward", "both")

@@ -34,12 +34,13 @@ from rich.table import Table
 
 from sparse_gpt import GPT, count_flops
 from sparse_gpt.config.load import load_config
-from sparse_gpt.config.schema import DTYPES, RunConfig
+from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.model.width import transfer_width
 from sparse_gpt.provenance import provenance
 from sparse_gpt.train.checks import check_compiler
 from sparse_gpt.train.distributed import World, join_world
 from sparse_gpt.train.engine import Engine, parameter_groups
+from sparse_gpt.train.precision import DTYPES
 from sparse_gpt.train.schedule import learning_rate
 
 

@@ -68,8 +68,8 @@ class Run:
             "lr": self.lr,
             "seed": self.seed,
             "changes": self.changes,
-            "tokens": found["steps"] * self.config.batch.global_tokens,
-            **found,
+            "tokens": found.steps * self.config.batch.global_tokens,
+            **vars(found),
             "provenance": start,
         }
 

@@ -6,12 +6,14 @@ checkpoint. What takes seconds to import is imported inside the command that nee
 
 import json
 import sys
+from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
+from sparse_gpt.cli.config_commands import config_app
 from sparse_gpt.cli.data_commands import prepare, shards_app, vocab_app
 from sparse_gpt.cli.sweep_commands import sweep_app
 from sparse_gpt.cli.terminal import Json, show
@@ -31,6 +33,22 @@ app = typer.Typer(
 app.add_typer(shards_app, name="shards")
 app.add_typer(vocab_app, name="vocab")
 app.add_typer(sweep_app, name="sweep")
+app.add_typer(config_app, name="config")
+
+
+def _print_version(asked: bool) -> None:
+    if asked:
+        print(f"sparse-gpt {version('sparse-gpt')}")
+        raise typer.Exit
+
+
+Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)]
+
+
+@app.callback()
+def _root(asked: Version = False) -> None:
+    """Options of the command itself."""
+
 
 Overrides = Annotated[
     list[str] | None,
@@ -200,7 +218,7 @@ def compare(
 
     found = summaries(runs)
     if as_json:
-        print(json.dumps(found, indent=1))
+        print(json.dumps({run: vars(summary) for run, summary in found.items()}, indent=1))
     else:
         show(comparison(found))
 
@@ -235,10 +253,10 @@ def plan(
 
     made = make_plan(load_config(config, overrides or []), gpus, gpu, mfu)
     if as_json:
-        print(json.dumps(made, indent=1))
+        print(json.dumps(made.to_dict(), indent=1))
         return
     show(plan_table(made))
-    for warning in made["warnings"]:
+    for warning in made.warnings:
         print(f"warning: {warning}")
 
 

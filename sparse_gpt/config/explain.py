@@ -1,12 +1,13 @@
 """The first thing wrong with a configuration, in one line for its author."""
 
-import difflib
 import types
 import typing
 from collections.abc import Iterator, Sequence
 from typing import Annotated, Any
 
 from pydantic import BaseModel, ValidationError
+
+from sparse_gpt.errors import did_you_mean
 
 
 def explain(error: ValidationError, root: type[BaseModel]) -> str:
@@ -17,9 +18,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     if first["type"] == "extra_forbidden":
         *section, name = _path(root, first["loc"])
         names = sorted(set(_field_names(root, section)))
-        near = difflib.get_close_matches(str(name), names, n=1, cutoff=0.5)
-        what = f"unknown key; did you mean '{near[0]}'?" if near else "unknown key"
-        what += "" if near else f"; known here: {', '.join(names)}"
+        near = did_you_mean(str(name), names)
+        what = f"unknown key; {near or 'known here: ' + ', '.join(names)}"
     elif first["type"] == "missing":
         what = "is missing"
     else:

@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Sequence
+from functools import reduce
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +12,7 @@ from pydantic import ValidationError
 from sparse_gpt.config.explain import explain
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.errors import ConfigError
+from sparse_gpt.model.config import merge
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -27,39 +29,49 @@ def build_config(path: Path, tree: dict[str, Any], overrides: Sequence[str] = ()
 
     Raises ConfigError.
     """
-    tree = _inherit(path, tree, seen=())
-    for override in overrides:
-        _apply(tree, override)
+    layers = [own for _, own in lineage(path, tree)] + [read_override(text) for text in overrides]
     try:
-        return RunConfig(**tree)
+        return RunConfig.model_validate(reduce(lay_over, layers))
     except ValidationError as error:
         raise ConfigError(f"{path}: {explain(error, RunConfig)}") from None
 
 
 def to_yaml(config: RunConfig) -> str:
     """The resolved configuration, which `load_config` reads back to an equal one."""
-    return yaml.safe_dump(config.model_dump(mode="json"), sort_keys=False)
+    return yaml.dump(config.model_dump(mode="json"), Dumper=Dumper, sort_keys=False)
 
 
 class _Loader(yaml.SafeLoader):
     """YAML in which 3e-4 is a number (YAML 1.1 wants 3.0e-4 and takes the rest for text)."""
 
 
-_Loader.add_implicit_resolver(
+class Dumper(yaml.SafeDumper):
+    """Quotes the text that would be such a number."""
+
+
+yaml.add_implicit_resolver(
     "tag:yaml.org,2002:float",
     re.compile(r"[-+]?(\d[\d_]*\.?[\d_]*|\.\d[\d_]*)[eE][-+]?\d+$"),
     list("-+.0123456789"),
+    Loader=_Loader,
+    Dumper=Dumper,
 )
 
 
-def _parse(text: str) -> Any:
-    return yaml.load(text, _Loader)  # a SafeLoader: plain data only
+def parse(text: str) -> tuple[Any, yaml.Node | None]:
+    """The plain data that YAML text holds, and the nodes, with lines, which they are from."""
+    loader = _Loader(text)
+    try:
+        node = loader.get_single_node()
+        return (None if node is None else loader.construct_document(node)), node
+    finally:
+        loader.dispose()
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds. Raises ConfigError."""
     try:
-        tree = _parse(path.read_text(encoding="utf-8"))
+        tree, _ = parse(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; give the path of a run file") from None
     except UnicodeDecodeError:
@@ -73,50 +85,58 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return tree
 
 
-def _inherit(path: Path, tree: dict[str, Any], seen: tuple[Path, ...]) -> dict[str, Any]:
-    """`tree`, found in `path`, over the file that its `base` names."""
-    if path.resolve() in seen:
-        raise ConfigError(f"{path}: inherits from itself through `base`")
-    if "base" not in tree:
-        return dict(tree)
-    base = path.parent / str(tree["base"])
-    own = {key: value for key, value in tree.items() if key != "base"}
-    return _merge(_inherit(base, read_yaml(base), (*seen, path.resolve())), own)
+def lineage(path: Path, tree: dict[str, Any]) -> list[tuple[Path, dict[str, Any]]]:
+    """The files that `tree`, found in `path`, inherits from through `base`, the farthest first, and
+    itself, each with what it holds. Raises ConfigError."""
+    files = [(path, tree)]
+    while "base" in tree:
+        path = path.parent / str(tree["base"])
+        if path.resolve() in [other.resolve() for other, _ in files]:
+            raise ConfigError(f"{path}: inherits from itself through `base`")
+        tree = read_yaml(path)
+        files.insert(0, (path, tree))
+    return [(path, {k: v for k, v in tree.items() if k != "base"}) for path, tree in files]
+
+
+def read_override(text: str) -> dict[str, Any]:
+    """What `section.key=value` sets, as a file would hold it. Raises ConfigError."""
+    path, equals, written = text.partition("=")
+    keys = path.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"'{text}': an override is written key=value or section.key=value")
+    try:
+        value, _ = parse(written)
+    except yaml.YAMLError:
+        raise ConfigError(f"'{text}': the value is not YAML; quote it") from None
+    tree: dict[str, Any] = {keys.pop(): value}
+    for key in reversed(keys):
+        tree = {key: tree}
+    return tree
+
+
+def lay_over(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`above` over `below`, mapping by mapping."""
+    return merge(_make_room(below, above), above)
 
 
 _DATA = {"path", "blend"}  # of the data section; one is given, whole, and replaces what was before
 
 
-def _merge(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
-    """`above` over `below`, mapping by mapping.
+def _make_room(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
+    """`below` without what cannot stand beside `above`.
 
     A name where a mapping could stand is its preset (`ffn: paper` is `ffn: {preset: paper}`), so
     that one of its keys can be overridden.
     """
-    merged = dict(below)
+    room = dict(below)
     for key, value in above.items():
-        old = merged.get(key)
+        old = room.get(key)
         if key in ("model", "ffn") and isinstance(old, str):
             old = {"preset": old}
-        # Of the duration's keys only one may stand: an inherited one must go.
-        if isinstance(value, dict) and isinstance(old, dict) and key != "duration":
-            if key == "data" and value.keys() & _DATA:
+        if isinstance(value, dict) and isinstance(old, dict):
+            if key == "duration":  # only one of its keys may stand
+                old = {}
+            elif key == "data" and value.keys() & _DATA:
                 old = {name: v for name, v in old.items() if name not in _DATA}
-            value = _merge(old, value)
-        merged[key] = value
-    return merged
-
-
-def _apply(tree: dict[str, Any], override: str) -> None:
-    keys, equals, text = override.partition("=")
-    if not equals or not all(keys.split(".")):
-        raise ConfigError(f"'{override}': an override is written key=value or section.key=value")
-    try:
-        value = _parse(text)
-    except yaml.YAMLError:
-        raise ConfigError(f"'{override}': the value is not YAML; quote it") from None
-    for key in reversed(keys.split(".")):
-        value = {key: value}
-    merged = _merge(tree, value)
-    tree.clear()
-    tree.update(merged)
+            room[key] = _make_room(old, value)
+    return room

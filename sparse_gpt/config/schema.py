@@ -7,25 +7,41 @@ override any key (`optimizer.lr=1e-3`). Whatever is wrong ends in one ConfigErro
 import math
 from typing import Annotated, Any, Literal
 
-import torch
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.model.config import ModelConfig
-from sparse_gpt.model.width import check_transfers
+from sparse_gpt.model.config import ModelConfig, Part
 
 
-class Section(BaseModel):
-    """A part of the configuration: immutable, exact types, no unknown keys."""
+class Section(Part):
+    """A part of a run file: exact types besides."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+    model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+
+def _exactly_one(*names: str) -> Any:
+    """The validator that wants one of these keys given."""
+
+    def check(section: Section) -> Section:
+        given = [name for name in names if getattr(section, name) is not None]
+        if len(given) == 1:
+            return section
+        found = " and ".join(given) or "none"
+        raise ValueError(f"give exactly one of {', '.join(names)}; here is {found}")
+
+    return model_validator(mode="after")(check)
+
+
+Weight = Annotated[float, Field(gt=0)]
 
 
 class SourceConfig(Section):
     """A source of a blend; a number alone is its weight."""
 
-    weight: float = Field(gt=0)  # its share of the samples is this over the sum of all weights
-    max_epochs: float | None = Field(None, gt=0)  # in place of the data's
+    weight: Weight
+    """Its share of the samples is this over the sum of all weights."""
+    max_epochs: float | None = Field(None, gt=0)
+    """In place of `data.max_epochs`."""
 
 
 def _weighted(source: Any) -> Any:
@@ -33,114 +49,139 @@ def _weighted(source: Any) -> Any:
     return {"weight": source} if is_number else source
 
 
+Source = Annotated[
+    SourceConfig, BeforeValidator(_weighted, json_schema_input_type=Weight | SourceConfig)
+]
+
+
 class DataConfig(Section):
     """What to train on: exactly one of `path` and `blend`. See docs/order.md."""
 
-    path: str | None = None  # a folder that `sparse-gpt prepare` wrote
-    blend: dict[str, Annotated[SourceConfig, BeforeValidator(_weighted)]] | None = Field(
-        None, min_length=1
-    )  # several of them
-    max_epochs: float | None = Field(None, gt=0)  # a run that would read more often is refused
-    allow_change: bool = False  # go on with other data than a run began with
+    path: str | None = None
+    """A folder that `sparse-gpt prepare` wrote."""
+    blend: dict[str, Source] | None = Field(None, min_length=1)
+    """Several such folders, each with its weight."""
+    max_epochs: float | None = Field(None, gt=0)
+    """A run that would read a source more often is refused; null: no limit."""
+    allow_change: bool = False
+    """Go on with other data than the run began with."""
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> "DataConfig":
-        given = [name for name in ("path", "blend") if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of path, blend; here is {' and '.join(given) or 'none'}"
-            )
-        return self
+    _one = _exactly_one("path", "blend")
 
 
 class BatchConfig(Section):
-    global_tokens: int = Field(gt=0)  # tokens of one optimizer step, over all ranks
-    micro_batch: int = Field(gt=0)  # sequences that one rank holds at a time
+    """What one optimizer step takes."""
+
+    global_tokens: int = Field(gt=0)
+    """Tokens of one optimizer step, over all ranks; whole sequences of `model.max_seq_len`."""
+    micro_batch: int = Field(gt=0)
+    """Sequences that a rank holds at a time; what is left of its share is accumulated."""
 
 
 class DurationConfig(Section):
     """How long to train: exactly one of the three."""
 
     steps: int | None = Field(None, gt=0)
+    """Optimizer steps."""
     tokens: int | None = Field(None, gt=0)
-    flops: float | None = Field(None, gt=0)  # training FLOPs of the whole run, logits included
+    """Training tokens; the last step is whole."""
+    flops: float | None = Field(None, gt=0)
+    """Training FLOPs of the whole run, logits included; the last step is whole."""
 
-    @model_validator(mode="after")
-    def _exactly_one(self) -> "DurationConfig":
-        given = [name for name in type(self).model_fields if getattr(self, name) is not None]
-        if len(given) != 1:
-            raise ValueError(
-                f"give exactly one of steps, tokens, flops; here is {' and '.join(given) or 'none'}"
-            )
-        return self
+    _one = _exactly_one("steps", "tokens", "flops")
 
 
 class OptimizerConfig(Section):
-    """AdamW (Loshchilov & Hutter 2019), decay on matrices only.
-
-    With `width_transfer` (muP, see `sparse_gpt.width`) `lr` is the learning rate of d_model 128,
-    and each weight of another width gets what trains it alike.
-    """
+    """AdamW (Loshchilov & Hutter 2019), decay on matrices only."""
 
     lr: float = Field(gt=0)
+    """Peak learning rate."""
     width_transfer: bool = False
+    """muP: `lr` is that of `d_model` 128; weights of another width get what trains them alike."""
     betas: Annotated[tuple[float, float], Strict(False)] = (0.9, 0.95)
+    """Decay, a step, of the running means of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
+    """Added to the root of that square."""
     weight_decay: float = Field(0.1, ge=0)
-    grad_clip: float = Field(1.0, ge=0)  # global gradient norm; 0 = no clipping
+    """This, times the learning rate, is the share that a step takes off each weight of a matrix."""
+    grad_clip: float = Field(1.0, ge=0)
+    """Largest norm of the whole gradient; 0: no clipping."""
 
 
 class ScheduleConfig(Section):
-    """Learning rate over the steps, see `train/schedule.py`."""
+    """Learning rate over the steps."""
 
     kind: Literal["cosine", "wsd", "linear"] = "cosine"
+    """Shape of the fall; `wsd` is constant until it cools down."""
     warmup_steps: int = Field(0, ge=0)
-    decay_fraction: float = Field(0.2, gt=0, le=1)  # the last part of a `wsd` run, where it cools
-    final_lr_ratio: float = Field(0.1, ge=0, le=1)  # learning rate at the end over the peak
+    """Steps of a linear rise to the peak."""
+    decay_fraction: float = Field(0.2, gt=0, le=1)
+    """The last part of a `wsd` run's steps, where it cools down."""
+    final_lr_ratio: float = Field(0.1, ge=0, le=1)
+    """Learning rate at the end over the peak."""
 
 
 class CheckpointConfig(Section):
-    every: int = Field(1000, gt=0)  # steps; the last step is always saved
+    """When checkpoints are written and which are kept, see docs/resume.md."""
+
+    every: int = Field(1000, gt=0)
+    """Steps between checkpoints; the last step is always saved."""
     keep_last: int = Field(2, gt=0)
-    keep_every: int | None = Field(None, gt=0)  # steps whose multiples are kept for good
-    at: Annotated[tuple[int, ...], Strict(False)] = ()  # further steps to save, kept for good
+    """So many of the newest are kept."""
+    keep_every: int | None = Field(None, gt=0)
+    """Steps; checkpoints at its multiples are kept for good."""
+    at: Annotated[tuple[int, ...], Strict(False)] = ()
+    """Further steps to save, kept for good."""
 
 
 class LogConfig(Section):
-    every: int = Field(1, gt=0)  # steps
-    profile_every: int = Field(100, gt=0)  # steps between samples of time/ and sparsity/
-    batch_hash: bool = False  # data/batch_hash: of a step's token ids, the same on any ranks
+    """What `metrics.jsonl` and TensorBoard get."""
+
+    every: int = Field(1, gt=0)
+    """Steps from one line to the next."""
+    profile_every: int = Field(100, gt=0)
+    """Steps from one sample of `time/` and `sparsity/` to the next."""
+    batch_hash: bool = False
+    """Log `data/batch_hash`, of a step's token ids: the same on any ranks."""
 
 
 class EvalConfig(Section):
-    every: int = Field(500, gt=0)  # steps; the last step is always evaluated
-    max_tokens: int | None = Field(None, gt=0)  # of each source's held-out split; None = all
+    """Validation on what the data hold out."""
+
+    every: int = Field(500, gt=0)
+    """Steps from one to the next; there is one before the first step and after the last."""
+    max_tokens: int | None = Field(None, gt=0)
+    """Tokens of each source's held-out split; null: all."""
 
 
 class FaultConfig(Section):
-    timeout_seconds: float = Field(600, gt=0)  # a rank that is silent for so long ends the run
+    """When a rank counts as lost, see docs/multi-node.md."""
+
+    timeout_seconds: float = Field(600, gt=0)
+    """Seconds; the silence of one rank for as long ends the run."""
 
 
 class GuardConfig(Section):
-    """What `train/guard.py` does about bad steps. NaN and Inf are always skipped."""
+    """What is done about bad steps, see docs/faults.md. NaN and Inf are always skipped."""
 
-    # A loss or gradient norm far above those before: `skip` leaves the step out, `rollback` also
-    # goes back to the newest checkpoint and on with the data that follow the bad step's.
     spike: Literal["ignore", "skip", "rollback"] = "ignore"
-    threshold: float = Field(6.0, gt=0)  # a spike: so many standard deviations above the mean of
-    window: int = Field(100, gt=1)  # the last so many good steps; before those, there is no spike
-    stop_after: int = Field(5, gt=0)  # bad steps in a row; their last one goes to incidents/
-    checksum_every: int = Field(0, ge=0)  # steps between comparisons of the ranks' weights; 0 = off
-
-
-# The weights' dtype at each precision, between the updates of their fp32 masters.
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+    """At a loss or gradient norm far above those before: `skip` leaves the step out, `rollback`
+    also goes back to the newest checkpoint and on with the data that follow the bad step's."""
+    threshold: float = Field(6.0, gt=0)
+    """A spike is so many standard deviations above the mean of the window."""
+    window: int = Field(100, gt=1)
+    """The last so many good steps; before there are as many, there is no spike."""
+    stop_after: int = Field(5, gt=0)
+    """So many bad steps in a row end the run; the last goes to `incidents/`."""
+    checksum_every: int = Field(0, ge=0)
+    """Steps between comparisons of the ranks' weights; 0: none."""
 
 
 class RunConfig(Section):
     """Everything about a run; the same config gives the same losses."""
 
     run_dir: str
+    """Folder of the run; `runs/` and the file's name where none is given."""
     model: ModelConfig
     data: DataConfig
     batch: BatchConfig
@@ -148,15 +189,20 @@ class RunConfig(Section):
     optimizer: OptimizerConfig
     schedule: ScheduleConfig = ScheduleConfig()
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
-    compile: bool = False  # torch.compile each block: equal but for rounding and dropout's draws
-    activation_checkpointing: Literal["none", "selective", "full"] = "none"  # see GPT.recompute
-    deepspeed: dict[str, Any] = {}
+    """Of weights and activations; the optimizer's copy of the weights is always fp32."""
+    compile: bool = False
+    """`torch.compile` each block: equal but for rounding and dropout's draws."""
+    activation_checkpointing: Literal["none", "selective", "full"] = "none"
+    """What the backward computes again to save memory: nothing, each block's FFN, each block."""
+    deepspeed: dict[str, Any] = Field({})
+    """Native DeepSpeed keys, merged last; what contradicts the run is refused."""
     checkpoint: CheckpointConfig = CheckpointConfig()
     log: LogConfig = LogConfig()
     eval: EvalConfig = EvalConfig()
     fault: FaultConfig = FaultConfig()
     guard: GuardConfig = GuardConfig()
     seed: int = 0
+    """Of the initial weights, the order of the data and dropout."""
 
     @model_validator(mode="after")
     def _whole_sequences(self) -> "RunConfig":
@@ -172,6 +218,8 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _transfers(self) -> "RunConfig":
         if self.optimizer.width_transfer:
+            from sparse_gpt.model.width import check_transfers
+
             try:
                 check_transfers(self.model)
             except ValueError as error:
@@ -204,7 +252,8 @@ class RunConfig(Section):
             )
         return local // micro
 
-    def total_steps(self, training_flops_per_token: float) -> int:
+    @property
+    def total_steps(self) -> int:
         """Optimizer steps of the whole run."""
         duration, per_step = self.duration, self.batch.global_tokens
         if duration.steps is not None:
@@ -212,7 +261,10 @@ class RunConfig(Section):
         if duration.tokens is not None:
             return math.ceil(duration.tokens / per_step)
         assert duration.flops is not None
-        return math.ceil(duration.flops / (training_flops_per_token * per_step))
+        from sparse_gpt.model.costs import model_report  # builds the model's shape, with torch
+
+        report = model_report(self.model)
+        return math.ceil(duration.flops / (report.training / report.seq * per_step))
 
 
 def some(values: list[int]) -> str:

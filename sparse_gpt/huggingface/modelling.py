@@ -61,7 +61,7 @@ class SparseGPT2(GPT2PreTrainedModel):
                     path, _, leaf = name.rpartition(".")
                     initialization.copy_(getattr(ffn.get_submodule(path), leaf), value)
                 mark_initialized(ffn)
-        super().initialize_weights()
+        super().initialize_weights()  # type: ignore[no-untyped-call]
 
 
 class SparseGPT2Model(SparseGPT2, GPT2Model): ...

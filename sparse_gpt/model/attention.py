@@ -78,7 +78,8 @@ def block_mask(documents: Tensor) -> BlockMask:
 
     with torch.no_grad():  # else it would be compiled for both
         create = _compiled(create_block_mask)
-        return create(seen, batch, None, seq, seq, device=documents.device)
+        mask: BlockMask = create(seen, batch, None, seq, seq, device=documents.device)
+    return mask
 
 
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -137,7 +138,9 @@ class CausalSelfAttention(nn.Module):
             # A single query sees every key, and is_causal would align it with the first.
             causal = mask is None and seq > 1
             y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal)
-        return self.dropout(self.out(y.transpose(1, 2).reshape(batch, seq, self.d_model)))
+        y = self.out(y.transpose(1, 2).reshape(batch, seq, self.d_model))
+        out: Tensor = self.dropout(y)
+        return out
 
     def flop_count(self, batch: int, seq: int) -> FlopCount:
         """4d² MACs a token, and 2·seq·d for the scores and their use, un-halved.

@@ -10,10 +10,11 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
 
+_T = TypeVar("_T")
 Share = Annotated[float, Field(gt=0, le=1)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
@@ -25,37 +26,39 @@ def check_divides(name: str, value: int, d_model: int) -> None:
         raise ValueError(f"{name} {value} does not divide d_model {d_model}; possible: {divisors}")
 
 
-class _Config(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True)
+class Part(BaseModel):
+    """A part of a configuration: immutable, no unknown keys. The docstring below a key is its
+    description in docs/configuration.md and in editors."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
-class DenseFFNConfig(_Config):
-    """GPT-2's d → 4d → d; `dropout` acts on the branch's output.
-
-    `fan_in_init` starts the weights at std 1/√(inputs), which trains better at small widths
-    (docs/sparse-ffn.md), not at GPT-2's 0.02 whatever the width.
-    """
+class DenseFFNConfig(Part):
+    """GPT-2's d → 4d → d."""
 
     kind: Literal["dense"] = "dense"
+    """Which of the two networks it is."""
     fan_in_init: bool = False
+    """Weights start at std 1/√(inputs), which trains better at small widths (docs/sparse-ffn.md);
+    else at GPT-2's 0.02 whatever the width."""
     dropout: Probability = 0.0
+    """Probability, on the branch's output."""
 
 
-class SpectralConfig(_Config):
-    """The 2-D DCT over the channels reshaped (p, q), then a selection of coefficients.
-
-    `path`: `series` feeds the polynomial, `parallel` works beside it on the same input.
-    `factors` None is the most square split of d_model. Selection keeps about a share `keep` of a
-    token's coefficients, `hard` as they are, `soft` less the threshold. The threshold is `exact`
-    (top-k of the token) or `constant`: the normal quantile, right for a token of unit RMS, which
-    is what the norm before makes of each; no sorting, no statistics.
-    """
+class SpectralConfig(Part):
+    """The 2-D DCT over the channels reshaped (p, q), then a selection of coefficients."""
 
     path: Literal["series", "parallel"] = "series"
+    """`series` feeds the polynomial, `parallel` works beside it on the same input."""
     factors: tuple[PositiveInt, PositiveInt] | None = None
+    """p and q, whose product is `d_model`; null: the most square ones."""
     selection: Literal["hard", "soft"] = "hard"
+    """Kept coefficients stay as they are, or `soft`: less the threshold."""
     threshold: Literal["exact", "constant"] = "exact"
+    """`exact`: top-k of the token. `constant`: the normal quantile, right for a token of unit RMS,
+    which is what the norm before makes of each; no sorting, no statistics."""
     keep: Share = 0.5
+    """Share of a token's coefficients that is kept, about."""
 
     def split(self, d_model: int) -> tuple[int, int]:
         """(p, q) for a width in channels; ValueError when p·q is another."""
@@ -72,11 +75,13 @@ class SpectralConfig(_Config):
         return factors
 
 
-class PolynomialConfig(_Config):
-    """Chebyshev features of the kept `degrees`, mixed within groups of `group_size` channels."""
+class PolynomialConfig(Part):
+    """Chebyshev features, mixed within groups of channels."""
 
     group_size: PositiveInt = 16
+    """Channels of a group; divides `d_model`."""
     degrees: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3, 4, 5, 6, 7)
+    """Degrees of the Chebyshev polynomials, rising."""
 
     @field_validator("degrees")
     @classmethod
@@ -86,57 +91,62 @@ class PolynomialConfig(_Config):
         return degrees
 
 
-class RefineConfig(_Config):
-    """`stages` stacked scalar refinements of every channel."""
+class RefineConfig(Part):
+    """Stacked scalar refinements of every channel."""
 
     stages: PositiveInt = 4
+    """How many, one after another."""
 
 
-class FeedbackConfig(_Config):
-    """Extra low-rank steps for about a `share` of the tokens.
+class FeedbackConfig(Part):
+    """Extra low-rank steps for some of the tokens.
 
-    `rank` is per group of d_model / `groups` channels; executed cost is d + iterations·2·d·rank
-    multiply-accumulates for every token, selected or not.
+    Executed cost is d + iterations·2·d·rank multiply-accumulates a token, selected or not.
     """
 
     rank: PositiveInt = 4
+    """Inner channels of a group."""
     groups: PositiveInt = 8
+    """Groups of channels; divides `d_model`."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.25
+    """Share of the tokens that is selected, about."""
     iterations: PositiveInt = 1
+    """Steps, one after another."""
 
 
-class ProjectionConfig(_Config):
-    """The last mixing of channels; `block` is the width of a `factored` projection's blocks.
-
-    Blocks narrower than 64 leave matrix units idle; a block of at least √d_model lets every
-    output see every input.
-    """
+class ProjectionConfig(Part):
+    """The last mixing of channels."""
 
     kind: Literal["dense", "factored"] = "dense"
+    """`factored`: two block-diagonal matrices."""
     block: PositiveInt = 64
+    """Channels of a `factored` block; divides `d_model`. Under 64 matrix units idle; from √d_model
+    on every output sees every input."""
 
 
-class SparseFFNConfig(_Config):
+class SparseFFNConfig(Part):
     """The sparse FFN, part by part; its defaults are the preset `paper`.
 
     `paper` is the published claim: 44,544 MAC-equivalents at d_model 128. Its arithmetic has no
     token feedback, so feedback is None; the claim names no share of kept coefficients (the cost
     does not depend on it), so `keep` 0.5 is our choice.
-    `backend`: `eager` is plain PyTorch, `triton` the fused GPU kernels, `auto` these where they
-    can run. `norm_out` says on which side of the projection the second norm stands; `out_gain` is
-    the RMS with which the branch starts.
     """
 
     kind: Literal["sparse"] = "sparse"
+    """Which of the two networks it is."""
     spectral: SpectralConfig | None = SpectralConfig()
     polynomial: PolynomialConfig = PolynomialConfig()
     feedback: FeedbackConfig | None = None
     refine: RefineConfig | None = RefineConfig()
     projection: ProjectionConfig = ProjectionConfig()
     backend: Literal["auto", "eager", "triton"] = "auto"
+    """`eager`: plain PyTorch. `triton`: the fused GPU kernels. `auto`: these where they can run."""
     norm_out: Literal["after", "before"] = "after"
+    """On which side of the projection the second norm stands."""
     out_gain: Annotated[float, Field(gt=0)] = 1.0
+    """RMS with which the branch starts."""
     dropout: Probability = 0.0
+    """Probability, on the branch's output."""
 
     def check(self, d_model: int) -> None:
         """Raise ValueError, naming the value, when a part cannot have this width in channels."""
@@ -156,7 +166,6 @@ class SparseFFNConfig(_Config):
 
 FFNConfig = Annotated[DenseFFNConfig | SparseFFNConfig, Field(discriminator="kind")]
 
-_PAPER = SparseFFNConfig()
 _DEFAULT = SparseFFNConfig(  # docs/sparse-ffn.md has the study that it comes from
     spectral=SpectralConfig(path="parallel", selection="soft", threshold="constant"),
     polynomial=PolynomialConfig(degrees=(1, 2)),
@@ -165,12 +174,12 @@ _DEFAULT = SparseFFNConfig(  # docs/sparse-ffn.md has the study that it comes fr
     norm_out="before",
     out_gain=0.08,
 )
-_FFN_PRESETS: dict[str, DenseFFNConfig | SparseFFNConfig] = {
+FFN_PRESETS: dict[str, DenseFFNConfig | SparseFFNConfig] = {
     "dense": DenseFFNConfig(),
-    "paper": _PAPER,
+    "paper": SparseFFNConfig(),
     "default": _DEFAULT,
 }
-_SIZES: dict[str, dict[str, int]] = {  # 124m and up: GPT-2 (Radford et al. 2019), table 2
+SIZES: dict[str, dict[str, int]] = {  # 124m and up: GPT-2 (Radford et al. 2019), table 2
     "tiny": {"d_model": 128, "n_layer": 4, "n_head": 4, "max_seq_len": 128},
     "124m": {"d_model": 768, "n_layer": 12, "n_head": 12, "max_seq_len": 1024},
     "355m": {"d_model": 1024, "n_layer": 24, "n_head": 16, "max_seq_len": 1024},
@@ -179,7 +188,7 @@ _SIZES: dict[str, dict[str, int]] = {  # 124m and up: GPT-2 (Radford et al. 2019
 }
 
 
-def _named(presets: Mapping[str, Any], name: object) -> Any:
+def _named(presets: Mapping[str, _T], name: object) -> _T:
     if not isinstance(name, str) or name not in presets:
         raise ValueError(f"no preset {name!r}; possible: {', '.join(presets)}")
     return presets[name]
@@ -187,7 +196,8 @@ def _named(presets: Mapping[str, Any], name: object) -> Any:
 
 def ffn_preset(name: str) -> DenseFFNConfig | SparseFFNConfig:
     """The FFN called `dense`, `paper` or `default`; ValueError for any other name."""
-    return _named(_FFN_PRESETS, name)
+    found: DenseFFNConfig | SparseFFNConfig = _named(FFN_PRESETS, name)
+    return found
 
 
 def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
@@ -201,23 +211,29 @@ def merge(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     return merged
 
 
-class ModelConfig(_Config):
-    """A GPT: sizes in tokens (`vocab_size`, `max_seq_len`) and channels (`d_model`).
+class ModelConfig(Part):
+    """A GPT: its sizes, and the feed-forward network of its blocks.
 
-    `dropout` acts on the embeddings and the attention's output; the FFN has its own.
-    With `document_mask` no token sees another document's, and positions start anew in each.
     A mapping may name presets, `preset: tiny` and `ffn: default` or
     `ffn: {preset: default, spectral: {keep: 0.25}}`; they are expanded, so a dump names none.
     """
 
     vocab_size: PositiveInt = 50257
+    """Ids of the data's vocabulary; `sparse-gpt shards info` says how many."""
     max_seq_len: PositiveInt
+    """Tokens of a sequence, the context."""
     d_model: PositiveInt
+    """Channels: the width of the residual stream."""
     n_layer: PositiveInt
+    """Transformer blocks."""
     n_head: PositiveInt
+    """Attention heads of a block; divides `d_model`."""
     dropout: Probability = 0.0
+    """Probability, on the embeddings and the attention's output; the FFN has its own."""
     document_mask: bool = False
+    """No token sees another document's, and positions start anew in each."""
     ffn: FFNConfig = DenseFFNConfig()
+    """Feed-forward network: a preset's name, or a `preset` and what differs, or a `kind`."""
 
     @classmethod
     def preset(
@@ -238,14 +254,14 @@ class ModelConfig(_Config):
     def _expand_size(cls, value: Any) -> Any:
         if isinstance(value, Mapping) and "preset" in value:
             rest = {key: field for key, field in value.items() if key != "preset"}
-            return {**_named(_SIZES, value["preset"]), **rest}
+            return {**_named(SIZES, value["preset"]), **rest}
         return value
 
     @field_validator("ffn", mode="before")
     @classmethod
     def _expand_ffn(cls, value: Any) -> Any:
         if isinstance(value, str):
-            return ffn_preset(value)
+            value = {"preset": value}
         if isinstance(value, Mapping) and "preset" in value:
             rest = {key: field for key, field in value.items() if key != "preset"}
             return merge(ffn_preset(value["preset"]).model_dump(), rest)

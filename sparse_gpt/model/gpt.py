@@ -88,8 +88,10 @@ class GPT(nn.Module):
             )
         hidden, vocab_size = self._hidden(tokens, documents=documents), self.config.vocab_size
         if targets is None:
-            return self.lm_head(hidden)[..., :vocab_size]
-        return self.lm_head(hidden, targets, vocab_size).float()
+            logits: Tensor = self.lm_head(hidden)[..., :vocab_size]
+            return logits
+        loss: Tensor = self.lm_head(hidden, targets, vocab_size)
+        return loss.float()
 
     def _hidden(
         self,
@@ -113,7 +115,8 @@ class GPT(nn.Module):
                 x = recomputed(block, x, cache, mask)
             else:
                 x = block(x, cache, mask)
-        return self.ln_f(x)
+        hidden: Tensor = self.ln_f(x)
+        return hidden
 
     @torch.no_grad()
     def generate(

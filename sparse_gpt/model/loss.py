@@ -39,7 +39,7 @@ def head_cross_entropy(
     """
     size = chunk or chunk_size(len(hidden), len(weight), hidden.device)
     differentiate = torch.is_grad_enabled()
-    total = _SummedLoss.apply(hidden, weight, targets, vocab_size, size, differentiate)
+    total: Tensor = _SummedLoss.apply(hidden, weight, targets, vocab_size, size, differentiate)  # type: ignore[no-untyped-call]
     return total / (targets != IGNORED).sum()
 
 

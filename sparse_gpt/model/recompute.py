@@ -18,13 +18,15 @@ def recomputed(module: nn.Module, *args: Any) -> Tensor:
     changes no buffer: a running statistic takes one step. Without gradients it is a plain call.
     """
     if not torch.is_grad_enabled():
-        return module(*args)
+        plain: Tensor = module(*args)
+        return plain
     first = [buffer.clone() for buffer in module.buffers() if buffer.numel() == 1]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _restored(module, first)
 
-    return checkpoint(module, *args, use_reentrant=False, context_fn=contexts)
+    again: Tensor = checkpoint(module, *args, use_reentrant=False, context_fn=contexts)
+    return again
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Runs side by side: what each cost, what it reached, how fast it was."""
 
 import statistics
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from rich.table import Table
 
@@ -26,12 +26,28 @@ _COLUMNS = {
 }
 
 
-def summaries(run_dirs: list[Path]) -> dict[str, dict[str, Any]]:
-    """One object a run, by its folder. Raises ConfigError for a folder without steps."""
+@dataclass(frozen=True)
+class Summary:
+    """A run: costs a token in MAC-equivalents, nats of validation loss."""
+
+    parameters: int
+    parameters_without_embeddings: int
+    ffn_macs: int
+    block_macs: int
+    model_macs: int
+    training_flops: float
+    steps: int
+    first_validation_loss: float | None
+    validation_loss: float | None
+    tokens_per_second: float
+
+
+def summaries(run_dirs: list[Path]) -> dict[str, Summary]:
+    """One a run, by its folder. Raises ConfigError for a folder without steps."""
     return {str(run_dir): _summary(run_dir) for run_dir in run_dirs}
 
 
-def comparison(found: dict[str, dict[str, Any]]) -> Table:
+def comparison(found: dict[str, Summary]) -> Table:
     """The runs as columns, each with its ratio to the first."""
     table = Table(title="Runs side by side; ratios are to the first")
     table.add_column("")
@@ -41,9 +57,9 @@ def comparison(found: dict[str, dict[str, Any]]) -> Table:
             table.add_column("ratio", justify="right")
     for key, (name, form) in _COLUMNS.items():
         cells: list[str] = []
-        base = next(iter(found.values()))[key]
+        base = getattr(next(iter(found.values())), key)
         for position, summary in enumerate(found.values()):
-            value = summary[key]
+            value = getattr(summary, key)
             cells.append("" if value is None else form.format(value))
             if position:
                 cells.append(f"{value / base:.3f}" if value and base else "")
@@ -51,7 +67,7 @@ def comparison(found: dict[str, dict[str, Any]]) -> Table:
     return table
 
 
-def _summary(run_dir: Path) -> dict[str, Any]:
+def _summary(run_dir: Path) -> Summary:
     metrics = run_dir / "metrics.jsonl"
     if not metrics.exists():
         raise ConfigError(f"{run_dir}: holds no metrics.jsonl; give the folder of a run")
@@ -64,15 +80,15 @@ def _summary(run_dir: Path) -> dict[str, Any]:
     parameters, without_embeddings = parameter_counts(config)
     report = model_report(config)
     block, seq = report.blocks()[0], report.seq
-    return {
-        "parameters": parameters,
-        "parameters_without_embeddings": without_embeddings,
-        "ffn_macs": ffn_cost(block).mac_equivalents // seq,
-        "block_macs": total(block).mac_equivalents // seq,
-        "model_macs": report.total.mac_equivalents // seq,
-        "training_flops": rows[-1]["gflops"] * 1e9,
-        "steps": rows[-1]["step"],
-        "first_validation_loss": validation[0],
-        "validation_loss": validation[-1],
-        "tokens_per_second": statistics.median(speeds),
-    }
+    return Summary(
+        parameters=parameters,
+        parameters_without_embeddings=without_embeddings,
+        ffn_macs=ffn_cost(block).mac_equivalents // seq,
+        block_macs=total(block).mac_equivalents // seq,
+        model_macs=report.total.mac_equivalents // seq,
+        training_flops=rows[-1]["gflops"] * 1e9,
+        steps=rows[-1]["step"],
+        first_validation_loss=validation[0],
+        validation_loss=validation[-1],
+        tokens_per_second=statistics.median(speeds),
+    )

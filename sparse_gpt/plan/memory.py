@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
-from sparse_gpt.config.schema import DTYPES, RunConfig
+from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.model.attention import has_flex
 from sparse_gpt.model.config import ModelConfig
 from sparse_gpt.model.costs import parameter_counts
@@ -24,6 +24,7 @@ from sparse_gpt.model.ffn import UltraEfficientSparseFFN
 from sparse_gpt.model.ffn.kernels.limits import unsupported
 from sparse_gpt.model.gpt import GPT, padded_vocabulary
 from sparse_gpt.model.loss import chunk_size
+from sparse_gpt.train.precision import DTYPES
 
 _PREFETCH = 50_000_000  # DeepSpeed's default, in elements, as of the bucket below
 
@@ -107,7 +108,8 @@ class _FusedStandIn:
         self.dropout: nn.Module = ffn.dropout
 
     def __call__(self, x: Tensor) -> Tensor:
-        return self.dropout(_KeepsInput.apply(x))
+        y: Tensor = self.dropout(_KeepsInput.apply(x))  # type: ignore[no-untyped-call]
+        return y
 
 
 class _KeepsInput(torch.autograd.Function):
@@ -216,4 +218,4 @@ def bucket_size(config: RunConfig) -> int:
 
 
 def _on_host(zero: dict[str, Any], part: str) -> bool:
-    return (zero.get(part) or {}).get("device", "none") != "none"
+    return bool((zero.get(part) or {}).get("device", "none") != "none")

@@ -1,6 +1,6 @@
 """`sparse-gpt plan`: what a run would need and cost on given GPUs, before anything starts."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from typing import Any
 
 from rich.table import Table
@@ -19,8 +19,48 @@ RESERVED = 2 * 2**30
 _PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
 
 
-def make_plan(config: RunConfig, gpus: int, gpu: str, mfu: float) -> dict[str, Any]:
-    """Memory by ZeRO stage, the micro-batch to take, FLOPs and days; JSON's types only.
+@dataclass(frozen=True)
+class Stage:
+    """A rank's memory in one ZeRO stage; the largest micro-batch that fits, None if none does."""
+
+    memory: Memory
+    fits: bool
+    largest_micro_batch: int | None
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        memory = {**asdict(self.memory), "total": self.memory.total}
+        return {**memory, "fits": self.fits, "largest_micro_batch": self.largest_micro_batch}
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run needs and costs; bytes, FLOPs, and days at the assumed `mfu`."""
+
+    gpu: str
+    gpus: int
+    memory_bytes: int  # of a GPU
+    parameters: int
+    micro_batch: int
+    grad_accum: int
+    configured_stage: int
+    stages: dict[int, Stage]
+    steps: int
+    tokens: int
+    training_flops: float
+    hardware_flops_at_most: float  # with what activation checkpointing computes again
+    mfu: float
+    days: float
+    warnings: list[str]
+
+    def to_dict(self) -> dict[str, Any]:
+        """As JSON has it."""
+        stages = {str(number): stage.to_dict() for number, stage in self.stages.items()}
+        return {**vars(self), "stages": stages}
+
+
+def make_plan(config: RunConfig, gpus: int, gpu: str, mfu: float) -> Plan:
+    """Memory by ZeRO stage, the micro-batch to take, FLOPs and days.
 
     Raises ConfigError for a GPU that is not known or a run that cannot be shared by `gpus`.
     """
@@ -28,29 +68,29 @@ def make_plan(config: RunConfig, gpus: int, gpu: str, mfu: float) -> dict[str, A
     check_settings(config, gpus)
     stage = deepspeed_config(config, gpus)["zero_optimization"]["stage"]
     first = 0 if config.precision == "fp32" else 1  # DeepSpeed's ZeRO-0 trains in fp32 alone
-    stages = {str(number): _stage(config, gpus, number, device) for number in range(first, 4)}
+    stages = {number: _stage(config, gpus, number, device) for number in range(first, 4)}
     report = model_report(config.model)
     per_token = report.training / report.seq
-    steps = config.total_steps(per_token)
+    steps = config.total_steps
     flops = per_token * config.batch.global_tokens * steps
     again = _recomputed_flops(config) / report.seq * config.batch.global_tokens * steps
-    return {
-        "gpu": gpu,
-        "gpus": gpus,
-        "memory_bytes": device.memory,
-        "parameters": parameter_counts(config.model)[0],
-        "micro_batch": config.batch.micro_batch,
-        "grad_accum": config.grad_accum(gpus),
-        "configured_stage": stage,
-        "stages": stages,
-        "steps": steps,
-        "tokens": steps * config.batch.global_tokens,
-        "training_flops": flops,
-        "hardware_flops_at_most": flops + again,
-        "mfu": mfu,
-        "days": flops / (gpus * device.peak_flops * mfu) / 86_400,
-        "warnings": _warnings(config, gpus, device, stage, stages),
-    }
+    return Plan(
+        gpu=gpu,
+        gpus=gpus,
+        memory_bytes=device.memory,
+        parameters=parameter_counts(config.model)[0],
+        micro_batch=config.batch.micro_batch,
+        grad_accum=config.grad_accum(gpus),
+        configured_stage=stage,
+        stages=stages,
+        steps=steps,
+        tokens=steps * config.batch.global_tokens,
+        training_flops=flops,
+        hardware_flops_at_most=flops + again,
+        mfu=mfu,
+        days=flops / (gpus * device.peak_flops * mfu) / 86_400,
+        warnings=_warnings(config, gpus, device, stage, stages),
+    )
 
 
 def _known(gpu: str) -> Gpu:
@@ -60,15 +100,10 @@ def _known(gpu: str) -> Gpu:
     return GPUS[gpu]
 
 
-def _stage(config: RunConfig, gpus: int, stage: int, device: Gpu) -> dict[str, Any]:
+def _stage(config: RunConfig, gpus: int, stage: int, device: Gpu) -> Stage:
     memory = estimate(config, gpus, stage)
     best = largest_micro_batch(config, gpus, stage, device.memory)
-    return {
-        **asdict(memory),
-        "total": memory.total,
-        "fits": _fits(memory, device.memory),
-        "largest_micro_batch": best,
-    }
+    return Stage(memory, _fits(memory, device.memory), best)
 
 
 def _fits(memory: Memory, available: int) -> bool:
@@ -100,13 +135,13 @@ def _recomputed_flops(config: RunConfig) -> int:
 
 
 def _warnings(
-    config: RunConfig, gpus: int, device: Gpu, stage: int, stages: dict[str, Any]
+    config: RunConfig, gpus: int, device: Gpu, stage: int, stages: dict[int, Stage]
 ) -> list[str]:
     found = []
-    own = stages[str(stage)]
-    if not own["fits"]:
-        best = own["largest_micro_batch"]
-        fit = [number for number, other in stages.items() if other["largest_micro_batch"]]
+    own = stages[stage]
+    if not own.fits:
+        best = own.largest_micro_batch
+        fit = [str(number) for number, other in stages.items() if other.largest_micro_batch]
         if best:
             found.append(f"does not fit: set batch.micro_batch to {best}")
         elif fit:
@@ -119,7 +154,8 @@ def _warnings(
     if stage and bucket_size(config) > parameters:
         found.append(
             f"deepspeed.zero_optimization.reduce_bucket_size is larger than the model, "
-            f"{own['buffers'] / 2**30:.1f} GiB a rank; set it to {max(parameters // 4, 1):,} or so"
+            f"{own.memory.buffers / 2**30:.1f} GiB a rank; "
+            f"set it to {max(parameters // 4, 1):,} or so"
         )
     if config.model.ffn.kind == "sparse":
         if not fuses(config.model, config.precision):
@@ -129,34 +165,34 @@ def _warnings(
     return found
 
 
-def plan_table(plan: dict[str, Any]) -> Table:
+def plan_table(plan: Plan) -> Table:
     """A column a ZeRO stage, in GiB of one rank, and what the run costs."""
-    flops = f"{plan['training_flops']:.3g} training FLOPs"
-    if plan["hardware_flops_at_most"] > plan["training_flops"]:
-        flops += f" (at most {plan['hardware_flops_at_most']:.3g} with recomputation)"
+    flops = f"{plan.training_flops:.3g} training FLOPs"
+    if plan.hardware_flops_at_most > plan.training_flops:
+        flops += f" (at most {plan.hardware_flops_at_most:.3g} with recomputation)"
     table = Table(
-        title=f"A rank's memory in GiB: {plan['parameters']:,} parameters, micro-batch "
-        f"{plan['micro_batch']} × {plan['grad_accum']}, on {plan['gpus']} × {plan['gpu']} "
-        f"({plan['memory_bytes'] / 2**30:.0f} GiB)",
-        caption=f"{plan['steps']:,} steps, {plan['tokens']:,} tokens, {flops}\n"
-        f"{plan['days']:.3g} days at an assumed MFU of {plan['mfu']:.0%}. "
+        title=f"A rank's memory in GiB: {plan.parameters:,} parameters, micro-batch "
+        f"{plan.micro_batch} × {plan.grad_accum}, on {plan.gpus} × {plan.gpu} "
+        f"({plan.memory_bytes / 2**30:.0f} GiB)",
+        caption=f"{plan.steps:,} steps, {plan.tokens:,} tokens, {flops}\n"
+        f"{plan.days:.3g} days at an assumed MFU of {plan.mfu:.0%}. "
         f"{RESERVED / 2**30:.0f} GiB are left for context, NCCL and fragmentation.",
     )
     table.add_column("")
-    for stage in plan["stages"]:
-        own = " (this run)" if int(stage) == plan["configured_stage"] else ""
+    for stage in plan.stages:
+        own = " (this run)" if stage == plan.configured_stage else ""
         table.add_column(f"ZeRO-{stage}{own}", justify="right")
     rows = [(part, part) for part in _PARTS]
     rows += [("total", "total"), *([("host", "in RAM")] if _offloads(plan) else [])]
     for key, name in rows:
-        cells = [f"{stage[key] / 2**30:.2f}" for stage in plan["stages"].values()]
+        cells = [f"{getattr(stage.memory, key) / 2**30:.2f}" for stage in plan.stages.values()]
         table.add_row(name, *cells, style="bold" if key == "total" else "")
-    stages = plan["stages"].values()
-    table.add_row("fits", *("yes" if stage["fits"] else "no" for stage in stages))
-    best = [str(stage["largest_micro_batch"] or "none") for stage in stages]
+    stages = plan.stages.values()
+    table.add_row("fits", *("yes" if stage.fits else "no" for stage in stages))
+    best = [str(stage.largest_micro_batch or "none") for stage in stages]
     table.add_row("largest micro-batch", *best)
     return table
 
 
-def _offloads(plan: dict[str, Any]) -> bool:
-    return any(stage["host"] for stage in plan["stages"].values())
+def _offloads(plan: Plan) -> bool:
+    return any(stage.memory.host for stage in plan.stages.values())

@@ -18,7 +18,6 @@ from sparse_gpt.data.batches.batches import count_windows
 from sparse_gpt.data.batches.order import blend_counts
 from sparse_gpt.errors import ConfigError, did_you_mean
 from sparse_gpt.model.attention import has_flex
-from sparse_gpt.model.costs import model_report
 from sparse_gpt.model.ffn.kernels import available
 from sparse_gpt.train.deepspeed_config import NATIVE_KEYS, deepspeed_config, own_settings
 from sparse_gpt.train.feed import held_out, open_data, train_batches
@@ -138,8 +137,7 @@ def check_epochs(config: RunConfig, blend: Blend) -> None:
     caps = [epochs or config.data.max_epochs for epochs in own]
     if not any(caps):
         return
-    report = model_report(config.model)
-    steps = config.total_steps(report.training / report.seq)
+    steps = config.total_steps
 
     def read(source: int, after: int) -> int:
         return int(blend_counts(after * config.global_batch, quotas, config.seed)[source])

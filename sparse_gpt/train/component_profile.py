@@ -17,7 +17,7 @@ from sparse_gpt.model.ffn import UltraEfficientSparseFFN
 from sparse_gpt.model.flops import FlopReport
 
 
-class Probe:
+class ComponentProfile:
     """Measures the components of a model's blocks, those that its FLOP report names."""
 
     def __init__(self, model: nn.Module, report: FlopReport, device: torch.device) -> None:
@@ -91,7 +91,8 @@ class Probe:
         return hook
 
     def _milliseconds(self, start: Any, end: Any) -> float:
-        return start.elapsed_time(end) if self.device.type == "cuda" else (end - start) * 1e3
+        cuda = self.device.type == "cuda"
+        return float(start.elapsed_time(end) if cuda else (end - start) * 1e3)
 
     def _measure(self, name: str) -> Any:
         def hook(module: Any, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:

@@ -98,13 +98,13 @@ def join_world(timeout_seconds: float = 600) -> World:
     return World(rank, local_rank, size, device)
 
 
-def _loopback_store(rank: int, size: int, timeout: datetime.timedelta) -> dist.TCPStore:
+def _loopback_store(rank: int, size: int, timeout: datetime.timedelta) -> Any:
     """Where the ranks of one host meet. torch's own would listen on every interface."""
     port, listening = int(os.environ["MASTER_PORT"]), None
     if rank == 0:
         with socket.create_server(("127.0.0.1", port), backlog=max(128, size)) as server:
             listening = server.detach()  # the store closes it
-    return dist.TCPStore(
+    return dist.TCPStore(  # type: ignore[attr-defined]
         "127.0.0.1", port, size, rank == 0, timeout, multi_tenant=True, master_listen_fd=listening
     )
 

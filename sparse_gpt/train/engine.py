@@ -131,7 +131,7 @@ class Engine:
             total += torch.stack((torch.where(count > 0, loss * count, 0), count))
         self.deepspeed.train()
         loss_sum, count = self.world.sum(total).tolist()
-        return loss_sum / count
+        return float(loss_sum / count)
 
     def statistics_and_scale(self) -> dict[str, dict[str, Any]]:
         """A copy of what a checkpoint holds once: running scalars, and fp16's loss scale."""

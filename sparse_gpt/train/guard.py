@@ -127,7 +127,7 @@ class Guard:
             scaled_norm = optimizer.scaled_global_norm
 
             def judged_norm() -> torch.Tensor:
-                norm = scaled_norm()
+                norm: torch.Tensor = scaled_norm()
                 return norm + self._penalty(norm / self._scale)
 
             optimizer.scaled_global_norm = judged_norm

@@ -17,7 +17,7 @@ from sparse_gpt.train.checkpoint.checkpoints import Checkpoints
 from sparse_gpt.train.checkpoint.manifest import TrainState
 from sparse_gpt.train.checkpoint.random_state import rng_state
 from sparse_gpt.train.checks import check
-from sparse_gpt.train.component_profile import Probe
+from sparse_gpt.train.component_profile import ComponentProfile
 from sparse_gpt.train.distributed import World, join_world, limit_waiting, read_environment
 from sparse_gpt.train.engine import Engine
 from sparse_gpt.train.feed import held_out, read_from
@@ -46,8 +46,8 @@ def train(config: RunConfig) -> None:
     parameters = sum(p.numel() for p in model.parameters())
     found = preflight(config, world, blend.hash, parameters)
     report = count_flops(model, batch=1, seq=config.model.max_seq_len)
-    total_steps = config.total_steps(report.training / report.seq)
-    probe = Probe(model, report, world.device)
+    total_steps = config.total_steps
+    profile = ComponentProfile(model, report, world.device)
     engine = Engine(config, model, world, total_steps)
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
 
@@ -69,7 +69,7 @@ def train(config: RunConfig) -> None:
                 batch = next(batches).to(world.device, non_blocking=True)
             rng = rng_state(world.device)
             sampled = state.step % config.log.profile_every == 0
-            with probe.attached(sampled):
+            with profile.attached(sampled):
                 loss, learning_rate, grad_norm = engine.step(
                     batch.tokens, batch.targets, state.step, batch.documents
                 )
@@ -89,7 +89,7 @@ def train(config: RunConfig) -> None:
                 metrics["train/learning_rate"] = learning_rate
                 metrics["train/grad_norm"] = grad_norm.item()
                 metrics["guard/skipped"] = engine.guard.skipped
-                metrics |= telemetry.speed(state.step) | probe.metrics()
+                metrics |= telemetry.speed(state.step) | profile.metrics()
                 if config.log.batch_hash:
                     metrics["data/batch_hash"] = batch_hash(batch, world)
             with telemetry.untimed():

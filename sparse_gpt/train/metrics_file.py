@@ -21,7 +21,7 @@ from sparse_gpt.files import publish_text
 Row = Mapping[str, Any]
 
 
-class Record:
+class MetricsFile:
     """Appends rows, whole or not at all, and draws them.
 
     resume_step: the step whose state the run goes on from; later rows are dropped, all at 0.

@@ -36,6 +36,8 @@ def main() -> None:
     except InputError as error:
         if read_environment()[1] == 0:  # one a host: what is wrong may be wrong on this one only
             print(f"error: {error}", file=sys.stderr, flush=True)
+        else:
+            time.sleep(WITNESS_WAITS)  # torchrun ends all when one ends: the one that speaks first
         os._exit(2)
     except Preempted as preempted:
         dist.barrier()  # a rank that ends alone would have the launcher end the others

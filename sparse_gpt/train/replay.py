@@ -13,11 +13,12 @@ from rich.table import Table
 from torch import nn
 
 from sparse_gpt.config.load import load_config
-from sparse_gpt.config.schema import DTYPES, RunConfig
+from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.data import load_tokenizer
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.gpt import GPT
 from sparse_gpt.train.checkpoint.random_state import set_rng_state
+from sparse_gpt.train.precision import DTYPES
 
 
 @dataclass(frozen=True)
@@ -154,7 +155,7 @@ def _backward(model: nn.Module, rank: dict[str, Any], rows: slice, device: torch
     parts = (rank[name] for name in ("tokens", "targets", "documents"))
     loss = model(*(None if part is None else part[rows].to(device) for part in parts))
     loss.backward()
-    return loss.item()
+    return float(loss.item())
 
 
 def replay_json(found: Replay) -> dict[str, Any]:

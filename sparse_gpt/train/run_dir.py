@@ -17,7 +17,6 @@ from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.data import Blend
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.files import lock, locked, publish, publish_text, temporary
-from sparse_gpt.model.costs import model_report
 from sparse_gpt.provenance import git_commit, provenance
 from sparse_gpt.train.checkpoint.manifest import read_manifest, tag_of
 from sparse_gpt.train.distributed import World
@@ -62,8 +61,7 @@ def finished(config: RunConfig) -> bool:
     manifest = read_manifest(newest) if newest else None
     if manifest is None:
         return False
-    report = model_report(config.model)
-    return bool(manifest["step"] >= config.total_steps(report.training / report.seq))
+    return bool(manifest["step"] >= config.total_steps)
 
 
 def open_run_dir(

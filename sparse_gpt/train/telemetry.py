@@ -16,7 +16,7 @@ from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.model.costs import flops_scalars
 from sparse_gpt.model.flops import FlopReport
 from sparse_gpt.train.distributed import World
-from sparse_gpt.train.metrics_file import Record, Row
+from sparse_gpt.train.metrics_file import MetricsFile, Row
 
 # A loss curve against steps says little between models of other costs: against compute it does.
 _AGAINST_COMPUTE = {"train/loss": "compute/train_loss", "val/loss": "compute/val_loss"}
@@ -63,7 +63,7 @@ class Telemetry:
         self._settings = _flat(config.model_dump(mode="json", include=_HYPERPARAMETERS))
         self._layout = {**_LAYOUT, **(_BLEND_LAYOUT if config.data.blend else {})}
         if world.rank == 0:
-            self._record = Record(run_dir, resume_step, self._begin, self._draw)
+            self._metrics_file = MetricsFile(run_dir, resume_step, self._begin, self._draw)
 
     def __enter__(self) -> "Telemetry":
         return self
@@ -75,7 +75,7 @@ class Telemetry:
         trace: TracebackType | None,
     ) -> None:
         if self.world.rank == 0:
-            self._record.close()
+            self._metrics_file.close()
 
     @contextmanager
     def data_wait(self) -> Iterator[None]:
@@ -95,7 +95,7 @@ class Telemetry:
         """The run goes on from the state after `step`: what came later is dropped."""
         self._mark, self._marked_step, self._data_wait = time.perf_counter(), step, 0.0
         if self.world.rank == 0:
-            self._record.rewind(step)
+            self._metrics_file.rewind(step)
 
     def speed(self, step: int) -> dict[str, float]:
         """`perf/...` since the last call. The device must have finished: read a value from it."""
@@ -124,7 +124,7 @@ class Telemetry:
                 **metrics,
                 **_memory(self.world.device),
             }
-            self._record.add(row)
+            self._metrics_file.add(row)
             print(self._line(row), flush=True)
 
     def _begin(self, board: SummaryWriter) -> None:

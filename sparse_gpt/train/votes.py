@@ -51,4 +51,7 @@ class Votes:
     def _reduce(self, box: torch.Tensor, wait: bool) -> dist.Work | None:
         if self._group is None:
             return None
-        return dist.all_reduce(box, dist.ReduceOp.MAX, self._group, async_op=not wait)
+        work: dist.Work | None = dist.all_reduce(
+            box, dist.ReduceOp.MAX, self._group, async_op=not wait
+        )
+        return work

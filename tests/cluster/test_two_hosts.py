@@ -81,7 +81,9 @@ def cluster(tmp_path, run_file, monkeypatch):
         (tools / name).write_text(text)
         (tools / name).chmod(0o755)
     monkeypatch.setitem(ENVIRONMENT, "PATH", f"{tools}:{os.environ['PATH']}")
-    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", str(ROOT))
+    monkeypatch.setitem(ENVIRONMENT, "PYTHONPATH", f"{tmp_path}:{ROOT}")
+    for name in ("config", "data", "launch"):  # a user's own, which must not be taken for ours
+        (tmp_path / f"{name}.py").write_text(f"raise SystemExit('{name}.py was imported')\n")
     # What ssh does not pass on, DeepSpeed reads here: gloo must be told the cable's name.
     names = ("OMP_NUM_THREADS", "TORCHDYNAMO_DISABLE", "DS_ACCELERATOR")
     lines = [f"{name}={ENVIRONMENT[name]}\n" for name in names]

@@ -1,3 +1,4 @@
+from copy import deepcopy
 from pathlib import Path
 
 import pytest
@@ -5,8 +6,9 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_gpt.config.load import load_config, to_yaml
+from sparse_gpt.config.load import lay_over, load_config, to_yaml
 from sparse_gpt.errors import ConfigError
+from sparse_gpt.model.costs import model_report
 
 ROOT = Path(__file__).parents[2]
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -115,6 +117,40 @@ def test_bad_values_get_one_line_that_names_the_key(file, change, message):
     assert "\n" not in str(caught.value)
 
 
+def test_a_key_that_is_no_text(file):
+    with pytest.raises(ConfigError, match=r"run\.yaml: 1: keys should be strings"):
+        load_config(file(GOOD + "1: 2"))
+
+
+leaf = st.one_of(st.none(), st.integers(0, 2), st.just("paper"))
+trees = st.dictionaries(
+    st.sampled_from(["model", "ffn", "duration", "data", "path", "blend", "preset", "steps"]),
+    st.recursive(
+        leaf,
+        lambda inner: st.dictionaries(
+            st.sampled_from(["ffn", "path", "blend", "preset", "steps"]), inner, max_size=3
+        ),
+    ),
+)
+
+
+@given(below=trees, above=trees)
+def test_what_lies_above_stands_and_the_rest_stays(below, above):
+    def stands(above, found):
+        if isinstance(above, dict):
+            return all(stands(value, found[key]) for key, value in above.items())
+        return found == above
+
+    before = deepcopy((below, above))
+    found = lay_over(below, above)
+    assert stands(above, found)
+    assert found.keys() == below.keys() | above.keys()
+    assert all(found[key] == below[key] for key in below.keys() - above.keys())
+    assert lay_over(below, {}) == below
+    assert lay_over({}, above) == above
+    assert (below, above) == before
+
+
 def test_missing_key_and_bad_files(file, tmp_path):
     with pytest.raises(ConfigError, match="optimizer: is missing"):
         load_config(file(GOOD.replace("optimizer: {lr: 1e-3}", "")))
@@ -149,6 +185,8 @@ def test_grad_accum_divides_the_batch_or_lists_what_would(
 
 def test_duration_in_tokens_and_flops(file):
     config = load_config(file(GOOD), ["duration={tokens: 8193}"])
-    assert config.total_steps(1e6) == 3  # the last step is whole
+    assert config.total_steps == 3  # the last step is whole
     config = load_config(file(GOOD), ["duration={flops: 1e12}"])
-    assert config.total_steps(1e6) == 245
+    report = model_report(config.model)
+    step = config.batch.global_tokens * report.training / report.seq
+    assert (config.total_steps - 1) * step < 1e12 <= config.total_steps * step

@@ -1,3 +1,3 @@
-"""The fixtures that these tests share with those of `model`."""
+"""The FFN options of the models' tests."""
 
-from ffn_options import _seed, model_config, wake  # noqa: F401
+from ffn_options import model_config, seed, wake  # noqa: F401 - fixtures

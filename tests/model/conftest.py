@@ -1,10 +1,10 @@
-"""Documents masked by FlexAttention on any device."""
+"""What the tests of models share: the FFN options, and FlexAttention without a GPU."""
 
 from collections.abc import Iterator
 
 import pytest
 import torch
-from ffn_options import _seed, model_config, wake  # noqa: F401 - fixtures
+from ffn_options import model_config, seed, wake  # noqa: F401 - fixtures
 from torch.nn.attention import flex_attention
 
 

@@ -96,14 +96,12 @@ def test_the_micro_batch_is_the_largest_that_fits():
 def test_a_plan_says_what_a_run_costs_and_what_is_wrong():
     config = load_config(CONFIG, ["activation_checkpointing=full"])
     plan = make_plan(config, 8, "H100", mfu=0.5)
-    seconds = plan["training_flops"] / (8 * GPUS["H100"].peak_flops * 0.5)
-    assert plan["days"] == pytest.approx(seconds / 86_400)
-    assert 1.2 < plan["hardware_flops_at_most"] / plan["training_flops"] < 4 / 3
-    assert any("reduce_bucket_size is larger" in warning for warning in plan["warnings"])
+    seconds = plan.training_flops / (8 * GPUS["H100"].peak_flops * 0.5)
+    assert plan.days == pytest.approx(seconds / 86_400)
+    assert 1.2 < plan.hardware_flops_at_most / plan.training_flops < 4 / 3
+    assert any("reduce_bucket_size is larger" in warning for warning in plan.warnings)
     huge = load_config(ROOT / "configs/1558m.yaml", ["batch.micro_batch=64"])
-    assert (
-        "does not fit: set batch.micro_batch to" in make_plan(huge, 8, "L40S", 0.4)["warnings"][0]
-    )
+    assert "does not fit: set batch.micro_batch to" in make_plan(huge, 8, "L40S", 0.4).warnings[0]
     with pytest.raises(ConfigError, match="--gpu h100: did you mean 'H100'"):
         make_plan(config, 8, "h100", 0.4)
 

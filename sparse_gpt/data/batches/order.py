@@ -40,7 +40,8 @@ def _mix(x: UInt64s) -> UInt64s:
     """The finaliser of splitmix64: a bijection on 64 bits that spreads every bit."""
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-    return x ^ (x >> np.uint64(31))
+    mixed: UInt64s = x ^ (x >> np.uint64(31))
+    return mixed
 
 
 def epoch_keys(seed: int, source: int, epochs: UInt64s) -> UInt64s:
@@ -56,7 +57,7 @@ def permute(index: UInt64s, size: int, keys: UInt64s) -> UInt64s:
     half = np.uint64(((size - 1).bit_length() + 1) // 2)
     mask = np.uint64((1 << int(half)) - 1)
     round_keys = [keys + np.uint64(r * _GOLDEN & _MASK64) for r in range(1, ROUNDS + 1)]
-    out = index.copy()
+    out: UInt64s = index.copy()
     walking = np.arange(len(index))  # positions whose cycle is not yet back below size
     while len(walking):
         left, right = out[walking] >> half, out[walking] & mask
@@ -77,7 +78,8 @@ def locate(samples: Int64s, n_windows: int, seed: int, source: int = 0) -> tuple
 def offsets(epochs: Int64s, n_tokens: int, seed: int, source: int = 0) -> Int64s:
     """The token at which each epoch's window 0 starts."""
     keys = epoch_keys(seed, source, epochs.astype(np.uint64))
-    return (_mix(keys) % np.uint64(n_tokens)).astype(np.int64)
+    starts: Int64s = (_mix(keys) % np.uint64(n_tokens)).astype(np.int64)
+    return starts
 
 
 def window_starts(

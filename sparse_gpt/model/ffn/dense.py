@@ -30,7 +30,8 @@ class DenseFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The branch, without the residual add."""
-        return self.dropout(self.down(F.gelu(self.up(x), approximate="tanh")))
+        y: Tensor = self.dropout(self.down(F.gelu(self.up(x), approximate="tanh")))
+        return y
 
     def flop_count(self, batch: int, seq: int) -> FlopCount:
         """8d² MACs a token; GELU is 8 operations: z·z, ·c₂, +c₁, ·z, tanh, +1, ·z, ·½."""

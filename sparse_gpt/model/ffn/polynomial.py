@@ -125,7 +125,7 @@ class SparsePolynomial(nn.Module):
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else x.dtype
         with torch.autocast(kind, enabled=False):  # it does not know how to cast for `out=`
             operands = (tensor.to(dtype) for tensor in (u, self.weight, self.bias))
-            y: Tensor = ChebyshevMix.apply(*operands, self.degrees)
+            y: Tensor = ChebyshevMix.apply(*operands, self.degrees)  # type: ignore[no-untyped-call]
         return y.transpose(0, 1).reshape(x.shape)
 
     def flop_count(self, batch: int, seq: int) -> FlopCount:

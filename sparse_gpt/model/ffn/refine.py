@@ -104,7 +104,7 @@ class TokenFeedback(nn.Module):
     def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> TokenFeedback:
         # Casting a module casts its buffers, and steps this small would vanish in bfloat16.
         exact = {name: buffer for name, buffer in self._buffers.items() if buffer is not None}
-        super()._apply(fn, recurse)
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for name, buffer in exact.items():
             moved = getattr(self, name)
             setattr(self, name, moved.float() if buffer.is_meta else buffer.to(moved.device))

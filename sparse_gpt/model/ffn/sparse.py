@@ -71,7 +71,8 @@ class UltraEfficientSparseFFN(nn.Module):
         """The branch, in x's dtype."""
         auto = self.backend == "auto" and self._has_kernels and suits(x)
         if auto or self.backend == "triton":
-            return self.dropout(fused_ffn(self, x))
+            y: Tensor = self.dropout(fused_ffn(self, x))
+            return y
         h = self.norm_in(x)
         if self.spectral is None:
             v = self.polynomial(h)
@@ -86,4 +87,5 @@ class UltraEfficientSparseFFN(nn.Module):
             v = self.projection(self.norm_out(v))
         else:
             v = self.norm_out(self.projection(v))
-        return self.dropout(v)
+        y = self.dropout(v)
+        return y

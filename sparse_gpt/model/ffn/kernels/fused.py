@@ -289,6 +289,7 @@ def run(ffn: UltraEfficientSparseFFN, x: Tensor) -> Tensor:
         x = x.to(torch.get_autocast_dtype(device))
     if x.dtype not in (torch.float32, torch.bfloat16):
         raise ValueError(f"fused_ffn: dtype {x.dtype} has no kernels: float32 or bfloat16")
+    y: Tensor
     y, stats = _forward(*arguments(ffn, x.reshape(-1, x.shape[-1]).contiguous()))
     if ffn.feedback is not None and ffn.training:
         m = stats[_M].unsqueeze(1)

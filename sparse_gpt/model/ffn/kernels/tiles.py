@@ -18,7 +18,7 @@ RMS_EPS = tl.constexpr(1e-6)  # of the polynomial's renormalisation
 
 def power_of_two(n: int, least: int = 1) -> int:
     """The smallest power of two that is at least n and `least`."""
-    return max(least, triton.next_power_of_2(n))
+    return max(least, int(triton.next_power_of_2(n)))
 
 
 def rows(width: int, tokens: int, elements: int, least: int = 1, most: int = 64) -> int:

@@ -1,0 +1,39 @@
+"""`sparse-gpt config`: show, schema."""
+
+import json
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from sparse_gpt.cli.terminal import Json
+
+config_app = typer.Typer(no_args_is_help=True, help="Run files: resolved, and what they may hold.")
+
+
+@config_app.command(epilog="Example: sparse-gpt config show configs/tiny-sparse.yaml seed=1")
+def show(
+    file: Annotated[Path, typer.Argument(help="A run file, as in configs/.")],
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[KEY=VALUE]...", help="Override the file, e.g. optimizer.lr=1e-3."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """The whole run as a run file, with the line, preset or override that each value is from."""
+    from sparse_gpt.config.origins import settings, to_commented_yaml
+
+    found = settings(file, overrides or [])
+    if as_json:
+        rows = {".".join(one.keys): {"value": one.value, "from": one.origin} for one in found}
+        print(json.dumps(rows, indent=1))
+    else:
+        print(to_commented_yaml(found), end="")
+
+
+@config_app.command(epilog="Example: sparse-gpt config schema > run.schema.json")
+def schema() -> None:
+    """The JSON schema of run files, with which editors check and complete them."""
+    from sparse_gpt.config.reference import run_schema
+
+    print(json.dumps(run_schema(), indent=1))
