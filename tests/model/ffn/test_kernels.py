@@ -59,7 +59,7 @@ def test_every_option_equals_the_eager_chain(options, dtype):
 
 
 @runs
-@settings(max_examples=20, deadline=None, phases=PHASES)
+@settings(max_examples=20, phases=PHASES)
 @given(
     d=st.sampled_from([16, 32, 48, 64, 80, 96, 112, 128, 160]),
     tokens=st.integers(1, 70),
@@ -90,9 +90,7 @@ def test_other_shapes_equal_the_eager_chain(d, options):
 
 
 @runs
-@settings(
-    max_examples=3, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=3, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(tokens=st.integers(1, 70), d=st.sampled_from([48, 64, 112]))
 @pytest.mark.parametrize("options", ["default", "paper", "no-spectral", "feedback"])
 def test_every_output_is_written(options, tokens, d, monkeypatch):
