@@ -1,33 +1,16 @@
 """The command line as a user meets it: tables, help, and bad input in one line with exit code 2."""
 
 import json
-import sys
-from pathlib import Path
+import shlex
 
 import pytest
+import typer
 import yaml
 from ranks import ROOT, sparse_gpt
 
-from sparse_gpt.cli.main import main
+from sparse_gpt.cli.main import app
 
 NOVEL = ROOT / "data/novels/persuasion.txt"
-
-
-@pytest.fixture
-def refused(monkeypatch, capsys):
-    """Runs a command in this process; returns the one line with which it is refused."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["sparse-gpt", *map(str, arguments)])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == 2
-        lines = [line for line in capsys.readouterr().err.splitlines() if line.strip()]
-        assert len(lines) == 1, lines
-        assert lines[0].startswith("error: ")
-        return lines[0]
-
-    return run
 
 
 def test_bad_input_ends_a_real_command_with_one_line():
@@ -37,8 +20,8 @@ def test_bad_input_ends_a_real_command_with_one_line():
     assert done.stderr.count("\n") == 1
 
 
-def test_flops_of_the_papers_ffn_are_the_published_ones():
-    done = sparse_gpt("flops", "configs/tiny-paper.yaml", "--json")
+def test_flops_of_the_papers_ffn_are_the_published_ones(command):
+    done = command("flops", "configs/tiny-paper.yaml", "--json")
     ffn = json.loads(done.stdout)["ffn"]
     assert ffn["parts"] == {
         "norms": 1_024,
@@ -51,64 +34,72 @@ def test_flops_of_the_papers_ffn_are_the_published_ones():
     assert ffn["dense_activation_flops"] > 0
 
 
-def test_flops_table_shows_blocks_components_and_what_is_saved():
-    done = sparse_gpt("flops", "configs/tiny-paper.yaml")
+def test_flops_table_shows_blocks_components_and_what_is_saved(command):
+    done = command("flops", "configs/tiny-paper.yaml")
     assert done.returncode == 0
     for text in ("blocks 0 to 3, each", "spectral", "44,544", "131,072", "model without logits"):
         assert text in done.stdout
 
 
-def test_every_command_has_help_with_an_example(monkeypatch, capsys):
-    shards = [f"shards {command}" for command in ("info", "verify", "export", "import")]
-    for command in ("prepare", "vocab train", "train", "flops", "compare", "doctor", *shards):
-        monkeypatch.setattr(sys, "argv", ["sparse-gpt", *command.split(), "--help"])
-        with pytest.raises(SystemExit) as stopped:
-            main()
-        assert stopped.value.code == 0
-        assert f"Example: sparse-gpt {command}" in " ".join(capsys.readouterr().out.split())
+def leaves(command, path=()):
+    """Every command below one, with the words that call it."""
+    if not hasattr(command, "commands"):
+        yield path, command
+        return
+    for name, inner in command.commands.items():
+        yield from leaves(inner, (*path, name))
 
 
-def test_doctor_finds_what_training_needs():
-    found = {row["what"]: row for row in json.loads(sparse_gpt("doctor", "--json").stdout)}
-    assert found["deepspeed"]["status"] == "ok"
-    assert found["GPU"]["fix"]
+COMMANDS = dict(leaves(typer.main.get_command(app)))
 
 
-def test_prepare_then_info_then_verify_then_damage(tmp_path):
+@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
+def test_every_command_has_help_with_an_example(command, path):
+    """That it can parse."""
+    done = command(*path, "--help")
+    assert done.returncode == 0
+    words = " ".join(done.stdout.split())
+    example = f"Example: sparse-gpt {' '.join(path)}"
+    assert example in words
+    arguments = shlex.split(words[words.index(example) :].replace("│", ""))[2 + len(path) :]
+    COMMANDS[path].make_context(path[-1], arguments)
+
+
+def test_prepare_then_info_then_verify_then_damage(command, tmp_path):
     out = tmp_path / "novels"
     arguments = ("prepare", NOVEL, "--separator", "\nChapter ", "--held-out", "0.2", "--out", out)
-    done = sparse_gpt(*arguments)
+    done = command(*arguments)
     assert done.returncode == 0, done.stderr
-    info = json.loads(sparse_gpt("shards", "info", out, "--json").stdout)
+    info = json.loads(command("shards", "info", out, "--json").stdout)
     assert (
         info["train"]["documents"] + info["held_out"]["documents"] == 25
     )  # title page, 24 chapters
-    assert sparse_gpt("shards", "verify", out).returncode == 0
+    assert command("shards", "verify", out).returncode == 0
 
     shard = max(out.rglob("*.bin"), key=lambda path: path.stat().st_size)
     data = bytearray(shard.read_bytes())
     data[5000] ^= 4
     shard.write_bytes(data)
-    damaged = sparse_gpt("shards", "verify", out)
+    damaged = command("shards", "verify", out)
     assert damaged.returncode == 1
     assert shard.name in damaged.stdout + damaged.stderr
     assert "block 0" in damaged.stdout + damaged.stderr
 
 
-def test_export_then_import_then_verify(refused, tmp_path):
+def test_export_then_import_then_verify(command, refused, tmp_path):
     ours, theirs, back = (tmp_path / name for name in ("ours", "theirs", "back"))
     arguments = ("prepare", NOVEL, "--separator", "\nChapter ", "--held-out", "0.2", "--out", ours)
-    assert sparse_gpt(*arguments).returncode == 0
-    done = sparse_gpt("shards", "export", ours, "--format", "nanogpt", "--out", theirs)
+    assert command(*arguments).returncode == 0
+    done = command("shards", "export", ours, "--format", "nanogpt", "--out", theirs)
     assert done.stdout.split() == [str(theirs / "train.bin"), str(theirs / "val.bin")], done.stderr
     files = (theirs / "train.bin", "--held-out", theirs / "val.bin")
-    command = ("shards", "import", *files, "--format", "nanogpt", "--out", back, "--workers", "2")
-    done = sparse_gpt(*command, "--json")
+    importing = ("shards", "import", *files, "--format", "nanogpt", "--out", back)
+    done = command(*importing, "--workers", "2", "--json")
     assert done.returncode == 0, done.stderr
-    before = json.loads(sparse_gpt("shards", "info", ours, "--json").stdout)
+    before = json.loads(command("shards", "info", ours, "--json").stdout)
     after = json.loads(done.stdout)
     assert (after["train"], after["held_out"]) == (before["train"], before["held_out"])
-    assert sparse_gpt("shards", "verify", back).returncode == 0
+    assert command("shards", "verify", back).returncode == 0
     shards = ("shards", "import", *files, "--out", tmp_path / "other")
     assert "train.bin: not a token file of llm.c" in refused(*shards, "--format", "llmc")
     assert not (tmp_path / "other").exists()
@@ -151,10 +142,10 @@ def test_train_refuses_bad_input_and_leaves_nothing(refused, run_file, tmp_path)
     assert not (tmp_path / "run").exists()
 
 
-def test_train_refuses_more_ranks_than_samples(refused, run_file, tmp_path):
+def test_train_refuses_more_ranks_than_samples(command, refused, run_file, tmp_path):
     (tmp_path / "short.txt").write_text("Some words of a very short story. " * 40)
     out = tmp_path / "short"
-    done = sparse_gpt("prepare", tmp_path / "short.txt", "--held-out", "0", "--out", out)
+    done = command("prepare", tmp_path / "short.txt", "--held-out", "0", "--out", out)
     assert done.returncode == 0, done.stderr
     message = refused(
         *("train", run_file, "--devices", "16", f"data.path={out}"),
@@ -164,14 +155,7 @@ def test_train_refuses_more_ranks_than_samples(refused, run_file, tmp_path):
     assert not (tmp_path / "run").exists()
 
 
-def test_hostfile_mistakes_name_the_line(refused, run_file, tmp_path):
-    hosts = tmp_path / "hosts"
-    assert "No such file" in refused("train", run_file, "--hostfile", hosts)
-    hosts.write_text("node1 slots=8\nnode2 slot=8\n")
-    assert f"{hosts}:2" in refused("train", run_file, "--hostfile", hosts)
-
-
-def test_compare_puts_runs_side_by_side(refused, tmp_path):
+def test_compare_puts_runs_side_by_side(command, refused, tmp_path):
     for name, ffn, speed in (("dense", "dense", 100.0), ("sparse", "default", 150.0)):
         run = tmp_path / name
         run.mkdir()
@@ -181,16 +165,24 @@ def test_compare_puts_runs_side_by_side(refused, tmp_path):
         rows = [{"step": 0, "gflops": 0, "val/loss": 10.8}]
         rows += [{"step": 1, "gflops": 5.0, "val/loss": 7.0, "perf/tokens_per_second": speed}]
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    done = sparse_gpt("compare", tmp_path / "dense", tmp_path / "sparse", "--json")
+    done = command("compare", tmp_path / "dense", tmp_path / "sparse", "--json")
     found = list(json.loads(done.stdout).values())
     assert [run["ffn_macs"] for run in found] == [131_072, 30_336]
     assert [run["validation_loss"] for run in found] == [7.0, 7.0]
-    table = sparse_gpt("compare", tmp_path / "dense", tmp_path / "sparse").stdout
+    table = command("compare", tmp_path / "dense", tmp_path / "sparse").stdout
     assert "1.500" in table
     assert "0.231" in table  # 30,336 over 131,072
     assert "holds no metrics.jsonl" in refused("compare", tmp_path)
 
 
-def test_the_samples_are_what_their_readme_says():
-    size = sum(path.stat().st_size for path in Path(ROOT / "data/novels").glob("*.txt"))
-    assert size == pytest.approx(1.15e6, rel=0.01)
+def test_options_that_contradict_each_other_are_refused(command, run_file, tmp_path):
+    for options in (
+        ["--slurm"],
+        ["--slurm", "--devices", "1", "--restarts", "1"],
+        ["--nodes", "2"],
+        ["--devices", "1", "--hostfile", str(tmp_path)],
+    ):
+        done = command("train", run_file, *options)
+        assert done.returncode == 2
+        assert done.stderr.startswith("error: --")
+        assert done.stderr.count("\n") == 1

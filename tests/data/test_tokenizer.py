@@ -25,7 +25,7 @@ def test_known_ids_and_attributes() -> None:
     assert PATTERNS["r50k"] == openai_public.r50k_pat_str
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(st.lists(st.integers(0, 50256) | st.integers(128, 255)))
 def test_any_ids_are_decoded_as_by_tiktoken(ids: list[int]) -> None:
     """Most are no whole UTF-8; and in pieces that end within characters."""
@@ -36,7 +36,7 @@ def test_any_ids_are_decoded_as_by_tiktoken(ids: list[int]) -> None:
         assert tokenizer.decode(ids) == expected
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_round_trips(text: str) -> None:
     tokenizer = load_tokenizer()
@@ -117,7 +117,7 @@ HARD = st.one_of(
 )
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(text=st.lists(HARD, max_size=6).map("".join))
 def test_the_fast_engine_gives_tiktokens_ids(fast: Tokenizer, text: str) -> None:
     try:

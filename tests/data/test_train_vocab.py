@@ -31,7 +31,7 @@ def ranks(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return out
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(st.text(st.characters(exclude_categories=["Cs"])))
 def test_any_text_round_trips(ranks: Path, text: str) -> None:
     tokenizer = load_tokenizer(ranks)
@@ -79,7 +79,7 @@ def both(
     return learn([mixed, novel], 1500, request.param), load_tokenizer(ranks, request.param)
 
 
-@settings(max_examples=400, deadline=None)
+@settings(max_examples=400)
 @given(text=TEXTS.map("".join))
 def test_ids_are_those_of_the_tokenizer_that_learned(
     both: tuple[Any, Tokenizer], text: str
@@ -106,7 +106,7 @@ def test_a_long_document_is_learned_from_as_a_whole(tmp_path: Path) -> None:
         assert files[0].read_bytes() == files[1].read_bytes()
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(text=TEXTS.map("".join), part=st.integers(1, 5))
 def test_parts_are_cut_where_pieces_are(both: tuple[Any, Tokenizer], text: str, part: int) -> None:
     theirs, _ = both

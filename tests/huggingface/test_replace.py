@@ -42,7 +42,7 @@ def test_package_needs_no_transformers():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=15, suppress_health_check=[HealthCheck.too_slow])
 @given(
     layers=st.lists(st.integers(-3, 2), min_size=1, unique_by=lambda layer: layer % 3),
     seed=st.integers(0, 999),
@@ -82,7 +82,6 @@ def test_block_adds_the_ffns_branch_to_its_input():
 
 @settings(
     max_examples=15,
-    deadline=None,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
 @given(last=st.integers(0, 14), seed=st.integers(0, 999))

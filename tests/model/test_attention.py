@@ -59,9 +59,7 @@ def results(attention, x, mask):
 
 
 LENGTHS = st.lists(st.integers(1, 4) | st.integers(1, 200), min_size=1, max_size=6)
-COUNTED = settings(
-    max_examples=20, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+COUNTED = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
 @COUNTED

@@ -20,7 +20,7 @@ def sample(tokens, dtype=torch.float64, ignored=0.0):
     return hidden, weight, targets
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     tokens=st.integers(1, 20),
     chunk=st.integers(1, 25),

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from ranks import ROOT, sparse_gpt
+from ranks import ROOT
 from torch.autograd.graph import saved_tensors_hooks
 
 from sparse_gpt import GPT, ModelConfig
@@ -106,13 +106,13 @@ def test_a_plan_says_what_a_run_costs_and_what_is_wrong():
         make_plan(config, 8, "h100", 0.4)
 
 
-def test_the_command_prints_a_table_or_json():
-    shown = sparse_gpt("plan", CONFIG, "--gpus", "8", "--gpu", "H200")
+def test_the_command_prints_a_table_or_json(command):
+    shown = command("plan", CONFIG, "--gpus", "8", "--gpu", "H200")
     assert shown.returncode == 0, shown.stderr
     for text in ("ZeRO-1 (this run)", "activations", "largest micro-batch", "days", "warning: "):
         assert text in shown.stdout
-    found = json.loads(sparse_gpt("plan", CONFIG, "--gpus", "8", "--json").stdout)
+    found = json.loads(command("plan", CONFIG, "--gpus", "8", "--json").stdout)
     assert set(found["stages"]) == {"1", "2", "3"}
-    wrong = sparse_gpt("plan", CONFIG, "--gpus", "7")
+    wrong = command("plan", CONFIG, "--gpus", "7")
     assert wrong.returncode == 2
     assert wrong.stderr.startswith("error: batch.global_tokens")

@@ -27,7 +27,7 @@ def test_noise_free_families_are_recovered(true_law, sweep, alpha):
     assert law.agreement == 1
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.floats(14, 19), st.floats(0.2, 0.6), st.sampled_from(["dense", "sparse"]))
 def test_frontier_is_the_minimum_and_has_an_inverse(true_law, log_flops, alpha, family):
     law = true_law((alpha, 0.33))

@@ -31,7 +31,7 @@ def hoffmann(n, d):
     return 1.69 + 406.4 / n**0.34 + 410.7 / d**0.28
 
 
-@settings(max_examples=5, deadline=None)
+@settings(max_examples=5)
 @given(
     st.floats(1.0, 2.5),
     st.floats(0.1, 1.5),
@@ -70,7 +70,7 @@ def test_an_outlier_hardly_moves_the_fit():
     assert law.beta == pytest.approx(0.28, rel=1e-3)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(st.integers(0, 2**31), st.booleans())
 def test_gradient_equals_finite_differences(seed, own):
     rng = np.random.default_rng(seed)

@@ -15,17 +15,16 @@ from pathlib import Path
 import psutil
 import pytest
 import yaml
-from ranks import ENVIRONMENT, ROOT, metrics, sparse_gpt
+from ranks import ENVIRONMENT, ROOT, exact, sparse_gpt, start
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sparse_gpt.data import open_shards
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.sweep.collect import point_rows
 from sparse_gpt.sweep.execute import slurm_script
 from sparse_gpt.sweep.grid import read_sweep
 from sparse_gpt.train.checkpoint.manifest import tag_of, write_manifest
-from sparse_gpt.train.run_dir import held, hold
-
-EXACT = ("step", "train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
+from sparse_gpt.train.metrics_file import read_metrics
 
 
 @pytest.fixture
@@ -104,30 +103,6 @@ def test_a_wrong_sweep_file_is_refused_in_one_line(sweep_tree, tmp_path, change,
     assert "\n" not in str(caught.value)
 
 
-def test_a_held_run_is_refused_until_its_process_ends(tmp_path):
-    run_dir = tmp_path / "run"
-    assert not held(run_dir)
-    holder = subprocess.Popen(
-        [
-            sys.executable,
-            "-c",
-            "import sys, pathlib; from sparse_gpt.train.run_dir import hold; "
-            "hold(pathlib.Path(sys.argv[1])); print('held', flush=True); sys.stdin.read()",
-            str(run_dir),
-        ],
-        cwd=ROOT,
-        stdin=subprocess.PIPE,
-        stdout=subprocess.PIPE,
-    )
-    assert holder.stdout.readline() == b"held\n"
-    assert held(run_dir)
-    with pytest.raises(ConfigError, match="another process trains this run"):
-        hold(run_dir)
-    holder.kill()
-    holder.wait()
-    assert not held(run_dir)
-
-
 def test_kills_change_nothing_and_a_fork_is_the_run_it_stands_for(sweep_tree, tmp_path):
     path = write(sweep_tree, tmp_path / "s.yaml")
     done = sparse_gpt("sweep", "run", path, "--out", tmp_path / "whole", "--jobs", "2")
@@ -136,15 +111,17 @@ def test_kills_change_nothing_and_a_fork_is_the_run_it_stands_for(sweep_tree, tm
     expected = comparable(whole)
     assert len(expected) == 4
 
-    command = [sys.executable, "-m", "sparse_gpt", "sweep", "run", str(path), "--jobs", "2"]
-    rng = random.Random(0)
+    out = tmp_path / "killed"
+    command = [sys.executable, "-m", "sparse_gpt", "sweep", "run", path, "--out", out]
+    rng, at_work = random.Random(0), 0
     for kill in range(5):
-        log = (tmp_path / "killed.log").open("a")
-        process = subprocess.Popen(
-            [*command, "--out", str(tmp_path / "killed")],
-            env=ENVIRONMENT, cwd=ROOT, stdout=log, stderr=log,
-        )  # fmt: skip
-        time.sleep(rng.uniform(2, 9))
+        with (tmp_path / "killed.log").open("a") as log:
+            process = start([*command, "--jobs", "2"], stdout=log, stderr=log)
+        # From before the first step of this life to some after it.
+        goal = logged(out) + rng.randrange(12)
+        while process.poll() is None and logged(out) < goal:
+            time.sleep(0.005)
+        at_work += process.poll() is None
         # Every second time the ranks outlive the sweep, as when it alone runs out of memory.
         family = [
             process,
@@ -154,6 +131,7 @@ def test_kills_change_nothing_and_a_fork_is_the_run_it_stands_for(sweep_tree, tm
             with contextlib.suppress(ProcessLookupError):
                 os.kill(member.pid, signal.SIGKILL)
         process.wait()
+    assert at_work > 2
     done = sparse_gpt("sweep", "run", path, "--out", tmp_path / "killed", "--jobs", "2")
     assert done.returncode == 0, done.stderr
     killed = read_sweep(path, tmp_path / "killed")
@@ -165,17 +143,19 @@ def test_kills_change_nothing_and_a_fork_is_the_run_it_stands_for(sweep_tree, tm
 
     fork = next(cell for cell in whole.cells if cell.fork_step and cell.family == "sparse")
     assert sparse_gpt("train", fork.config_path, f"run_dir={tmp_path / 'alone'}").returncode == 0
-    alone, forked = metrics(tmp_path / "alone"), metrics(fork.run_dir)
-    assert [[row.get(key) for key in EXACT] for row in alone] == [
-        [row.get(key) for key in EXACT] for row in forked
-    ]
+    assert exact(tmp_path / "alone") == exact(fork.run_dir)
+
+
+def logged(out):
+    """Steps that the runs of a sweep have in their records."""
+    return sum(len(read_metrics(run)) for run in (out / "runs").glob("*"))
 
 
 def _runs(sweep):
     return sorted((sweep.out / "runs").iterdir())
 
 
-def test_what_fails_or_diverges_is_said_and_the_rest_goes_on(sweep_tree, tmp_path):
+def test_what_fails_or_diverges_is_said_and_the_rest_goes_on(command, sweep_tree, tmp_path):
     sweep_tree["families"] = {
         "dense": sweep_tree["families"]["dense"],
         "refused": {"batch.micro_batch": 5},
@@ -190,10 +170,10 @@ def test_what_fails_or_diverges_is_said_and_the_rest_goes_on(sweep_tree, tmp_pat
     assert "refused-d32-lr0.003-s0-2e09: failed with exit code 2; see" in done.stderr
     assert "wild-d32-lr1e+18-s0-2e09: diverged; it is left out of the fit" in done.stderr
     states = json.loads(
-        sparse_gpt("sweep", "status", path, "--out", tmp_path / "out", "--json").stdout
+        command("sweep", "status", path, "--out", tmp_path / "out", "--json").stdout
     )
     assert [row["state"] for row in states] == ["done", "stopped", "diverged"]
-    fit = sparse_gpt("sweep", "fit", path, "--out", tmp_path / "out")
+    fit = command("sweep", "fit", path, "--out", tmp_path / "out")
     assert fit.returncode == 2
     assert "family 'refused' has no usable run yet (2 of 3 runs are finished)" in fit.stderr
     assert len(fit.stderr.splitlines()) == 1
@@ -231,11 +211,11 @@ def finished_sweep(sweep_tree, tmp_path):
     return read_sweep(write(sweep_tree, tmp_path / "s.yaml"), tmp_path / "out")
 
 
-def test_a_fit_finds_the_multiplier_and_draws_it(finished_sweep, tmp_path):
+def test_a_fit_finds_the_multiplier_and_draws_it(command, finished_sweep, tmp_path):
     for cell in finished_sweep.cells:
         pretend(cell, law(cell.family, cell.report.forward / cell.report.seq, cell.tokens))
     out = ("--out", tmp_path / "out")
-    done = sparse_gpt("sweep", "fit", finished_sweep.path, *out, "--resamples", "100")
+    done = command("sweep", "fit", finished_sweep.path, *out, "--resamples", "100")
     assert done.returncode == 0, done.stderr
     # (A, B) × 0.9 at equal exponents: the loss above E falls as C^-γ, γ = αβ/(α + β).
     expected = 0.9 ** (-(0.3 + 0.25) / (0.3 * 0.25))
@@ -291,24 +271,24 @@ def test_fits_at_the_same_time_take_turns(finished_sweep, tmp_path):
         (lambda cell: math.nan, "family 'dense' has no usable run yet"),
     ],
 )
-def test_a_fit_that_cannot_be_says_what_is_missing(finished_sweep, tmp_path, keep, says):
+def test_a_fit_that_cannot_be_says_what_is_missing(command, finished_sweep, tmp_path, keep, says):
     for cell in finished_sweep.cells:
         if kept := keep(cell):
             loss = law(cell.family, cell.report.forward / cell.report.seq, cell.tokens)
             pretend(cell, loss * float(kept))
-    done = sparse_gpt("sweep", "fit", finished_sweep.path, "--out", tmp_path / "out")
+    done = command("sweep", "fit", finished_sweep.path, "--out", tmp_path / "out")
     assert done.returncode == 2
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out/fit").exists()
 
 
-def test_a_plan_measures_its_time(sweep_tree, tmp_path):
+def test_a_plan_measures_its_time(command, sweep_tree, tmp_path):
     sweep_tree["families"].pop("dense")
     sweep_tree["baseline"] = "sparse"
     path = write(sweep_tree, tmp_path / "s.yaml")
     options = ("--out", tmp_path / "out", "--json")
-    assert json.loads(sparse_gpt("sweep", "plan", path, *options).stdout)["seconds"] is None
+    assert json.loads(command("sweep", "plan", path, *options).stdout)["seconds"] is None
     done = sparse_gpt("sweep", "plan", path, *options, "--calibrate")
     found = json.loads(done.stdout)
     trunk, fork = found["runs"]
@@ -336,3 +316,26 @@ def _board(folder: Path) -> EventAccumulator:
     board = EventAccumulator(str(folder), {"scalars": 0, "images": 0})
     board.Reload()
     return board
+
+
+def test_a_sweep_counts_epochs_of_the_source_that_is_read_first(run_file, pair, tmp_path):
+    tree = yaml.safe_load(run_file.read_text())
+    shared = {key: value for key, value in tree.items() if key not in ("run_dir", "duration")}
+    scarce = open_shards(pair[1]).train.n_tokens
+    shared["data"] = {"blend": {pair[0]: 1, pair[1]: 9}}
+    shared["optimizer"] = {}
+    sweep = {
+        "run": shared,
+        "families": {"dense": {"model.ffn": "dense"}},
+        "sizes": {"small": {}},
+        "budgets": [1e9, 1e13],
+        "lr": [1e-3],
+        "baseline": "dense",
+        "limits": {"tokens_per_parameter": [0, 1e9], "epochs": 1},
+    }
+    (tmp_path / "sweep.yaml").write_text(yaml.safe_dump(sweep))
+    planned = read_sweep(tmp_path / "sweep.yaml", tmp_path / "out")
+    assert all(cell.tokens <= scarce / 0.9 for cell in planned.cells)
+    assert len(planned.cells) == 1
+    [line] = planned.left_out
+    assert "epochs of the data, above 1" in line

@@ -6,10 +6,6 @@ import pytest
 import ranks
 from ranks import finish, metrics, start_ranks
 
-from sparse_gpt.config.load import load_config
-from sparse_gpt.errors import ConfigError
-from sparse_gpt.train.checks import check_compiler, check_settings
-
 # The gradient's norm would differ: its derivative jumps where selected coefficients change.
 LOSSES = ("train/loss", "val/loss")
 # More blocks than dynamo would compile variants of, were each block a variant.
@@ -70,53 +66,6 @@ def test_a_dense_model_compiles_in_half_precision(compiling, run_file, tmp_path)
     run(run_file, eager, *options, world_size=1)
     run(run_file, compiled, *options, "compile=true", world_size=1)
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-3)
-
-
-@pytest.mark.parametrize(
-    ("overrides", "message"),
-    [
-        (["compile=maybe"], "compile: input should be a valid boolean, got 'maybe'"),
-        (["compile=true", "deepspeed={zero_optimization: {stage: 3}}"], "compile: ZeRO-3 gathers"),
-        (["compile=true", "activation_checkpointing=selective"], "selective recomputes inside"),
-        (["deepspeed={compile: {deepcompile: true}}"], "set `compile` of the run instead"),
-    ],
-)
-def test_what_cannot_be_compiled_is_refused(run_file, overrides, message):
-    with pytest.raises(ConfigError, match=message):
-        check_settings(load_config(run_file, overrides), world_size=1)
-
-
-@pytest.mark.parametrize(
-    ("variable", "value", "message"),
-    [
-        ("TORCHDYNAMO_DISABLE", "1", "compile: the environment has TORCHDYNAMO_DISABLE=1"),
-        ("CXX", "no-such-compiler", "compile: there is no compiler no-such-compiler; install it"),
-    ],
-)
-def test_where_nothing_can_be_compiled_a_run_is_refused(
-    run_file, monkeypatch, variable, value, message
-):
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
-    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
-    check_compiler(load_config(run_file, ["compile=true"]))
-    monkeypatch.setenv(variable, value)
-    check_compiler(load_config(run_file))
-    with pytest.raises(ConfigError, match=message):
-        check_compiler(load_config(run_file, ["compile=true"]))
-
-
-def test_flex_attention_needs_the_compiler_too(run_file, monkeypatch):
-    options = ["model.document_mask=true", "model.d_model=64", "model.n_head=4"]
-    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
-    check_compiler(load_config(run_file, options))
-    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
-    check_compiler(load_config(run_file, [*options, "model.n_head=8"]))  # too narrow for it
-    with pytest.raises(ConfigError, match="document_mask: the environment has TORCHDYNAMO_DIS"):
-        check_compiler(load_config(run_file, options))
-    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
-    monkeypatch.setenv("CC", "no-such-compiler")
-    with pytest.raises(ConfigError, match="document_mask: there is no compiler no-such-compiler"):
-        check_compiler(load_config(run_file, options))
 
 
 @pytest.mark.long

@@ -2,34 +2,10 @@
 
 import json
 import math
-from pathlib import Path
 
 import pytest
-from ranks import finish, metrics, sparse_gpt, start_ranks
-
-FAULTY = Path(__file__).with_name("faulty_train.py")
-
-
-def options(zero_stage, precision="fp32", **guard):
-    section = ", ".join(f"{key}: {value}" for key, value in guard.items())
-    return (
-        f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}",
-        f"precision={precision}",
-        f"guard={{{section}}}",
-    )
-
-
-def faults(*pairs):
-    return [word for kind, step in pairs for word in ("--fault", kind, str(step))]
-
-
-def stopped(ranks):
-    """The one error line of ranks that must all stop."""
-    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
-    assert [rank.returncode for rank in ranks] == [1] * len(ranks), outputs
-    [error] = [line for line in outputs[0].splitlines() if line.startswith("error: ")]
-    assert "Traceback" not in "".join(outputs)
-    return error
+from faults import FAULTY, faults, options, stopped
+from ranks import finish, metrics, start_ranks
 
 
 @pytest.mark.parametrize(
@@ -78,52 +54,6 @@ def test_a_run_saved_before_its_first_update_goes_on_bit_equal(run_file, tmp_pat
         assert row["val/loss"] == again["val/loss"]
         assert step < 2 or row["train/loss"] == again["train/loss"]
     assert rows["cut"][6]["guard/skipped"] == 1
-
-
-def test_a_diverged_run_stops_and_its_last_step_can_be_replayed(run_file):
-    error = stopped(
-        start_ranks(
-            run_file,
-            *options(3, stop_after=3),
-            *("optimizer.lr=1e20", "duration.steps=12", "model.document_mask=true"),
-        )
-    )
-    assert "3 bad steps in a row" in error
-    [incident] = (run_file.parent / "run/incidents").iterdir()
-    assert str(incident) in error
-    step = json.loads((incident / "incident.json").read_text())["step"]
-    done = sparse_gpt("replay", incident, "--json")
-    assert done.returncode == 0, done.stderr
-    found = json.loads(done.stdout)
-    assert found["reproduced"]
-    assert not any(sample["finite"] for sample in found["samples"])
-    numbers = sorted(sample["sample"] for sample in found["samples"])
-    assert numbers == list(range((step - 1) * 16, step * 16))
-
-    (incident / "weights.pt").write_bytes(b"")
-    broken = sparse_gpt("replay", incident)
-    assert broken.returncode == 2
-    assert "is no whole incident" in broken.stderr
-
-
-def test_a_fault_of_the_machine_does_not_reproduce(run_file):
-    """And bf16 weights, dropout and its random numbers come back as they were."""
-    stopped(
-        start_ranks(
-            run_file,
-            *faults(("grad", 7)),
-            *options(1, "bf16", stop_after=1),
-            "model.dropout=0.1",
-            script=FAULTY,
-        )
-    )
-    [incident] = (run_file.parent / "run/incidents").iterdir()
-    done = sparse_gpt("replay", incident)
-    assert done.returncode == 0, done.stderr
-    assert "does not reproduce" in done.stdout
-    found = json.loads(sparse_gpt("replay", incident, "--json").stdout)
-    assert found["replayed"]["loss"] == pytest.approx(found["recorded"]["loss"], rel=1e-6)
-    assert math.isfinite(found["replayed"]["grad_norm"])
 
 
 def test_a_flipped_bit_stops_the_run_before_it_is_learnt(run_file):

@@ -1,26 +1,16 @@
 """Training under real ranks: what a run leaves behind, and that kills change nothing."""
 
 import json
-import os
 import re
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 import yaml
-from ranks import ENVIRONMENT, ROOT, finish, metrics, sparse_gpt, start_ranks
+from ranks import EXACT, ROOT, exact, finish, metrics, sparse_gpt, start_ranks, until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sparse_gpt.data import prepare
-
-EXACT = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss")
-
-
-def exact(rows):
-    return {row["step"]: [row.get(tag) for tag in EXACT] for row in rows}
+from sparse_gpt.train.metrics_file import read_metrics
 
 
 def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(gpt2_run_file):
@@ -87,7 +77,11 @@ LONG_ZERO = (
     ],
 )
 def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero, precision):
-    """Dropout and running statistics included. All stages: test_engine.py."""
+    """Dropout and running statistics included. All stages: test_engine.py.
+
+    At a constant learning rate the steps do not depend on the length of the run: the one that is
+    killed has no end that it could reach before.
+    """
     options = (
         f"precision={precision}",
         f"deepspeed={{zero_optimization: {{{zero}}}}}",
@@ -95,30 +89,26 @@ def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero, precision):
         "model.ffn.dropout=0.1",
         "model.ffn.feedback={}",
         "batch={global_tokens: 256, micro_batch: 2}",
-        "duration.steps=24",
         "checkpoint.every=8",
+        "schedule.final_lr_ratio=1",
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
-    finish(start_ranks(run_file, *options, f"run_dir={whole}"))
-
-    ranks = start_ranks(run_file, *options, f"run_dir={cut}")
-    log, deadline = cut / "metrics.jsonl", time.monotonic() + 120
-    while not (cut / "checkpoints/step-00000008").exists():
-        assert time.monotonic() < deadline, ranks[0].communicate()[0]
-        time.sleep(0.002)
+    ranks = start_ranks(run_file, *options, "duration.steps=100000", f"run_dir={cut}")
+    until((cut / "checkpoints/step-00000008").exists, ranks[0])
     for rank in ranks:
         rank.send_signal(signal.SIGKILL)
     for rank in ranks:
         rank.communicate()
-    reached = log.read_text().count("\n") - 1
-    assert 8 < reached < 24, "it should have been killed between checkpoints"
+    reached = read_metrics(cut)[-1]["step"]
 
-    finish(start_ranks(run_file, *options, f"run_dir={cut}"))
-    assert exact(metrics(cut)) == exact(metrics(whole))
-    assert [row["step"] for row in metrics(cut)] == list(range(25))
-    starts = json.loads((cut / "provenance.json").read_text())["starts"]
-    assert starts[0]["step"] == 0
-    assert starts[1]["step"] in (8, 16)  # the second may be whole by then
+    end = f"duration.steps={reached + 4}"
+    finish(start_ranks(run_file, *options, end, f"run_dir={cut}"))
+    finish(start_ranks(run_file, *options, end, f"run_dir={whole}"))
+    assert exact(cut) == exact(whole)
+    assert [row["step"] for row in metrics(cut)] == list(range(reached + 5))
+    first, second = json.loads((cut / "provenance.json").read_text())["starts"]
+    assert first["step"] == 0
+    assert second["step"] in range(8, reached + 1, 8)  # the newest checkpoint that was whole
 
 
 def test_documents_are_masked_the_same_on_any_ranks(run_file, shards, tmp_path):
@@ -139,40 +129,6 @@ def test_documents_are_masked_the_same_on_any_ranks(run_file, shards, tmp_path):
     assert unmasked != pytest.approx(two, rel=5e-5)
 
 
-def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run_file):
-    finish(start_ranks(run_file))
-    before = metrics(run_file.parent / "run")
-    checkpoints = run_file.parent / "run/checkpoints"
-    victim = max((checkpoints / "step-00000016").iterdir(), key=lambda path: path.stat().st_size)
-    data = bytearray(victim.read_bytes())
-    data[len(data) // 2] ^= 1
-    victim.write_bytes(data)
-    (checkpoints / "damaged-step-00000016").mkdir()  # damaged before, and trained again since
-    (checkpoints / "damaged-step-00000016/rank-7.pt").touch()
-    outputs = finish(start_ranks(run_file))
-    assert f"{victim.name} is damaged; set aside" in "".join(outputs)  # the rank that read it
-    assert "step 13/16" in outputs[0]
-    assert "step 12/16" not in outputs[0]
-    assert exact(metrics(run_file.parent / "run")) == exact(before)
-    assert (checkpoints / "damaged-step-00000016" / victim.name).read_bytes() == data
-    assert (checkpoints / "latest").read_text() == "step-00000016"
-
-
-def test_another_config_is_refused_in_one_line(run_file, tmp_path):
-    finish(start_ranks(run_file, "duration.steps=4"))
-    for overrides, message in (
-        (["optimizer.lr=1e-4"], "holds a run with another optimizer"),
-        (["batch.global_tokens=1024"], "holds a run with another batch"),
-        (["seed=1", "model.n_layer=1"], "holds a run with another model, seed"),
-    ):
-        ranks = start_ranks(run_file, *overrides)
-        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
-        assert {rank.returncode for rank in ranks} == {2}, outputs
-        errors = [line for line in outputs[0].splitlines() if line.startswith("error: ")]
-        assert len(errors) == 1
-        assert message in errors[0]
-
-
 def test_losses_do_not_depend_on_world_size_or_grad_accum(gpt2_run_file, tmp_path):
     """And the learning rate is the schedule's."""
     tree = yaml.safe_load(gpt2_run_file.read_text())
@@ -183,7 +139,7 @@ def test_losses_do_not_depend_on_world_size_or_grad_accum(gpt2_run_file, tmp_pat
         run_dir = tmp_path / f"{world_size}-{micro_batch}"
         options = (f"run_dir={run_dir}", f"batch.micro_batch={micro_batch}")
         finish(start_ranks(gpt2_run_file, *options, world_size=world_size))
-        losses[world_size] = exact(metrics(run_dir))
+        losses[world_size] = exact(run_dir)
     rates = [row.get("train/learning_rate") for row in metrics(run_dir)][1:]
     assert rates[:5] == pytest.approx([7.5e-4, 1.5e-3, 2.25e-3, 3e-3, 3e-3])
     assert rates[-1] == 0.0
@@ -198,36 +154,3 @@ def test_half_precision_trains(gpt2_run_file):
     )
     rows = metrics(gpt2_run_file.parent / "run")
     assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.5
-
-
-def test_torchrun_and_srun_train_as_any_launcher(run_file, tmp_path):
-    finish(start_ranks(run_file, f"run_dir={tmp_path / 'plain'}"))
-    plain = exact(metrics(tmp_path / "plain"))
-    script = [str(ROOT / "launch/train.py"), "--config", str(run_file)]
-
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    command = [*torchrun, *script, f"run_dir={tmp_path / 'torchrun'}"]
-    subprocess.run(command, env=ENVIRONMENT, check=True, timeout=180, capture_output=True)
-    assert exact(metrics(tmp_path / "torchrun")) == plain
-
-    ranks = []
-    for rank in "01":  # what srun sets, without a Slurm
-        slurm = {"NTASKS": "2", "PROCID": rank, "LOCALID": rank}
-        slurm |= {"JOB_ID": str(os.getpid()), "JOB_NODELIST": "127.0.0.1"}
-        env = ENVIRONMENT | {f"SLURM_{name}": value for name, value in slurm.items()}
-        command = [sys.executable, *script, f"run_dir={tmp_path / 'srun'}"]
-        output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
-        ranks.append(subprocess.Popen(command, env=env, text=True, **output))
-    finish(ranks)
-    assert exact(metrics(tmp_path / "srun")) == plain
-
-
-def test_a_disk_that_stalls_is_waited_for_and_told_of(run_file, tmp_path):
-    """Ten batches are a tenth of a second of training: reading ahead cannot hide half a second."""
-    whole, slow = tmp_path / "whole", tmp_path / "slow"
-    finish(start_ranks(run_file, f"run_dir={whole}", world_size=1))
-    script = Path(__file__).with_name("slow_disk_train.py")
-    finish(start_ranks(run_file, f"run_dir={slow}", world_size=1, script=script))
-    assert exact(metrics(slow)) == exact(metrics(whole))
-    waits = sorted(row.get("perf/data_wait_ms", 0) for row in metrics(slow))
-    assert waits[len(waits) // 2] < 100 < waits[-1]

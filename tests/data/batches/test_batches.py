@@ -65,7 +65,7 @@ def test_uint32_tokens(tmp_path: Path, make_shards: MakeShards) -> None:
     assert torch.equal(batch.to("cpu").targets, batch.targets)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     n_tokens=st.integers(40, 2000),
     seq_len=st.integers(1, 20),
@@ -193,7 +193,7 @@ def test_opening_shards_imports_neither_torch_nor_datasets(counted: Path) -> Non
     assert done.stdout == "[]\n"
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     shards=st.lists(st.lists(st.integers(1, 9), min_size=1, max_size=4), min_size=1, max_size=4),
     starts=st.lists(st.integers(0, 400), min_size=1, max_size=5),

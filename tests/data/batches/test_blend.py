@@ -58,7 +58,7 @@ def drawn_blend(
     return paths, open_blend(dict(zip(paths, weights, strict=True)))
 
 
-@settings(max_examples=12, deadline=None)
+@settings(max_examples=12)
 @given(
     sizes=st.lists(st.integers(1000, 3000), min_size=2, max_size=4),
     seq_len=st.integers(1, 5),
@@ -81,7 +81,7 @@ def test_same_samples_at_1_to_64_ranks_with_other_batches_from_any_sample(
         assert torch.equal(found, whole[options["start"] :][: len(found)])
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     sizes=st.lists(st.integers(120, 400), min_size=2, max_size=4),
     seq_len=st.integers(1, 12),

@@ -15,7 +15,7 @@ def permutation(size: int, seed: int, epoch: int, source: int = 0) -> list[int]:
     return order.permute(np.arange(size, dtype=np.uint64), size, keys).tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 5000), seeds, st.integers(0, 10**6))
 @example(1, 0, 0)
 @example(2, 0, 0)
@@ -51,7 +51,7 @@ def test_sizes_beyond_32_bits() -> None:
     assert out.max() > 2**32
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(st.integers(1, 400), seeds, st.integers(0, 30))
 def test_each_epoch_is_a_permutation_of_its_windows(windows: int, seed: int, epoch: int) -> None:
     samples = np.arange(epoch * windows, (epoch + 1) * windows)
@@ -60,7 +60,7 @@ def test_each_epoch_is_a_permutation_of_its_windows(windows: int, seed: int, epo
     assert sorted(located.tolist()) == list(range(windows))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(2, 3000), st.integers(1, 64), seeds, st.integers(0, 9))
 def test_no_transition_twice_an_epoch(tokens: int, seq_len: int, seed: int, epoch: int) -> None:
     seq_len = min(seq_len, tokens - 1)
@@ -116,7 +116,7 @@ def test_quotas_by_hand(weights: list[float], expected: list[int]) -> None:
     assert order.cycle_quotas(weights).tolist() == expected
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(quotas, seeds, st.integers(0, 10**12), st.integers(1, 4))
 def test_a_blend_is_a_bijection(quotas: list[int], seed: int, first: int, cycles: int) -> None:
     length = sum(quotas)
@@ -127,7 +127,7 @@ def test_a_blend_is_a_bijection(quotas: list[int], seed: int, first: int, cycles
         assert own == list(range(first * quota, (first + cycles) * quota))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(quotas, seeds)
 def test_every_prefix_has_the_shares(quotas: list[int], seed: int) -> None:
     length, each = sum(quotas), np.array(quotas)

@@ -55,7 +55,7 @@ def test_json_lines_are_taken_exactly(tmp_path: Path) -> None:
     assert texts(path) == documents
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.text("ab\n é", max_size=60),
     st.text("ab\n", min_size=1, max_size=3),

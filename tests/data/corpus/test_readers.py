@@ -107,9 +107,7 @@ def test_row_groups_and_hub_shards_are_slices(
 LINES = st.lists(st.sampled_from([b'{"text": "a"}', b'{"text": "long, long"}', b"{", b"", b"\xff"]))
 
 
-@settings(
-    max_examples=100, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
-)
+@settings(max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(LINES, st.sampled_from([b"\n", b"\r\n", b"\n\n"]), st.booleans(), st.integers(1, 60))
 def test_blocks_of_lines_are_the_lines(
     monkeypatch: pytest.MonkeyPatch,

@@ -6,7 +6,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -55,6 +55,7 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+UNITS = 16  # that `corpus` has with these:
 OPTIONS: dict[str, Any] = {"held_out": 0.1, "shard_tokens": 60_000, "separator": "\nChapter "}
 PREPARE = """
 import json, signal, sys
@@ -72,6 +73,37 @@ def start_prepare(
     keywords = json.dumps({**OPTIONS, "workers": workers, "part": part, **options})
     command = [sys.executable, str(script), str(corpus), str(out), keywords]
     return subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
+
+
+def wait(condition: Callable[[], object], process: "subprocess.Popen[str] | None" = None) -> None:
+    """Until `condition` holds, before `process` ends. The time limit is where a hang is seen."""
+    deadline = time.monotonic() + 300
+    while not condition():
+        assert process is None or process.poll() is None, process.communicate()
+        assert time.monotonic() < deadline
+        time.sleep(0.001)
+
+
+def stopped_at_work(
+    script: Path, corpus: Path, out: Path, workers: int, units: int, part: str = "1/1"
+) -> "subprocess.Popen[str]":
+    """A `prepare` that stands still with at least so many units done, and not all of them.
+
+    A busy machine may let us see the units so late that all are done: then once more.
+    """
+    for _ in range(10):
+        process = start_prepare(script, corpus, out, workers, part)
+        while process.poll() is None:
+            if len(list(out.glob("unit-*"))) >= units:
+                os.killpg(process.pid, signal.SIGSTOP)
+                if len(list(out.glob("unit-*"))) < UNITS // int(part[-1]):
+                    return process
+                os.killpg(process.pid, signal.SIGKILL)
+            time.sleep(0.001)
+        assert process.returncode in (0, -signal.SIGKILL), process.communicate()
+        process.communicate()
+        shutil.rmtree(out)
+    raise AssertionError("never seen at work")
 
 
 def running(session: int) -> list[int]:
@@ -106,25 +138,18 @@ def test_same_bytes_for_any_workers_and_after_a_kill(corpus: Path, tmp_path: Pat
     assert len([name for name in expected if name.startswith("unit-")]) == 16
 
     out = tmp_path / "killed"
-    process = start_prepare(tmp_path / "run.py", corpus, out, workers=2)
-    deadline = time.monotonic() + 60
-    while len(list(out.glob("unit-*"))) < 3:
-        assert process.poll() is None, process.communicate()
-        assert time.monotonic() < deadline
-        time.sleep(0.001)
+    process = stopped_at_work(tmp_path / "run.py", corpus, out, workers=2, units=3)
     os.kill(process.pid, signal.SIGKILL)
+    os.killpg(process.pid, signal.SIGCONT)
     process.communicate()
-    deadline = time.monotonic() + 10
-    while running(process.pid):
-        assert time.monotonic() < deadline, "workers outlive their killed parent"
-        time.sleep(0.05)
+    wait(lambda: not running(process.pid))  # workers do not outlive their killed parent
     with pytest.raises(DataError, match="killed: unfinished"):
         open_shards(out)
     finished = finished_files(out)
     assert 6 < len(finished) < len(expected) - 1
 
     process = start_prepare(tmp_path / "run.py", corpus, out, workers=2)
-    _, errors = process.communicate(timeout=60)
+    _, errors = process.communicate(timeout=300)
     assert (process.returncode, errors) == (0, "")  # and no progress drawn: not a terminal
     assert content(out) == expected
     assert verify(out) == []
@@ -145,19 +170,18 @@ def undisturbed(corpus: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[
 def test_killed_at_any_moment(
     corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path, kills: int, workers: int
 ) -> None:
-    """SIGKILL at random moments from the first file on; a second run finishes."""
+    """SIGKILL at random moments from the first file to the last; a second run finishes."""
     random = np.random.default_rng(kills)
     at_work = 0
     for n in range(kills):
         out = tmp_path / str(n)
+        files = random.integers(1, len(undisturbed))
         process = start_prepare(tmp_path / "run.py", corpus, out, workers)
-        while process.poll() is None and not (out.exists() and any(out.iterdir())):
+        while process.poll() is None and len(list(out.glob("*"))) < files:
             time.sleep(0.001)
-        time.sleep(random.uniform(0, 0.15))
         process.kill()
         process.communicate()
-        while running(process.pid):
-            time.sleep(0.01)
+        wait(lambda ended=process.pid: not running(ended))
         at_work += content(out).keys() != undisturbed.keys()
         prepare([corpus], out, **OPTIONS)
         assert content(out) == undisturbed
@@ -180,13 +204,11 @@ def test_parts_together_are_the_whole(
 
     out = tmp_path / "together"
     killed = start_prepare(tmp_path / "run.py", corpus, out, 1, "1/2")
-    while not list(out.glob("unit-*")):
-        assert killed.poll() is None, killed.communicate()
-        time.sleep(0.001)
+    wait(lambda: list(out.glob("unit-*")))
     killed.kill()
     killed.communicate()
     both = [start_prepare(tmp_path / "run.py", corpus, out, 1, f"{i}/2") for i in (1, 2)]
-    assert [process.communicate(timeout=60) for process in both] == [(None, ""), (None, "")]
+    assert [process.communicate(timeout=300) for process in both] == [(None, ""), (None, "")]
     assert content(out) == undisturbed
     assert verify(out) == []
 
@@ -194,15 +216,11 @@ def test_parts_together_are_the_whole(
 @pytest.mark.parametrize("part", ["1/2", "1/1", "2/3"])
 def test_a_part_has_one_process(corpus: Path, tmp_path: Path, part: str) -> None:
     out = tmp_path / "out"
-    process = start_prepare(tmp_path / "run.py", corpus, out, 1, "1/2")
-    while not list(out.glob("unit-*")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.001)
-    process.send_signal(signal.SIGSTOP)  # else it might be done too soon
+    process = stopped_at_work(tmp_path / "run.py", corpus, out, 1, 1, "1/2")
     with pytest.raises(DataError, match=r"another prepare( with part 1/2)? is writing there"):
         prepare([corpus], out, part=part, **OPTIONS)
     process.send_signal(signal.SIGCONT)
-    assert process.wait(60) == 0
+    assert process.wait(300) == 0
     process.communicate()
     assert len(list(out.glob("unit-*"))) == 8
     assert [path.name for path in out.glob(".*")] == [".tmp-cuts-1-of-2"]
@@ -223,23 +241,11 @@ def test_parts_of_launchers(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> 
             prepare([SAMPLES], tmp_path / "out", part=part)
 
 
-@pytest.fixture
-def small_disk(tmp_path: Path) -> Iterator[Path]:
-    """A file system of 2 MiB."""
-    folder = tmp_path / "disk"
-    folder.mkdir()
-    command = ["mount", "-t", "tmpfs", "-o", "size=2m", "tmpfs", str(folder)]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("only root may mount a small file system")
-    yield folder
-    subprocess.run(["umount", str(folder)], check=True)
-
-
 @pytest.mark.parametrize("workers", [1, 2])
 def test_a_full_disk(
-    corpus: Path, undisturbed: dict[str, bytes], small_disk: Path, workers: int
+    corpus: Path, undisturbed: dict[str, bytes], small_disk: Any, workers: int
 ) -> None:
-    out = small_disk / "out"
+    out = small_disk.folder / "out"
     for _ in range(2):
         with pytest.raises(DataError, match="out: No space left on device; make room there and ru"):
             prepare([corpus], out, workers=workers, **OPTIONS)
@@ -247,7 +253,7 @@ def test_a_full_disk(
         assert 0 < len(kept) < len(undisturbed)
         assert kept.items() < undisturbed.items()  # whole files under their names, and no others
     before = finished_files(out)
-    subprocess.run(["mount", "-o", "remount,size=64m", str(small_disk)], check=True)
+    small_disk.resize(64)
     prepare([corpus], out, workers=workers, **OPTIONS)
     assert content(out) == undisturbed
     assert {path: path.stat().st_mtime_ns for path in before} == before
@@ -258,7 +264,7 @@ def test_a_full_disk(
 def test_a_worker_that_is_killed_and_an_interrupt(
     corpus: Path, undisturbed: dict[str, bytes], tmp_path: Path, separate: bool
 ) -> None:
-    """Each worker at its own unit, or all at one: an end in one line, in time; then a rerun."""
+    """Each worker at its own unit, or all at one: an end in one line, and no hang; then a rerun."""
     options = {**OPTIONS, "shard_tokens": 60_000 if separate else 10**7}
     source = tmp_path / "a.jsonl"
     if separate:
@@ -268,15 +274,15 @@ def test_a_worker_that_is_killed_and_an_interrupt(
     for what in ("kill", "interrupt"):
         out = tmp_path / what
         process = start_prepare(tmp_path / "run.py", source, out, 2, **options)
-        while not list(out.glob(".tmp-train*")):
-            assert process.poll() is None, process.communicate()
-            time.sleep(0.001)
+        wait(lambda out=out: list(out.glob(".tmp-train*")), process)
+        os.killpg(process.pid, signal.SIGSTOP)  # in the midst of it, however late we see it
         if what == "kill":
             workers = [pid for pid in running(process.pid) if is_worker(pid)]
             os.kill(workers[0], signal.SIGKILL)
         else:
             os.killpg(process.pid, signal.SIGINT)
-        _, errors = process.communicate(timeout=10)
+        os.killpg(process.pid, signal.SIGCONT)
+        _, errors = process.communicate(timeout=60)
         last = errors.strip().splitlines()[-1]
         assert ("a worker was killed" if what == "kill" else "KeyboardInterrupt") in last
         prepare([source], out, **options)
@@ -346,7 +352,7 @@ def test_running_again_changes_nothing_and_mends_damage(novels: Path, tmp_path: 
     assert {path: path.stat().st_mtime_ns for path in out.glob("*-*")} == before
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.lists(st.integers(0, 30), min_size=20, max_size=60),
     st.floats(0.2, 0.8),
@@ -496,7 +502,7 @@ def test_a_run_stops_early_where_much_is_broken(tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.lists(st.lists(st.integers(0, 40), max_size=30), max_size=12))
 def test_a_hash_is_new_once(batches: list[list[int]]) -> None:
     seen, before = Seen(), set[int]()
@@ -537,7 +543,7 @@ def test_memory_of_ten_million_documents(tmp_path: Path) -> None:
         for n in range(10_000_000):
             file.write(f'{{"text": "the short document of number {n}"}}\n')
     code = (
-        "import resource\nfrom data import prepare\n"
+        "import resource\nfrom sparse_gpt.data import prepare\n"
         f"prepare([{str(tmp_path / 'a.jsonl')!r}], {str(tmp_path / 'out')!r}, dedup=True)\n"
         "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)"
     )
@@ -565,13 +571,11 @@ def test_folders_that_are_not_for_us(novels: Path, tmp_path: Path) -> None:
 
 def test_two_at_once_in_one_folder(corpus: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    process = start_prepare(tmp_path / "run.py", corpus, out, workers=1)
-    while not list(out.glob("unit-*")):
-        assert process.poll() is None, process.communicate()
-        time.sleep(0.001)
+    process = stopped_at_work(tmp_path / "run.py", corpus, out, workers=1, units=1)
     with pytest.raises(DataError, match="another prepare is writing there"):
         prepare([corpus], out, held_out=0.1, shard_tokens=60_000, separator="\nChapter ")
-    assert process.wait(60) == 0
+    process.send_signal(signal.SIGCONT)
+    assert process.wait(300) == 0
     process.communicate()
     assert verify(out) == []
     assert all(read_manifest(out).documents(split) for split in SPLITS)
@@ -582,15 +586,17 @@ def test_progress_shows_rates(
 ) -> None:
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes stderr for a terminal
     monkeypatch.setenv("COLUMNS", "120")
+    began = time.monotonic()
     with Progress("tokenizing", 4_000_000, wanted=True) as bar:
         for _ in range(2):
             time.sleep(0.1)
             bar.advance(1_000_000, 1_500_000, 500_000)
+        slowest = 3 / (time.monotonic() - began)
     drawn = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", capsys.readouterr().err)
     rates = re.findall(r"2\.0/4\.0 MB +([0-9.]+) MB/s, ([0-9.]+)M tokens/s +0:0", drawn)
     megabytes, tokens = map(float, rates[-1])
-    assert 1 < megabytes <= 15
-    assert megabytes == pytest.approx(3 * tokens, rel=0.02)
+    assert slowest - 0.1 < megabytes <= 15  # it is printed with one digit
+    assert megabytes == pytest.approx(3 * tokens, abs=0.1)
     with Progress("reading", 4_000_000, wanted=True) as bar:
         time.sleep(0.1)
         bar.advance(1_000_000)

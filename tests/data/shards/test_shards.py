@@ -36,7 +36,7 @@ def copy(novels: Path, tmp_path: Path) -> Path:
 SPACES = [chr(c) for c in range(sys.maxunicode + 1) if chr(c).isspace()]
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     st.lists(
         st.lists(

@@ -14,7 +14,7 @@ def first_kind(u, degree):
     return [sign * values for sign, values in chebyshev(u, 2 * u, degree)]
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(u=st.floats(-1, 1), degree=st.integers(1, 12))
 def test_recurrence_equals_the_cosine(u, degree):
     first = first_kind(torch.tensor([u], dtype=torch.float64), degree)
@@ -22,7 +22,7 @@ def test_recurrence_equals_the_cosine(u, degree):
     assert [v.item() for v in first] == pytest.approx(expected, abs=1e-10)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(degrees=st.sets(st.integers(1, 9), min_size=1), seed=st.integers(0, 99))
 def test_gradients_are_the_differences(degrees, seed):
     torch.manual_seed(seed)

@@ -37,7 +37,7 @@ def test_transform_is_the_kronecker_product_and_inverts(factors):
     torch.testing.assert_close(part.inverse(part.transform(x)), x, rtol=1e-5, atol=1e-5)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(keep=st.floats(0.01, 1), seed=st.integers(0, 2**31))
 def test_exact_selection_keeps_the_k_largest(keep, seed):
     part = SparseSpectral(32, SpectralConfig(keep=keep)).double()
@@ -73,7 +73,7 @@ def test_constant_threshold_keeps_about_its_share_of_a_unit_token(keep, selectio
     assert kept.float().mean().item() == pytest.approx(keep, abs=0.01)
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(keep=st.floats(0.01, 1), threshold=st.sampled_from(["exact", "constant"]))
 def test_soft_selection_draws_the_kept_ones_to_zero_by_the_threshold(keep, threshold):
     hard, soft = (

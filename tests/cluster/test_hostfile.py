@@ -1,0 +1,24 @@
+def test_a_hostfile_is_the_launchers(command, run_file, tmp_path):
+    hosts = tmp_path / "hosts"
+    hosts.write_text("# ours\nnode1 slots=2\nnode2 slots=2\n")
+    done = command("train", run_file, "--hostfile", hosts, "--dry-run", "batch.micro_batch=2")
+    assert done.returncode == 0, done.stderr
+    assert f"--hostfile {hosts} " in done.stdout
+    assert '"train_batch_size": 16' in done.stdout
+    assert '"gradient_accumulation_steps": 2' in done.stdout
+    for text, message in (
+        ("node1\n", f"{hosts}:1: is not `name slots=N`: 'node1'"),
+        ("", f"{hosts}: names no host"),
+        ("a slots=1\na slots=1\n", f"{hosts}:2: names a twice"),
+    ):
+        hosts.write_text(text)
+        done = command("train", run_file, "--hostfile", hosts)
+        assert done.returncode == 2
+        assert done.stderr.startswith(f"error: {message}")
+
+
+def test_hostfile_mistakes_name_the_line(refused, run_file, tmp_path):
+    hosts = tmp_path / "hosts"
+    assert "No such file" in refused("train", run_file, "--hostfile", hosts)
+    hosts.write_text("node1 slots=8\nnode2 slot=8\n")
+    assert f"{hosts}:2" in refused("train", run_file, "--hostfile", hosts)

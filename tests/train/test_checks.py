@@ -1,0 +1,166 @@
+"""Every refusal is one line, before anything of a run exists."""
+
+import re
+
+import pytest
+import yaml
+from ranks import finish, start_ranks
+
+from sparse_gpt.config.load import load_config
+from sparse_gpt.data import open_blend, open_shards
+from sparse_gpt.data.batches.batches import count_windows
+from sparse_gpt.data.batches.order import blend_counts
+from sparse_gpt.errors import ConfigError
+from sparse_gpt.train.checks import check_compiler, check_epochs, check_settings
+from sparse_gpt.train.deepspeed_config import deepspeed_config
+from sparse_gpt.train.feed import open_data
+
+
+def native(run_file, keys, *overrides, world_size=2):
+    tree = yaml.safe_load(run_file.read_text())
+    run_file.write_text(yaml.safe_dump({**tree, "deepspeed": keys}))
+    config = load_config(run_file, overrides)
+    check_settings(config, world_size)
+    return deepspeed_config(config, world_size)
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"zero_optimisation": {"stage": 2}}, "did you mean 'zero_optimization'"),
+        ({"train_batch_size": 17}, "deepspeed.train_batch_size: 17 contradicts the run, which has"),
+        ({"bf16": {"enabled": True}}, "deepspeed.bf16.enabled: True contradicts the run"),
+        ({"gradient_clipping": 5.0}, "contradicts the run, which has 1.0"),
+        ({"optimizer": {"type": "Adam"}}, "set `optimizer` of the run instead"),
+        ({"scheduler": {"type": "WarmupLR"}}, "set `schedule` of the run instead"),
+        ({"activation_checkpointing": {}}, "set `activation_checkpointing` of the run instead"),
+    ],
+)
+def test_what_deepspeed_would_ignore_or_override_is_refused(run_file, keys, message):
+    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+        native(run_file, keys)
+
+
+def test_what_agrees_with_the_run_may_be_repeated(run_file):
+    assert native(run_file, {"train_batch_size": 16, "bf16": {"enabled": False}})
+
+
+def test_the_stage_that_trains_wrongly_in_half_precision_is_refused(run_file):
+    stage_0 = {"zero_optimization": {"stage": 0}}
+    assert native(run_file, stage_0)
+    with pytest.raises(ConfigError, match="0 trains wrongly in bf16; use 1"):
+        native(run_file, stage_0, "precision=bf16")
+
+
+@pytest.mark.parametrize(
+    ("zero", "message"),
+    [
+        ("{stage: 3, offload_param: {device: nvme}}", "offload_param.device: nvme has not been"),
+        ("{stage: 2, offload_optimizer: {device: nvme}}", "offload_optimizer.device: nvme"),
+    ],
+)
+def test_offload_to_disk_is_refused(run_file, zero, message):
+    config = load_config(run_file, [f"deepspeed={{zero_optimization: {zero}}}"])
+    with pytest.raises(ConfigError, match=message):
+        check_settings(config, world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["compile=maybe"], "compile: input should be a valid boolean, got 'maybe'"),
+        (["compile=true", "deepspeed={zero_optimization: {stage: 3}}"], "compile: ZeRO-3 gathers"),
+        (["compile=true", "activation_checkpointing=selective"], "selective recomputes inside"),
+        (["deepspeed={compile: {deepcompile: true}}"], "set `compile` of the run instead"),
+    ],
+)
+def test_what_cannot_be_compiled_is_refused(run_file, overrides, message):
+    with pytest.raises(ConfigError, match=message):
+        check_settings(load_config(run_file, overrides), world_size=1)
+
+
+@pytest.mark.parametrize(
+    ("variable", "value", "message"),
+    [
+        ("TORCHDYNAMO_DISABLE", "1", "compile: the environment has TORCHDYNAMO_DISABLE=1"),
+        ("CXX", "no-such-compiler", "compile: there is no compiler no-such-compiler; install it"),
+    ],
+)
+def test_where_nothing_can_be_compiled_a_run_is_refused(
+    run_file, monkeypatch, variable, value, message
+):
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE", raising=False)
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    check_compiler(load_config(run_file, ["compile=true"]))
+    monkeypatch.setenv(variable, value)
+    check_compiler(load_config(run_file))
+    with pytest.raises(ConfigError, match=message):
+        check_compiler(load_config(run_file, ["compile=true"]))
+
+
+def test_flex_attention_needs_the_compiler_too(run_file, monkeypatch):
+    options = ["model.document_mask=true", "model.d_model=64", "model.n_head=4"]
+    monkeypatch.setenv("TORCHDYNAMO_DISABLE", "1")
+    check_compiler(load_config(run_file, options))
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    check_compiler(load_config(run_file, [*options, "model.n_head=8"]))  # too narrow for it
+    with pytest.raises(ConfigError, match="document_mask: the environment has TORCHDYNAMO_DIS"):
+        check_compiler(load_config(run_file, options))
+    monkeypatch.delenv("TORCHDYNAMO_DISABLE")
+    monkeypatch.setenv("CC", "no-such-compiler")
+    with pytest.raises(ConfigError, match="document_mask: there is no compiler no-such-compiler"):
+        check_compiler(load_config(run_file, options))
+
+
+def test_caps_on_epochs_say_what_would_fit(blend_file, pair):
+    def check(steps, *overrides):
+        config = load_config(blend_file, [f"duration.steps={steps}", *overrides])
+        check_epochs(config, open_data(config.data))
+
+    windows = count_windows(open_shards(pair[0]).train, 32)
+    quotas = open_blend({pair[0]: 0.75, pair[1]: 0.25})
+    place = [source.folder for source in quotas.sources].index(pair[0])
+    fits = max(
+        steps
+        for steps in range(1, windows)
+        if blend_counts(steps * 16, quotas.quotas, 0)[place] <= 1.5 * windows
+    )
+    capped = f"data.blend={{{pair[0]}: {{weight: 3, max_epochs: 1.5}}, {pair[1]}/: 1}}"
+    check(10 * fits)
+    check(fits, capped)
+    with pytest.raises(ConfigError, match=rf"{pair[0]} would be read .* {fits:,} steps") as error:
+        check(fits + 1, capped)
+    assert "\n" not in str(error.value)
+    with pytest.raises(ConfigError, match=r"1\.5. times"):
+        check(fits + 1, capped, "data.max_epochs=100")  # its own counts
+    with pytest.raises(ConfigError, match="with a weight under") as error:
+        check(2 * fits, capped)
+    under = float(re.search(r"under ([\d.]+)", str(error.value))[1])
+    check(2 * fits, capped.replace("weight: 3", f"weight: {under * 0.99}"))
+    with pytest.raises(ConfigError, match="would be read"):
+        check(2 * fits, capped.replace("weight: 3", f"weight: {under * 1.02}"))
+
+
+def test_a_cap_is_for_one_data_set_too(refused, run_file, shards):
+    epoch = count_windows(open_shards(shards).train, 32)
+    fits = epoch // 16
+    config = load_config(run_file, [f"duration.steps={fits}", "data.max_epochs=1"])
+    check_epochs(config, open_data(config.data))
+    error = refused("train", run_file, f"duration.steps={fits + 1}", "data.max_epochs=1")
+    assert f"{fits:,} steps ({fits * 512:,} tokens) are possible" in error
+    assert "weight" not in error
+
+
+def test_another_config_is_refused_in_one_line(run_file, tmp_path):
+    finish(start_ranks(run_file, "duration.steps=4"))
+    for overrides, message in (
+        (["optimizer.lr=1e-4"], "holds a run with another optimizer"),
+        (["batch.global_tokens=1024"], "holds a run with another batch"),
+        (["seed=1", "model.n_layer=1"], "holds a run with another model, seed"),
+    ):
+        ranks = start_ranks(run_file, *overrides)
+        outputs = [rank.communicate(timeout=120)[0] for rank in ranks]
+        assert {rank.returncode for rank in ranks} == {2}, outputs
+        errors = [line for line in outputs[0].splitlines() if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert message in errors[0]
