@@ -1,4 +1,29 @@
+import pytest
+from ranks import ROOT
+
 from sparse_gpt.train.checkpoint.manifest import read_manifest, write_manifest
+
+
+def flips(whole: bytes):
+    for bit in range(8 * len(whole)):
+        flipped = bytearray(whole)
+        flipped[bit // 8] ^= 1 << bit % 8
+        yield bit, bytes(flipped)
+
+
+@pytest.fixture
+def of_0_1():
+    return (ROOT / "tests/assets/checkpoint-manifest-0.1.json").read_bytes()
+
+
+def test_what_version_0_1_sealed_is_read_and_a_flipped_bit_found(tmp_path, of_0_1):
+    path = tmp_path / "manifest.json"
+    path.write_bytes(of_0_1)
+    manifest = read_manifest(tmp_path)
+    assert (manifest["step"], manifest["samples"]) == (13, 208)
+    for bit, flipped in flips(of_0_1):
+        path.write_bytes(flipped)
+        assert read_manifest(tmp_path) in (None, manifest), bit  # white space is not sealed
 
 
 def test_a_flipped_bit_in_a_manifest_is_found(tmp_path):
@@ -7,8 +32,6 @@ def test_a_flipped_bit_in_a_manifest_is_found(tmp_path):
     assert read_manifest(tmp_path) == manifest
     path = tmp_path / "manifest.json"
     whole = path.read_bytes()
-    for bit in range(8 * len(whole)):
-        flipped = bytearray(whole)
-        flipped[bit // 8] ^= 1 << bit % 8
+    for bit, flipped in flips(whole):
         path.write_bytes(flipped)
         assert read_manifest(tmp_path) is None, bit
