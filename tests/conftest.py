@@ -18,6 +18,8 @@ from ranks import ROOT, end_what_was_started
 from sparse_gpt.cli.main import main
 from sparse_gpt.data import prepare, train_vocab
 
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # each test process has a core; torch reads it
+
 # Random tests draw anew each time, and keep what failed in .hypothesis/ until it passes. A CI draws
 # the same each time: what it finds is a change's own doing. What was found once is an @example.
 settings.register_profile("here", deadline=None)

@@ -3,10 +3,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from ranks import finish, metrics, start_ranks
+import torch
+from ranks import finish, metrics, stage, start_ranks
 
 from sparse_gpt import GPT
 from sparse_gpt.config.load import load_config
+from sparse_gpt.data import Batch
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.costs import parameter_counts
 from sparse_gpt.train.engine import parameter_groups
@@ -41,8 +43,7 @@ def test_accumulated_gradients_are_reduced_once_a_step(run_file, tmp_path, zero_
     for micro_batch in (2, 8):  # 4 micro-batches a step, 1
         run_dir = tmp_path / str(micro_batch)
         own = [f"batch.micro_batch={micro_batch}", f"run_dir={run_dir}", "duration.steps=2"]
-        stage = f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}"
-        outputs = finish(start_ranks(run_file, *own, stage, script=COUNTING))
+        outputs = finish(start_ranks(run_file, *own, stage(zero_stage), script=COUNTING))
         counts += [int(line.split()[1]) for line in re.findall("reduced .* elements", outputs[0])]
     parameters = parameter_counts(load_config(run_file).model)[0]
     assert parameters <= counts[-1] < 1.1 * parameters
@@ -53,9 +54,8 @@ def test_accumulated_gradients_are_reduced_once_a_step(run_file, tmp_path, zero_
 def test_losses_of_every_zero_stage_agree_over_50_steps(run_file, tmp_path):
     losses = []
     for zero_stage in range(4):
-        stage = f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}"
         run_dir = tmp_path / str(zero_stage)
-        finish(start_ranks(run_file, stage, "duration.steps=50", f"run_dir={run_dir}"))
+        finish(start_ranks(run_file, stage(zero_stage), "duration.steps=50", f"run_dir={run_dir}"))
         losses.append([row["train/loss"] for row in metrics(run_dir)[1:]])
         assert len(losses[-1]) == 50
         assert losses[-1] == pytest.approx(losses[0], rel=1e-5)
@@ -86,9 +86,9 @@ def test_width_transfer_trains_and_resumes_alike_in_every_zero_stage(run_file, t
     finish(start_ranks(run_file, *options, f"run_dir={tmp_path / 'plain'}"))
     options.append("optimizer.width_transfer=true")
     losses = {}
-    for stage in range(4):
-        run_dir = tmp_path / str(stage)
-        own = [f"run_dir={run_dir}", f"deepspeed={{zero_optimization: {{stage: {stage}}}}}"]
+    for zero_stage in range(4):
+        run_dir = tmp_path / str(zero_stage)
+        own = [f"run_dir={run_dir}", stage(zero_stage)]
         finish(start_ranks(run_file, *options, *own), timeout=300)
         whole = rows(run_dir)
         shutil.rmtree(run_dir / "checkpoints/step-00000006")
@@ -96,8 +96,8 @@ def test_width_transfer_trains_and_resumes_alike_in_every_zero_stage(run_file, t
         assert "step 4/6" in output
         assert "step 3/6" not in output
         assert rows(run_dir) == whole
-        losses[stage] = [row["train/loss"] for row in metrics(run_dir)[1:]]
-        assert losses[stage] == pytest.approx(losses[0], rel=1e-5)
+        losses[zero_stage] = [row["train/loss"] for row in metrics(run_dir)[1:]]
+        assert losses[zero_stage] == pytest.approx(losses[0], rel=1e-5)
     plain = rows(tmp_path / "plain")
     assert [row[2] for row in whole] == [row[2] for row in plain]  # what is said is the schedule
     assert losses[0][-1] != pytest.approx(plain[-1][0], rel=1e-3)
@@ -119,3 +119,49 @@ def test_width_transfer_wants_weights_that_start_by_their_width(run_file):
     with pytest.raises(ConfigError, match=r"^\S+: optimizer.width_transfer: .*fan_in_init: true"):
         load_config(run_file, dense)
     assert load_config(run_file, [*dense, "model.ffn.fan_in_init=true"])
+
+
+@pytest.mark.parametrize("zero_stage", [1, 2, 3])
+@pytest.mark.parametrize("micro_batch", [4, 16])
+def test_a_step_is_the_same_in_every_stage_and_division(engine, batch, zero_stage, micro_batch):
+    def losses(*overrides):
+        made = engine(*overrides)
+        steps = [made.step(batch(n).tokens, batch(n).targets, n) for n in range(3)]
+        return [[float(value) for value in step] for step in steps]
+
+    found = losses(stage(zero_stage), f"batch.micro_batch={micro_batch}")
+    for one, other in zip(found, losses(stage(0), "batch.micro_batch=8"), strict=True):
+        assert one == pytest.approx(other, rel=1e-5)
+
+
+def test_validation_is_the_mean_over_real_targets(engine, batch):
+    made = engine()
+    whole = batch(0)
+    tokens, targets = whole.tokens, whole.targets.clone()
+    targets[3:] = -100
+    with torch.no_grad():
+        expected = made.module.eval()(tokens[:3], targets[:3]).item()
+    made.module.train()
+    padded = Batch(whole.windows, whole.samples, padding=13)
+    empty = Batch(whole.windows, whole.samples, padding=16)
+    assert torch.equal(padded.targets, targets)
+    assert made.evaluate([padded, empty]) == pytest.approx(expected)
+    assert made.module.training
+
+
+def test_running_statistics_go_into_a_checkpoint_and_come_back(engine, batch):
+    made, other = engine("model.ffn.feedback={}"), engine("model.ffn.feedback={}")
+    made.step(batch(0).tokens, batch(0).targets, 0)
+    saved = made.statistics_and_scale()
+    assert {name.split(".")[-1] for name in saved["statistics"]} == {"threshold", "scale"}
+    assert other.statistics_and_scale() != saved
+    other.set_statistics_and_scale(saved)
+    assert other.statistics_and_scale() == saved
+    made.step(batch(1).tokens, batch(1).targets, 1)
+    assert made.statistics_and_scale() != saved  # which was a copy
+
+
+def test_what_deepspeed_refuses_is_one_line(engine):
+    with pytest.raises(ConfigError, match=r"deepspeed: DeepSpeed refuses .*stage") as refused:
+        engine("deepspeed={zero_optimization: {stage: 7}}")
+    assert "\n" not in str(refused.value)

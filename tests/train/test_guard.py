@@ -4,8 +4,11 @@ import json
 import math
 
 import pytest
+import torch
 from faults import FAULTY, faults, options, stopped
-from ranks import finish, metrics, start_ranks
+from ranks import finish, metrics, run_on_ranks, start_ranks
+
+from sparse_gpt.train.checkpoint.zero_state import snapshot
 
 
 @pytest.mark.parametrize(
@@ -109,3 +112,113 @@ def test_spikes_that_come_back_after_each_rollback_end_the_run(run_file):
         )
     )
     assert "3 bad steps in a row" in error
+
+
+def err(module, change):
+    """Change the gradient, or what the first block puts out, until the handle is removed."""
+    return module.blocks[0].register_forward_hook(lambda block, inputs, output: change(output))
+
+
+def nan_loss(output):
+    return output * math.nan
+
+
+def inf_gradient(output):
+    output.register_hook(lambda grad: grad * math.inf)
+    return output
+
+
+def spike(output):
+    output.register_hook(lambda grad: grad * 1e4)
+    return output
+
+
+def state_of(engine):
+    """Everything that a step may change, as bytes."""
+    saved = snapshot(engine.deepspeed, 0, 1)
+    parts = [part for fragment in saved["fragments"].values() for part in fragment.values()]
+    parts += engine.statistics_and_scale()["statistics"].values()
+    return [saved["step"], *(torch.as_tensor(part).numpy().tobytes() for part in parts)]
+
+
+CASES = [(0, "fp32"), (1, "fp32"), (1, "bf16"), (2, "fp32"), (2, "bf16"), (3, "fp32"), (3, "bf16")]
+
+
+@pytest.mark.parametrize(("zero_stage", "precision"), CASES)
+@pytest.mark.parametrize("fault", [nan_loss, inf_gradient, spike])
+def test_a_bad_step_changes_nothing_and_the_next_one_goes_on(
+    engine, batch, fault, zero_stage, precision
+):
+    made = engine(
+        *options(zero_stage, precision, spike="skip", window=4, threshold=50),
+        "model.ffn.feedback={}",
+    )
+    guard = made.guard
+    for step in range(5):
+        made.step(batch(step).tokens, batch(step).targets, step)
+        assert guard.trouble is None
+    before = state_of(made)
+    handle = err(made.module, fault)
+    made.step(batch(5).tokens, batch(5).targets, 5)
+    handle.remove()
+    assert state_of(made) == before
+    assert (guard.skipped, guard.in_a_row) == (1, 1)
+    assert guard.spiked == (fault is spike)
+    assert guard.trouble.endswith("spike" if guard.spiked else "not finite")
+    made.step(batch(6).tokens, batch(6).targets, 6)
+    assert guard.trouble is None
+    assert (guard.skipped, guard.in_a_row) == (1, 0)
+    assert state_of(made) != before
+
+
+def test_a_resumed_guard_judges_as_the_one_that_was_saved(engine, batch):
+    settings = options(1, spike="skip", window=3, threshold=50)
+    made, resumed = engine(*settings), engine(*settings)
+    for step in range(4):
+        made.step(batch(step).tokens, batch(step).targets, step)
+    state = json.loads(json.dumps(made.guard.state()))
+    assert len(state["window"]) == 3
+    resumed.guard.load(state)
+    assert resumed.guard.state() == made.guard.state()
+    err(resumed.module, spike)
+    resumed.step(batch(4).tokens, batch(4).targets, 4)
+    assert resumed.guard.spiked  # with the window that it was given
+
+
+def test_a_rollback_to_before_bad_steps_does_not_end_their_count(engine, batch):
+    made = engine(*options(1))
+    handle = err(made.module, nan_loss)
+    made.step(batch(0).tokens, batch(0).targets, 8)
+    handle.remove()
+    made.step(batch(1).tokens, batch(1).targets, 4)  # taken back to step 4
+    assert made.guard.in_a_row == 1
+    made.step(batch(2).tokens, batch(2).targets, 8)
+    assert made.guard.in_a_row == 0
+
+
+COMPARING = """
+import os, torch
+from sparse_gpt.train.distributed import join_world
+from sparse_gpt.train.guard import RunStopped, compare_replicas
+
+world = join_world()
+torch.manual_seed(0)
+module = torch.nn.Sequential(torch.nn.Linear(4, 4), torch.nn.Linear(4, 4).to(torch.bfloat16))
+compare_replicas(module, world, 1)
+if world.rank == 1:
+    module[1].weight.data.view(torch.int16)[2, 3] ^= 1
+try:
+    compare_replicas(module, world, 2)
+except RunStopped as stopped:
+    print(stopped)
+os._exit(0)
+"""
+
+
+def test_the_rank_that_differs_from_most_is_named():
+    first, *others = run_on_ranks(COMPARING, world_size=3)
+    what, suspects = first.split("; suspect ")
+    assert what == "step 2: 1.weight differ in their bits between replicas"
+    assert suspects.startswith("rank 1 (")
+    assert "rank 0" not in first
+    assert others == [first, first]

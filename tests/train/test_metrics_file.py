@@ -1,0 +1,101 @@
+import json
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from sparse_gpt.train.metrics_file import MetricsFile, read_metrics
+
+
+@pytest.fixture
+def opened(tmp_path):
+    """Opens the record of a run in a folder; what it draws is `loss`."""
+
+    def open_at(step, run_dir=tmp_path):
+        def draw(board, row):
+            board.add_scalar("loss", row["loss"], row["step"])
+
+        return MetricsFile(run_dir, step, lambda board: None, draw)
+
+    return open_at
+
+
+def row(step):
+    return {"step": step, "loss": 9.0 - step}
+
+
+def drawn(run_dir):
+    board = EventAccumulator(str(run_dir / "tensorboard"), {"scalars": 0})
+    board.Reload()
+    return [event.step for event in board.Scalars("loss")]
+
+
+def test_rows_are_there_at_once_and_drawn(opened, tmp_path):
+    assert read_metrics(tmp_path) == []
+    record = opened(0)
+    for step in range(3):
+        record.add(row(step))
+        assert read_metrics(tmp_path) == [row(each) for each in range(step + 1)]
+    record.close()
+    assert drawn(tmp_path) == [0, 1, 2]
+
+
+def test_a_resumed_run_drops_what_came_after_its_checkpoint(opened, tmp_path):
+    record = opened(0)
+    for step in range(6):
+        record.add(row(step))
+    record.close()
+    record = opened(3)
+    record.add(row(4) | {"loss": 1.5})
+    record.close()
+    assert [each["step"] for each in read_metrics(tmp_path)] == [0, 1, 2, 3, 4]
+    assert read_metrics(tmp_path)[-1]["loss"] == 1.5
+    assert drawn(tmp_path) == [0, 1, 2, 3, 4]
+    opened(0).close()
+    assert read_metrics(tmp_path) == []
+
+
+def test_a_rewind_goes_on_in_the_same_record(opened, tmp_path):
+    record = opened(0)
+    for step in range(5):
+        record.add(row(step))
+    record.rewind(2)
+    record.add(row(3))
+    record.close()
+    assert [each["step"] for each in read_metrics(tmp_path)] == [0, 1, 2, 3]
+    assert drawn(tmp_path) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("torn", ['{"step": 3, "lo', "{", "\0\0\0"])
+def test_a_line_that_a_kill_has_torn_is_no_row(opened, tmp_path, torn):
+    path = tmp_path / "metrics.jsonl"
+    path.write_text("".join(json.dumps(row(step)) + "\n" for step in range(3)) + torn)
+    assert read_metrics(tmp_path) == [row(0), row(1), row(2)]
+    record = opened(2)
+    record.add(row(3))
+    record.close()
+    assert [json.loads(line) for line in path.read_text().splitlines()] == list(map(row, range(4)))
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")  # TensorBoard's
+def test_rows_wait_for_room_on_a_full_disk(opened, small_disk, capsys):
+    """None is lost, none is there in part or twice, and it is said, not for every row."""
+    run_dir, step = small_disk.folder / "run", 0
+    run_dir.mkdir()
+    record = opened(0, run_dir)
+    record.add(row(0))
+    assert capsys.readouterr().err == ""
+    while len(read_metrics(run_dir)) == step + 1:  # TensorBoard's files may be out of room before
+        small_disk.fill()
+        record.add(row(step := step + 1))
+    warning = f"warning: {run_dir}: the record cannot be written (No space left on device)"
+    said = capsys.readouterr().err.splitlines()
+    assert said
+    assert all(line.startswith(warning) for line in said)
+    record.add(row(step + 1))
+    assert read_metrics(run_dir) == [row(each) for each in range(step)]
+    small_disk.empty()
+    record.add(row(step + 2))
+    record.close()
+    assert read_metrics(run_dir) == [row(each) for each in range(step + 3)]
+    assert drawn(run_dir) == list(range(step + 3))
+    assert capsys.readouterr().err == ""
