@@ -1,8 +1,14 @@
 """Jobs for Slurm, against commands that stand for a Slurm's."""
 
 import os
+import shlex
+import subprocess
+
+import pytest
 
 from sparse_gpt.cluster.launcher import RANK
+from sparse_gpt.cluster.slurm import submit, train_script
+from sparse_gpt.errors import ConfigError
 
 
 def test_a_slurm_job_is_written_submitted_and_queues_itself_again(
@@ -47,3 +53,29 @@ def test_a_slurm_job_is_written_submitted_and_queues_itself_again(
     refused = command("train", run_file, *options, "batch.micro_batch=2")
     assert refused.returncode == 2
     assert refused.stderr.startswith("error: --slurm: there is no sbatch here")
+
+
+def test_a_script_is_one_that_bash_reads_whatever_the_words_in_it(tmp_path, monkeypatch):
+    folder = tmp_path / "a folder"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    words = ["--config", "my run.yaml", "data.blend={a: 1, b: 2}", "run_dir=$HOME"]
+    script = train_script(folder / "run", 1, 2, None, words)
+    assert "--time" not in script
+    lines = script.splitlines()
+    assert [shlex.split(line)[1:] for line in lines if line.startswith("cd ")] == [[str(folder)]]
+    [srun] = [shlex.split(line) for line in lines if line.startswith("srun ")]
+    assert srun[-len(words) - 2 :] == ["-m", RANK, *words]
+    assert subprocess.run(["bash", "-n"], input=script, text=True).returncode == 0
+
+
+def test_what_sbatch_refuses_is_said(tmp_path, monkeypatch):
+    sbatch = tmp_path / "tools/sbatch"
+    sbatch.parent.mkdir()
+    sbatch.write_text("#!/bin/sh\necho 'invalid partition' >&2; exit 1\n")
+    sbatch.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{sbatch.parent}:{os.environ['PATH']}")
+    path = tmp_path / "new/job.sbatch"
+    with pytest.raises(ConfigError, match=r"job\.sbatch: sbatch refused it: invalid partition$"):
+        submit(path, "#!/bin/bash\n")
+    assert path.read_text() == "#!/bin/bash\n"

@@ -1,16 +1,22 @@
 """Training under real ranks: what a run leaves behind, and that kills change nothing."""
 
 import json
+import os
 import re
 import signal
 
 import pytest
+import torch
 import yaml
 from ranks import EXACT, ROOT, exact, finish, metrics, sparse_gpt, start_ranks, until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sparse_gpt.data import prepare
+from sparse_gpt.data import Batch, prepare
+from sparse_gpt.train import loop
+from sparse_gpt.train.feed import open_data
+from sparse_gpt.train.loop import batch_hash, validate
 from sparse_gpt.train.metrics_file import read_metrics
+from sparse_gpt.train.preemption import Preempted
 
 
 def test_a_run_under_the_deepspeed_launcher_leaves_everything_section_7_names(gpt2_run_file):
@@ -154,3 +160,70 @@ def test_half_precision_trains(gpt2_run_file):
     )
     rows = metrics(gpt2_run_file.parent / "run")
     assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.5
+
+
+def test_a_run_learns_leaves_its_files_and_goes_on_bit_equal(train_here, tmp_path):
+    """In this process, from its checkpoint; at a constant learning rate the steps do not depend on
+    the length of the run."""
+    whole, cut = tmp_path / "whole", tmp_path / "cut"
+    options = ("schedule.final_lr_ratio=1", "model.dropout=0.1", "model.ffn.feedback={}")
+    train_here(*options, "duration.steps=12", f"run_dir={whole}")
+    rows = metrics(whole)
+    assert [row["step"] for row in rows] == list(range(13))
+    assert rows[-1]["train/loss"] < rows[1]["train/loss"] - 0.3
+    assert [row["step"] for row in rows if "val/loss" in row] == [0, 8, 12]
+    assert [row["step"] for row in rows if "time/block_00/attention" in row] == [1, 5, 9]
+    names = {"config.yaml", "provenance.json", "metrics.jsonl", "tensorboard", "checkpoints"}
+    assert {path.name for path in whole.iterdir()} == names
+    assert (whole / "checkpoints/latest").read_text() == "step-00000012"
+
+    train_here(*options, "duration.steps=6", f"run_dir={cut}")
+    train_here(*options, "duration.steps=12", f"run_dir={cut}")
+    cut_rows = exact(cut)
+    cut_rows[6][-1] = None  # the short run ends there, and validates
+    assert cut_rows == exact(whole)
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_is_a_checkpoint_at_the_end_of_the_step(train_here, tmp_path, monkeypatch, number):
+    run_dir = tmp_path / "run"
+    hashed = loop.batch_hash
+
+    def told(*arguments):
+        if len(read_metrics(run_dir)) == 3:
+            os.kill(os.getpid(), number)
+        return hashed(*arguments)
+
+    monkeypatch.setattr(loop, "batch_hash", told)
+    with pytest.raises(Preempted):
+        train_here("log.batch_hash=true", "checkpoint.every=1000", "duration.steps=100")
+    last = metrics(run_dir)[-1]["step"]
+    assert last in (3, 4)  # the votes are counted a step later
+    assert (run_dir / "checkpoints/latest").read_text() == f"step-{last:08}"
+
+
+def test_validation_is_by_source_and_weighted_as_training_is(engine, blend_file, pair):
+    made = engine()
+    blend = open_data(made.config.data)
+    found = validate(made.config, made, blend)
+    one, other = (found[f"val/loss/{path.split('/')[-1]}"] for path in pair)
+    assert one != other
+    assert found["val/loss"] == pytest.approx(0.75 * one + 0.25 * other)
+
+
+def test_validation_of_nothing_held_out_is_nothing(engine, shards, tmp_path):
+    novel = ROOT / "data/novels/persuasion.txt"
+    prepare([novel], tmp_path / "all", vocab=shards.parent / "bpe", held_out=0, progress=False)
+    made = engine(f"data.path={tmp_path / 'all'}")
+    assert validate(made.config, made, open_data(made.config.data)) == {}
+
+
+def test_a_batch_has_one_hash_in_any_order_and_another_for_any_other_token(world, batch):
+    whole = batch(3)
+    expected = batch_hash(whole, world)
+    assert 0 <= expected < 2**53
+    rows = torch.randperm(16, generator=torch.Generator().manual_seed(1))
+    assert batch_hash(Batch(whole.windows[rows], whole.samples[rows]), world) == expected
+    windows = whole.windows.to(torch.int64)
+    windows[5, 7] ^= 1
+    assert batch_hash(Batch(windows.to(torch.uint16), whole.samples), world) != expected

@@ -2,10 +2,24 @@ import subprocess
 import sys
 
 import pytest
-from ranks import ROOT
+import torch
+from ranks import ROOT, exact
 
+from sparse_gpt.config.load import load_config
+from sparse_gpt.data import open_blend
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.train.run_dir import held, hold
+from sparse_gpt.train.checkpoint.manifest import tag_of, write_manifest
+from sparse_gpt.train.distributed import World
+from sparse_gpt.train.feed import open_data
+from sparse_gpt.train.run_dir import (
+    config_hash,
+    finished,
+    fork,
+    held,
+    hold,
+    open_run_dir,
+    read_provenance,
+)
 
 
 def test_a_held_run_is_refused_until_its_process_ends(tmp_path):
@@ -30,3 +44,85 @@ def test_a_held_run_is_refused_until_its_process_ends(tmp_path):
     holder.kill()
     holder.wait()
     assert not held(run_dir)
+
+
+def test_a_start_is_added_to_those_before(world, run_file, pair):
+    config = load_config(run_file)
+    blend, other = open_data(config.data), open_blend({pair[0]: 1})
+    folder = open_run_dir(config, world, blend, 0, {"hosts": ["a"]})
+    assert folder == run_file.parent / "run"
+    assert load_config(folder / "config.yaml") == config
+    record = read_provenance(folder)
+    assert (record["data_manifest_hash"], record["vocab_hash"]) == (blend.hash, blend.vocab_hash)
+    [start] = record["starts"]
+    assert (start["step"], start["preflight"]) == (0, {"hosts": ["a"]})
+    assert start["hardware"]["world_size"] == 1
+    assert start["versions"]["torch"] == torch.__version__
+
+    checkpoint = folder / "checkpoints" / tag_of(8)
+    checkpoint.mkdir(parents=True)
+    came_from = {"step": 8, "samples": 128, "data_manifest_hash": blend.hash}
+    write_manifest(checkpoint, came_from)
+    open_run_dir(config, world, other, 8, {})
+    record = read_provenance(folder)
+    assert [start["step"] for start in record["starts"]] == [0, 8]
+    change = {"sample": 128, "from": blend.hash, "to": other.hash}
+    assert record["starts"][1]["data_change"] == change
+    assert record["data_manifest_hash"] == other.hash
+
+
+def test_other_ranks_write_nothing(run_file):
+    config = load_config(run_file)
+    world = World(1, 1, 2, torch.device("cpu"))
+    folder = open_run_dir(config, world, open_data(config.data), 0, {})
+    assert not folder.exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "same"),
+    [
+        (["duration.steps=99", "log.every=2", "eval.every=3", "checkpoint.every=7"], True),
+        (["run_dir=elsewhere", "fault.timeout_seconds=5", "guard.spike=skip"], True),
+        (["batch.micro_batch=8", "deepspeed={zero_optimization: {stage: 3}}"], True),
+        (["data.path=moved"], True),  # its hash counts
+        (["compile=true"], True),
+        (["seed=1"], False),
+        (["optimizer.lr=1e-4"], False),
+        (["batch.global_tokens=1024"], False),
+        (["precision=bf16"], False),
+        (["deepspeed={prescale_gradients: true}"], False),
+    ],
+)
+def test_what_computes_another_run_has_another_hash(run_file, overrides, same):
+    own, other = load_config(run_file), load_config(run_file, overrides)
+    assert (config_hash(own) == config_hash(other)) == same
+
+
+def test_a_run_is_finished_at_the_last_step_of_this_configuration(run_file):
+    config = load_config(run_file)
+    assert not finished(config)
+    folder = run_file.parent / "run/checkpoints"
+    for step in (8, 16):
+        (folder / tag_of(step)).mkdir(parents=True)
+        write_manifest(folder / tag_of(step), {"step": step})
+        assert finished(config) == (step == 16)
+    assert not finished(load_config(run_file, ["duration.steps=17"]))
+    (folder / tag_of(16) / "manifest.json").write_text("{}")
+    assert not finished(config)
+
+
+def test_a_fork_is_the_trunk_as_it_was(train_here, run_file, tmp_path):
+    train_here("duration.steps=8")
+    trunk, folder = tmp_path / "run", tmp_path / "fork"
+    fork(trunk, 4, folder)
+    [checkpoint] = (folder / "checkpoints").glob("step-*")
+    assert checkpoint.name == tag_of(4)
+    for path in checkpoint.iterdir():
+        assert path.samefile(trunk / "checkpoints" / tag_of(4) / path.name)  # it takes no room
+    assert (folder / "checkpoints/latest").read_text() == tag_of(4)
+    assert read_provenance(folder)["forked_from"] == {"run": str(trunk), "step": 4}
+    train_here("duration.steps=8", f"run_dir={folder}")
+    assert exact(folder) == exact(trunk)
+    with pytest.raises(ConfigError, match=r"step-00000005: is not there; the run that forks"):
+        fork(trunk, 5, tmp_path / "other")
+    assert not (tmp_path / "other").exists()

@@ -1,14 +1,22 @@
 """Killed, stopped, moved to other ranks, out of disk: a run goes on as if nothing had happened."""
 
+import os
+import re
+import shutil
 import signal
 import subprocess
 import sys
+import time
 
 import pytest
 import torch
 from ranks import exact, finish, metrics, stage, start, start_ranks, until
 
+from sparse_gpt.errors import ConfigError
+from sparse_gpt.train.checkpoint.checkpoints import CheckpointError, Checkpoints
+from sparse_gpt.train.checkpoint.manifest import TrainState, step_of
 from sparse_gpt.train.checkpoint.weights import load_weights
+from sparse_gpt.train.checkpoint.zero_state import snapshot
 from sparse_gpt.train.metrics_file import read_metrics
 
 
@@ -96,3 +104,110 @@ def test_a_damaged_checkpoint_is_set_aside_and_the_one_before_used(run_file):
     assert exact(run_file.parent / "run") == before
     assert (checkpoints / "damaged-step-00000016" / victim.name).read_bytes() == data
     assert (checkpoints / "latest").read_text() == "step-00000016"
+
+
+@pytest.fixture
+def checkpoints(engine, tmp_path):
+    """Opens the checkpoints of a run in this process, with an engine of its own."""
+
+    def make(*overrides):
+        return Checkpoints(tmp_path / "checkpoints", engine(*overrides), {"config_hash": "c"})
+
+    return make
+
+
+def train_to(checkpoints, batch, start, end, stop_at=None):
+    """Steps as the loop takes them; the step at which it was to stop, if it was."""
+    for step in range(start, end):
+        checkpoints.engine.step(batch(step).tokens, batch(step).targets, step)
+        state = TrainState(step + 1, 16 * (step + 1), checkpoints.engine.guard.state())
+        if checkpoints.after_step(state, step + 1 == end, step + 1 == stop_at):
+            return step + 1
+    return None
+
+
+def steps_of(checkpoints):
+    return sorted(step_of(path.name) for path in checkpoints.root.glob("step-*"))
+
+
+def test_it_is_saved_when_due_and_what_is_old_goes(checkpoints, batch):
+    made = checkpoints("checkpoint={every: 2, keep_last: 2, keep_every: 6, at: [3]}")
+    train_to(made, batch, 0, 13)
+    assert steps_of(made) == [3, 6, 12, 13]
+    assert (made.root / "latest").read_text() == "step-00000013"
+    assert not list(made.root.glob(".*"))
+
+
+def test_what_is_loaded_is_what_was_saved(checkpoints, batch):
+    made, other = checkpoints(stage(1)), checkpoints(stage(3), "seed=1")
+    train_to(made, batch, 0, 5)
+    before = torch.get_rng_state()
+    torch.rand(3)
+    assert other.load_newest() == TrainState(5, 80, made.engine.guard.state())
+    assert torch.equal(torch.get_rng_state(), before)
+    saved = [snapshot(each.engine.deepspeed, 0, 1)["fragments"] for each in (made, other)]
+    for name, fragment in saved[0].items():
+        assert torch.equal(fragment["exp_avg_sq"], saved[1][name]["exp_avg_sq"])
+        assert torch.equal(fragment["master"], saved[1][name]["master"])
+    statistics = [each.engine.statistics_and_scale() for each in (made, other)]
+    assert statistics[0] == statistics[1]
+
+
+def test_a_new_run_begins_at_nothing(checkpoints):
+    assert checkpoints().load_newest() == TrainState()
+
+
+def test_a_stop_is_a_checkpoint_of_the_step_at_which_all_ranks_know(checkpoints, batch):
+    made = checkpoints("checkpoint.every=1000")
+    assert train_to(made, batch, 0, 20, stop_at=7) == 8
+    assert steps_of(made) == [8]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda folder: (folder / "manifest.json").unlink(),
+        lambda folder: (folder / "manifest.json").write_text("{}"),
+        lambda folder: (folder / "rank-0.pt").unlink(),
+        lambda folder: (folder / "rank-0.pt").write_bytes(b""),
+        lambda folder: os.truncate(folder / "rank-0.pt", 10_000),
+    ],
+)
+def test_the_newest_that_is_whole_is_loaded(checkpoints, batch, capsys, damage):
+    made = checkpoints("checkpoint={every: 2, keep_last: 3}")
+    train_to(made, batch, 0, 6)
+    damage(made.root / "step-00000006")
+    assert checkpoints().load_newest().step == 4
+    assert steps_of(made) == [2, 4]
+    assert (made.root / "damaged-step-00000006").is_dir()
+    assert "set aside, trying the one before" in capsys.readouterr().err
+
+
+def test_that_of_another_model_is_refused(checkpoints, batch):
+    train_to(checkpoints(), batch, 0, 4)
+    with pytest.raises(ConfigError, match="step-00000004: is not of this model"):
+        checkpoints("model.n_layer=3").load_newest()
+    with pytest.raises(ConfigError, match="step-00000004: is not of this model"):
+        checkpoints("model.d_model=64").load_newest()
+
+
+def test_one_that_fails_is_tried_again_and_the_last_must_be_written(checkpoints, capsys):
+    made = checkpoints("checkpoint={every: 50, keep_last: 9}")
+    made.root.touch()  # in the way of the folder
+    for step in range(1, 70):
+        if step == 58:
+            made.root.unlink()
+        made.after_step(TrainState(step, 16 * step), last=False, stop=False)
+        until_written(made)
+    warned = re.findall(r"step-(\d+) could not be written by rank 0", capsys.readouterr().err)
+    assert list(map(int, warned)) == [50, 55]
+    assert steps_of(made) == [60]
+    shutil.rmtree(made.root)
+    made.root.touch()
+    with pytest.raises(CheckpointError, match=r"00070: the last checkpoint could not be written"):
+        made.after_step(TrainState(70, 16 * 70), last=True, stop=False)
+
+
+def until_written(checkpoints):
+    while checkpoints.writing:
+        time.sleep(0.001)

@@ -1,7 +1,9 @@
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 from ranks import ROOT
 
-from sparse_gpt.train.checkpoint.manifest import read_manifest, write_manifest
+from sparse_gpt.train.checkpoint.manifest import read_manifest, step_of, tag_of, write_manifest
 
 
 def flips(whole: bytes):
@@ -35,3 +37,16 @@ def test_a_flipped_bit_in_a_manifest_is_found(tmp_path):
     for bit, flipped in flips(whole):
         path.write_bytes(flipped)
         assert read_manifest(tmp_path) is None, bit
+
+
+def test_where_none_is_there_is_none(tmp_path):
+    assert read_manifest(tmp_path) is None
+    for content in ("", "[]", "null", "3", '{"step": 1}', '{"hash": 1}', '{"hash": ""}'):
+        (tmp_path / "manifest.json").write_text(content)
+        assert read_manifest(tmp_path) is None, content
+
+
+@given(st.integers(0, 10**8 - 1), st.integers(0, 10**8 - 1))
+def test_names_sort_as_steps_do(one, other):
+    assert step_of(tag_of(one)) == one
+    assert (tag_of(one) < tag_of(other)) == (one < other)
