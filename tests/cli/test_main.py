@@ -62,8 +62,8 @@ def test_every_command_has_help_with_an_example(command, path):
     words = " ".join(done.stdout.split())
     example = f"Example: sparse-gpt {' '.join(path)}"
     assert example in words
-    arguments = shlex.split(words[words.index(example) :].replace("│", ""))[2 + len(path) :]
-    COMMANDS[path].make_context(path[-1], arguments)
+    line = words[words.index(example) :].partition(" > ")[0]  # what follows is the shell's
+    COMMANDS[path].make_context(path[-1], shlex.split(line)[2 + len(path) :])
 
 
 def test_prepare_then_info_then_verify_then_damage(command, tmp_path):
