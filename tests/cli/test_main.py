@@ -1,6 +1,5 @@
 """The command line as a user meets it: tables, help, and bad input in one line with exit code 2."""
 
-import itertools
 import json
 import shlex
 
@@ -62,9 +61,8 @@ def test_every_command_has_help_with_an_example(command, path):
     words = " ".join(done.stdout.split())
     example = f"Example: sparse-gpt {' '.join(path)}"
     assert example in words
-    arguments = shlex.split(words[words.index(example) :].replace("│", ""))[2 + len(path) :]
-    of_command = itertools.takewhile(lambda word: word != ">", arguments)  # the rest is a shell's
-    COMMANDS[path].make_context(path[-1], list(of_command))
+    line = words[words.index(example) :].partition(" > ")[0]  # what follows is the shell's
+    COMMANDS[path].make_context(path[-1], shlex.split(line)[2 + len(path) :])
 
 
 def test_prepare_then_info_then_verify_then_damage(command, tmp_path):

@@ -96,6 +96,7 @@ def test_what_was_learned_follows_the_pattern(both: tuple[Any, Tokenizer]) -> No
     assert ("don't" in tokens) == (ours.pattern == "o200k")
 
 
+@pytest.mark.slow
 def test_a_long_document_is_learned_from_as_a_whole(tmp_path: Path) -> None:
     """In parts, for the memory, which change nothing."""
     for pattern in PATTERNS:

@@ -62,6 +62,7 @@ LENGTHS = st.lists(st.integers(1, 4) | st.integers(1, 200), min_size=1, max_size
 COUNTED = settings(max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
 
+@pytest.mark.slow
 @COUNTED
 @given(rows=st.lists(LENGTHS, min_size=1, max_size=2), seed=st.integers(0, 2**31))
 @pytest.mark.usefixtures("eager_flex")
@@ -81,6 +82,7 @@ def test_flex_attention_is_what_the_dense_mask_makes_of_it(attention, rows, seed
     assert torch.equal(blocks.to_dense(), max_pool2d(whole, 128).int())
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("flex")
 def test_flex_attention_compiles_here_as_far_as_a_cpu_goes(attention):
     """Its forward, by Inductor; it reads the lists of blocks."""
@@ -94,6 +96,7 @@ def test_flex_attention_compiles_here_as_far_as_a_cpu_goes(attention):
         torch.testing.assert_close(attention(x, mask=mask), expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("compiled", "recompute"),
     [
@@ -140,6 +143,7 @@ def test_compiled_once_whatever_the_documents(monkeypatch, compiled, recompute):
     assert frames == [1 if compiled == "model" else 2] * 3
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("flex")
 def test_flex_attention_keeps_what_causal_attention_does(attention, monkeypatch):
     compiled = cache(lambda f: torch.compile(f, backend="aot_eager", dynamic=False))

@@ -55,7 +55,7 @@ def packed(lengths):
 @given(data=st.data())
 @pytest.mark.parametrize("what", ["none", "selective", "full"])
 @pytest.mark.parametrize("ffn", ["dense", FEEDBACK])
-@pytest.mark.parametrize("mask", ["dense_mask", "eager_flex"])
+@pytest.mark.parametrize("mask", ["dense_mask", pytest.param("eager_flex", marks=pytest.mark.slow)])
 def test_a_document_does_not_see_the_others(request, wake, mask, ffn, what, data):
     """Neither in its logits nor in what it learns, in any order and however many there are."""
     if mask == "eager_flex":
@@ -267,6 +267,7 @@ def test_learns(ffn):
     assert loss.item() < 0.5  # from ln 97 = 4.6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("ffn", ["dense", FEEDBACK])
 def test_compiles_without_graph_breaks(ffn):
     torch._dynamo.reset()

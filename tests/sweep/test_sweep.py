@@ -211,6 +211,7 @@ def finished_sweep(sweep_tree, tmp_path):
     return read_sweep(write(sweep_tree, tmp_path / "s.yaml"), tmp_path / "out")
 
 
+@pytest.mark.slow
 def test_a_fit_finds_the_multiplier_and_draws_it(command, finished_sweep, tmp_path):
     for cell in finished_sweep.cells:
         pretend(cell, law(cell.family, cell.report.forward / cell.report.seq, cell.tokens))

@@ -84,6 +84,7 @@ def test_every_form_gives_the_same_shards(
     assert verify(tmp_path / "out") == []
 
 
+@pytest.mark.slow
 def test_row_groups_and_hub_shards_are_slices(
     corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

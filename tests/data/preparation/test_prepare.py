@@ -292,6 +292,7 @@ def test_a_worker_that_is_killed_and_an_interrupt(
             assert verify(out) == []
 
 
+@pytest.mark.slow
 def test_one_worker_leaves_what_two_leave(tmp_path: Path) -> None:
     """A novel in 5 MB of lines: two chunks of one unit, so that both workers are at work."""
     texts = [
@@ -445,6 +446,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
     assert [path.name for path in tmp_path.iterdir()] == ["in"]
 
 
+@pytest.mark.slow
 def test_too_many_rejects_late_in_the_work_keep_what_is_finished(
     corpus: Path, tmp_path: Path
 ) -> None:
@@ -466,6 +468,7 @@ def test_too_many_rejects_late_in_the_work_keep_what_is_finished(
     assert verify(tmp_path / "one") == []
 
 
+@pytest.mark.slow
 def test_broken_documents_are_set_aside(tmp_path: Path) -> None:
     """The same for any number of workers, and the shards are those of the good ones alone."""
     good = (SAMPLES / "persuasion.txt").read_text().split("\n\n") * 12
@@ -492,6 +495,7 @@ def test_broken_documents_are_set_aside(tmp_path: Path) -> None:
     assert not (tmp_path / "clean" / "rejected.jsonl").exists()
 
 
+@pytest.mark.slow
 def test_a_run_stops_early_where_much_is_broken(tmp_path: Path) -> None:
     """Not only when all is read: the first 20,000 of a million documents are enough to see."""
     lines = ['{"text": "a document"}', "{"] * 5 + ['{"text": "a document"}'] * 300
@@ -512,7 +516,7 @@ def test_a_hash_is_new_once(batches: list[list[int]]) -> None:
         before |= set(batch)
 
 
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_duplicates_are_left_out(tmp_path: Path, workers: int) -> None:
     """Over units and files, also where units of an earlier run are taken over."""
     texts = [

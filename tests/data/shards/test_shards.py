@@ -166,6 +166,7 @@ def flip(path: Path, bit: int) -> None:
         file.write(bytes([byte ^ 1 << bit % 8]))
 
 
+@pytest.mark.slow
 def test_every_flipped_bit_is_found(copy: Path) -> None:
     """A thousand, over token files, indexes and the manifest alike."""
     chance = random.Random(0)

@@ -83,6 +83,7 @@ def test_the_forward_pass_leaves_the_weights_alone(ffn, tokens):
         assert torch.equal(value, before[name]), name
 
 
+@pytest.mark.slow
 def test_compiles_without_graph_breaks(ffn):
     torch._dynamo.reset()
     for module in ffn.modules():
