@@ -158,7 +158,7 @@ def _warnings(
             f"set it to {max(parameters // 4, 1):,} or so"
         )
     if config.model.ffn.kind == "sparse" and config.activation_checkpointing == "none":
-        found.append("the sparse FFN keeps many activations; activation_checkpointing: selective")
+        found.append("the sparse FFN keeps much: activation_checkpointing=selective keeps less")
     return found
 
 
