@@ -11,7 +11,7 @@ import json
 import os
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -123,8 +123,9 @@ def new_folder(out: str | Path) -> Iterator[Path]:
                 publish(out)
             except BaseException:
                 shutil.rmtree(aside, ignore_errors=True)
-                for folder in missing:  # the innermost first
-                    folder.rmdir()
+                for folder in missing:  # the innermost first, as far as they are empty
+                    with suppress(OSError):
+                        folder.rmdir()
                 raise
     except BlockingIOError:
         raise DataError(f"{aside}: another run is writing there; wait for it to end") from None

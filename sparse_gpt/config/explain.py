@@ -17,7 +17,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     key = ".".join(str(part) for part in _path(root, first["loc"]))
     if first["type"] == "extra_forbidden":
         *section, name = _path(root, first["loc"])
-        names = sorted(set(_field_names(root, section)))
+        # Of the other kind of a section that has kinds it may be a key, but not of this one.
+        names = sorted(set(_field_names(root, section)) - {str(name)})
         near = did_you_mean(str(name), names)
         what = f"unknown key; {near or 'known here: ' + ', '.join(names)}"
     elif first["type"] == "missing":

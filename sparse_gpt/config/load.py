@@ -64,6 +64,8 @@ def parse(text: str) -> tuple[Any, yaml.Node | None]:
     try:
         node = loader.get_single_node()
         return (None if node is None else loader.construct_document(node)), node
+    except (ValueError, KeyError, AttributeError, RecursionError) as error:
+        raise yaml.YAMLError(f"a value that cannot be: {error}") from None
     finally:
         loader.dispose()
 
@@ -134,7 +136,8 @@ def _make_room(below: dict[str, Any], above: dict[str, Any]) -> dict[str, Any]:
         if key in ("model", "ffn") and isinstance(old, str):
             old = {"preset": old}
         if isinstance(value, dict) and isinstance(old, dict):
-            if key == "duration":  # only one of its keys may stand
+            # Of a duration only one key may stand; a preset stands for all keys.
+            if key == "duration" or (key == "ffn" and "preset" in value):
                 old = {}
             elif key == "data" and value.keys() & _DATA:
                 old = {name: v for name, v in old.items() if name not in _DATA}

@@ -10,7 +10,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, ConfigDict, Field, Strict, model_validator
 
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.model.config import ModelConfig, Part
+from sparse_gpt.model.config import ModelConfig, Part, Probability
 
 
 class Section(Part):
@@ -98,7 +98,7 @@ class OptimizerConfig(Section):
     """Peak learning rate."""
     width_transfer: bool = False
     """muP: `lr` is that of `d_model` 128; weights of another width get what trains them alike."""
-    betas: Annotated[tuple[float, float], Strict(False)] = (0.9, 0.95)
+    betas: Annotated[tuple[Probability, Probability], Strict(False)] = (0.9, 0.95)
     """Decay, a step, of the running means of the gradient and of its square."""
     eps: float = Field(1e-8, gt=0)
     """Added to the root of that square."""
@@ -157,7 +157,7 @@ class EvalConfig(Section):
 class FaultConfig(Section):
     """When a rank counts as lost, see docs/multi-node.md."""
 
-    timeout_seconds: float = Field(600, gt=0)
+    timeout_seconds: float = Field(600, gt=0, le=1e6)
     """Seconds; the silence of one rank for as long ends the run."""
 
 
@@ -201,7 +201,7 @@ class RunConfig(Section):
     eval: EvalConfig = EvalConfig()
     fault: FaultConfig = FaultConfig()
     guard: GuardConfig = GuardConfig()
-    seed: int = 0
+    seed: int = Field(0, ge=0, lt=2**43)
     """Of the initial weights, the order of the data and dropout."""
 
     @model_validator(mode="after")

@@ -22,6 +22,8 @@ from sparse_gpt.train.deepspeed_config import NATIVE_KEYS, deepspeed_config, own
 from sparse_gpt.train.feed import held_out, open_data, train_batches
 from sparse_gpt.train.run_dir import MAY_CHANGE, read_provenance, what_computes
 
+_OFFLOADS = ("offload_optimizer", "offload_param")
+
 
 def check(config: RunConfig, world_size: int, here: bool = True) -> Blend:
     """Everything that can be known to be wrong before a process group or a folder exists; the data.
@@ -44,6 +46,7 @@ def check_settings(config: RunConfig, world_size: int) -> None:
     run = own_settings(config, world_size)
     for key, value in config.deepspeed.items():
         _check_native(key, value, run)
+    _check_zero(config.deepspeed.get("zero_optimization", {}))
     for section, key in (
         ("zero_optimization", "compute_grad_norm"),
         ("bf16", "check_grad_overflow"),
@@ -63,7 +66,7 @@ def check_settings(config: RunConfig, world_size: int) -> None:
             "compile: ZeRO-3 gathers the weights of each part in hooks that a compiled block "
             "cannot run; use deepspeed.zero_optimization.stage: 2, or compile: false"
         )
-    for part in ("offload_optimizer", "offload_param"):
+    for part in _OFFLOADS:
         device = (zero.get(part) or {}).get("device", "none")
         if device not in ("none", "cpu"):
             raise ConfigError(
@@ -98,6 +101,19 @@ def _check_native(key: str, value: Any, run: Mapping[str, Any]) -> None:
         raise ConfigError(
             f"deepspeed.{key}: is no key that DeepSpeed reads" + (f"; {hint}" if hint else "")
         )
+
+
+def _check_zero(native: Any) -> None:
+    """Raises ConfigError where the section has not the form in which it is read here."""
+    where = "deepspeed.zero_optimization"
+    if not isinstance(native, dict):
+        raise ConfigError(f"{where}: {native!r} must be a mapping")
+    for part in _OFFLOADS:
+        if not isinstance(native.get(part) or {}, dict):
+            raise ConfigError(f"{where}.{part}: {native[part]!r} must be a mapping")
+    stage = native.get("stage", 1)
+    if type(stage) is not int or not 0 <= stage <= 3:
+        raise ConfigError(f"{where}.stage: {stage!r} must be 0, 1, 2 or 3")
 
 
 def check_machine(config: RunConfig) -> None:

@@ -18,7 +18,7 @@ from sparse_gpt.data import Blend
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.files import lock, locked, publish, publish_text, temporary
 from sparse_gpt.provenance import git_commit, provenance
-from sparse_gpt.train.checkpoint.manifest import read_manifest, tag_of
+from sparse_gpt.train.checkpoint.manifest import read_manifest, tag_of, tags
 from sparse_gpt.train.distributed import World
 
 # What says how long, how loudly or how fast a run goes on, not what a good step computes (but for
@@ -57,8 +57,8 @@ def origin(config: RunConfig, data_manifest_hash: str) -> dict[str, str | None]:
 def finished(config: RunConfig) -> bool:
     """Whether the newest checkpoint in `run_dir` is the last that this configuration asks for."""
     checkpoints = Path(config.run_dir) / "checkpoints"
-    newest = max(checkpoints.glob("step-*"), default=None)
-    manifest = read_manifest(newest) if newest else None
+    newest = next(iter(tags(checkpoints)), None)
+    manifest = read_manifest(checkpoints / newest) if newest else None
     if manifest is None:
         return False
     return bool(manifest["step"] >= config.total_steps)
@@ -94,9 +94,12 @@ def open_run_dir(
 def hold(folder: Path) -> None:
     """Keep other processes from training in `folder` until this one ends, however it ends.
 
-    Raises ConfigError if another one does already.
+    Raises ConfigError if another one does already, or the folder cannot be made.
     """
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"run_dir: {folder} cannot be made: {error}") from None
     for _ in range(20):  # a look by `held` takes the lock for a moment
         try:
             lock(folder / ".lock")  # given back by the process's end
@@ -138,7 +141,14 @@ def fork(trunk: Path, step: int, folder: Path) -> None:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
-    found: dict[str, Any] = json.loads((folder / "provenance.json").read_text())
+    path = folder / "provenance.json"
+    try:
+        found: dict[str, Any] = json.loads(path.read_text())
+    except (OSError, ValueError):
+        raise ConfigError(
+            f"{path}: is missing or damaged, so what this run was trained on is not known; put it "
+            "back, or choose another run_dir"
+        ) from None
     return found
 
 

@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 
 from sparse_gpt.config.load import lay_over, load_config, to_yaml
 from sparse_gpt.errors import ConfigError
+from sparse_gpt.model.config import ffn_preset
 from sparse_gpt.model.costs import model_report
 
 ROOT = Path(__file__).parents[2]
@@ -190,3 +191,19 @@ def test_duration_in_tokens_and_flops(file):
     report = model_report(config.model)
     step = config.batch.global_tokens * report.training / report.seq
     assert (config.total_steps - 1) * step < 1e12 <= config.total_steps * step
+
+
+@pytest.mark.parametrize("value", ["0x_", "2001-99-99", "!!int abc", "!!bool abc", "[" * 3000])
+def test_what_yaml_cannot_make_is_one_line(file, value):
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(file(GOOD + f"seed: {value}\n"))
+    with pytest.raises(ConfigError, match="is not YAML"):
+        load_config(file(GOOD), [f"seed={value}"])
+
+
+def test_a_preset_stands_for_all_keys_of_an_ffn(file):
+    dense = file(GOOD + "model: {preset: tiny, ffn: {preset: dense, fan_in_init: true}}\n")
+    config = load_config(dense, ["model.ffn.preset=paper"])
+    assert config.model.ffn == ffn_preset("paper")
+    with pytest.raises(ConfigError, match="fan_in_init: unknown key; known here"):
+        load_config(dense, ["model.ffn={preset: paper, fan_in_init: true}"])

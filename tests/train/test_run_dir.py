@@ -126,3 +126,18 @@ def test_a_fork_is_the_trunk_as_it_was(train_here, run_file, tmp_path):
     with pytest.raises(ConfigError, match=r"step-00000005: is not there; the run that forks"):
         fork(trunk, 5, tmp_path / "other")
     assert not (tmp_path / "other").exists()
+
+
+@pytest.mark.parametrize("content", [None, "", "[1", "nothing"])
+def test_a_damaged_provenance_is_refused_in_one_line(train_here, run_file, tmp_path, content):
+    train_here("duration.steps=1", f"run_dir={tmp_path / 'run'}")
+    path = tmp_path / "run/provenance.json"
+    path.unlink() if content is None else path.write_text(content)
+    with pytest.raises(ConfigError, match=r"provenance\.json: is missing or damaged"):
+        train_here("duration.steps=2", f"run_dir={tmp_path / 'run'}")
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match=r"run_dir: .*file/run cannot be made"):
+        hold(tmp_path / "file/run")

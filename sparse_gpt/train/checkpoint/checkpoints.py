@@ -29,6 +29,7 @@ from sparse_gpt.train.checkpoint.manifest import (
     read_manifest,
     step_of,
     tag_of,
+    tags,
     write_manifest,
 )
 from sparse_gpt.train.checkpoint.random_state import rng_state, set_rng_state
@@ -197,7 +198,7 @@ class Checkpoints:
         write_manifest(aside, manifest)
         publish(self.root / tag_of(state.step))
         publish_text(self.root / "latest", tag_of(state.step))
-        for old in self._tags()[self.config.keep_last :]:
+        for old in tags(self.root)[self.config.keep_last :]:
             if not self._kept(step_of(old)):
                 self._threads.submit(shutil.rmtree, self.root / old, ignore_errors=True)
 
@@ -205,12 +206,8 @@ class Checkpoints:
         every = self.config.keep_every
         return step in self.config.at or (every is not None and step % every == 0)
 
-    def _tags(self) -> list[str]:
-        """Newest first."""
-        return sorted((path.name for path in self.root.glob("step-*")), reverse=True)
-
     def _newest(self) -> str | None:
-        return next(iter(self._tags()), None)
+        return next(iter(tags(self.root)), None)
 
     def _damage(self, folder: Path, manifest: Mapping[str, Any]) -> str | None:
         """What is wrong with this rank's share of a checkpoint's files."""

@@ -31,6 +31,11 @@ def step_of(tag: str) -> int:
     return int(tag.removeprefix("step-"))
 
 
+def tags(root: Path) -> list[str]:
+    """The checkpoints in a folder, newest first; what else lies there, a copy say, is none."""
+    return sorted((p.name for p in root.glob("step-*") if p.name[5:].isdigit()), reverse=True)
+
+
 def read_manifest(folder: Path) -> dict[str, Any] | None:
     """What a checkpoint's `manifest.json` says; None if it is not as `write_manifest` left it."""
     path = folder / "manifest.json"

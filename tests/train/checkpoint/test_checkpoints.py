@@ -14,7 +14,7 @@ from ranks import exact, finish, metrics, stage, start, start_ranks, until
 
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.train.checkpoint.checkpoints import CheckpointError, Checkpoints
-from sparse_gpt.train.checkpoint.manifest import TrainState, step_of
+from sparse_gpt.train.checkpoint.manifest import TrainState, step_of, tag_of
 from sparse_gpt.train.checkpoint.weights import load_weights
 from sparse_gpt.train.checkpoint.zero_state import snapshot
 from sparse_gpt.train.metrics_file import read_metrics
@@ -132,7 +132,11 @@ def steps_of(checkpoints):
 
 def test_it_is_saved_when_due_and_what_is_old_goes(checkpoints, batch):
     made = checkpoints("checkpoint={every: 2, keep_last: 2, keep_every: 6, at: [3]}")
-    train_to(made, batch, 0, 13)
+    train_to(made, batch, 0, 5)
+    copy = made.root / "step-00000004-backup"  # somebody's
+    shutil.copytree(made.root / tag_of(4), copy)
+    train_to(made, batch, 5, 13)
+    shutil.rmtree(copy)
     assert steps_of(made) == [3, 6, 12, 13]
     assert (made.root / "latest").read_text() == "step-00000013"
     assert not list(made.root.glob(".*"))

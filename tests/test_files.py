@@ -1,0 +1,83 @@
+"""Files and folders that are whole or not there; locks."""
+
+import subprocess
+import sys
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from sparse_gpt.errors import DataError
+from sparse_gpt.files import (
+    locked,
+    new_folder,
+    publish_text,
+    read_sealed,
+    replaced_folder,
+    write_sealed,
+)
+
+
+def fail_midway(out, work):
+    with new_folder(out) as aside:
+        work(aside)
+        raise ValueError("the reason")
+
+
+def test_a_new_folder_is_whole_or_not_there(tmp_path):
+    out = tmp_path / "made/for/it"
+    with pytest.raises(ValueError, match="the reason"):
+        fail_midway(out, lambda aside: (aside / "half").write_text("1"))
+    assert list(tmp_path.iterdir()) == []
+    with new_folder(out) as aside:
+        (aside / "file").write_text("1")
+        assert not out.exists()
+    assert [path.name for path in out.iterdir()] == ["file"]
+    with pytest.raises(DataError, match="is there already"), new_folder(out):
+        pass
+
+
+def test_the_reason_is_told_where_others_use_the_parent(tmp_path):
+    with pytest.raises(ValueError, match="the reason"):
+        fail_midway(tmp_path / "parent/x", lambda _: (tmp_path / "parent/other").mkdir())
+    assert (tmp_path / "parent/other").is_dir()
+
+
+def test_a_replaced_folder_is_the_old_one_until_the_new_is_whole(tmp_path):
+    out = tmp_path / "fit"
+    for text in ("one", "two"):
+        with replaced_folder(out) as aside:
+            (aside / "inner").mkdir()
+            (aside / "inner/file").write_text(text)
+        assert (out / "inner/file").read_text() == text
+    with pytest.raises(ValueError, match="no"), replaced_folder(out) as aside:
+        raise ValueError("no")
+    assert (out / "inner/file").read_text() == "two"
+
+
+def test_a_lock_is_another_processs_until_that_ends_however_it_ends(tmp_path):
+    code = "import pathlib, sys, time; from sparse_gpt.files import lock; "
+    code += "lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    for path in (tmp_path / "file", tmp_path):
+        command = [sys.executable, "-c", code, str(path)]
+        other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert other.stdout.readline() == "held\n"
+        with pytest.raises(BlockingIOError), locked(path):
+            pass
+        other.kill()
+        with locked(path, wait=True):
+            pass
+        other.wait()
+    with locked(path, shared=True), locked(path, shared=True):
+        pass
+
+
+@given(st.dictionaries(st.text(), st.integers() | st.text() | st.lists(st.floats(-1, 1))))
+def test_what_is_sealed_is_read_and_what_was_altered_is_not(tmp_path_factory, fields):
+    path = tmp_path_factory.mktemp("sealed") / "file.json"
+    fields.pop("hash", None)
+    digest = write_sealed(path, fields)
+    assert read_sealed(path) == {"hash": digest, **fields}
+    publish_text(path, path.read_text().replace("{", "{ ", 1))
+    with pytest.raises(DataError, match="damaged"):
+        read_sealed(path)
