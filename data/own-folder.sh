@@ -6,6 +6,7 @@
 #
 # Options go to `sparse-gpt prepare` after those below; of one given twice the last counts. E.g.
 #
+#     --held-out 0.1                 of few documents: one in a hundred may be none
 #     --text-field content           key or column of the text, if it is not `text`
 #     --separator '\n\n\n'           text files hold many documents, with this between them
 #     --where language=en            only rows with this value; not for text files

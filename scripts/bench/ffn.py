@@ -5,8 +5,8 @@
     python scripts/bench/ffn.py --tokens 16384 65536 --dtype bf16 --json bench-ffn.json
 
 Contestants: `dense eager`, `dense compiled` (torch.compile; its matmuls are cuBLAS's or MKL's),
-`sparse eager`, `sparse compiled` and, on a GPU, `sparse fused` (our Triton kernels). Passes:
-`forward` as in inference (no graph is kept), `backward` alone, and `both`, what training does.
+`sparse eager`, `sparse compiled`. Passes: `forward` as in inference (no graph is kept), `backward`
+alone, and `both`, what training does.
 
 Every round times every contestant, so that a machine whose speed drifts slows all of them alike;
 ratios are taken round by round (dense time over a contestant's: above 1 is faster than dense), the
@@ -37,7 +37,7 @@ from rich.table import Table
 from torch import Tensor, nn
 
 from sparse_gpt import DenseFFN, UltraEfficientSparseFFN, count_flops
-from sparse_gpt.model.config import DenseFFNConfig, ffn_preset
+from sparse_gpt.model.config import DenseFFNConfig
 from sparse_gpt.provenance import provenance
 from sparse_gpt.train.distributed import keep_freed_memory
 from sparse_gpt.train.precision import DTYPES
@@ -152,9 +152,7 @@ def contestant(name: str, x: Tensor, preset: str) -> Contestant:
     if kind == "dense":
         module = DenseFFN(x.shape[1], DenseFFNConfig())
     else:
-        backend = "triton" if how == "fused" else "eager"
-        config = ffn_preset(preset).model_copy(update={"backend": backend})
-        module = UltraEfficientSparseFFN(x.shape[1], config=config)
+        module = UltraEfficientSparseFFN(x.shape[1], preset)
     module = module.to(x.device, x.dtype)
     run: Callable[[Tensor], Tensor] = module
     if how == "compiled":
@@ -181,7 +179,7 @@ def measure(
                 enough = 0.02 if clock.device.type == "cuda" else 0.1
                 plan.append((name, what, call, prepare, max(1, min(20, int(enough / once)))))
             results[name] = {"warm_up_seconds": warm_up, "memory": entrant.memory()}
-        except Exception as error:  # out of memory, or a kernel that cannot do this width
+        except Exception as error:  # out of memory, say
             plan = [entry for entry in plan if entry[0] != name]
             message = (str(error).splitlines() or [""])[0]
             results[name] = {"error": f"{type(error).__name__}: {message}"}
@@ -255,7 +253,6 @@ def main() -> None:
     cuda = torch.cuda.is_available()
     device = torch.device("cuda" if cuda else "cpu")
     usual = ["dense eager", "dense compiled", "sparse eager", "sparse compiled"]
-    usual += ["sparse fused"] if cuda else []
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )

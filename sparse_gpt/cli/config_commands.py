@@ -1,29 +1,20 @@
 """`sparse-gpt config`: show, schema."""
 
 import json
-from pathlib import Path
-from typing import Annotated
 
 import typer
 
-from sparse_gpt.cli.terminal import Json
+from sparse_gpt.cli.terminal import Config, Json, Overrides
 
 config_app = typer.Typer(no_args_is_help=True, help="Run files: resolved, and what they may hold.")
 
 
 @config_app.command(epilog="Example: sparse-gpt config show configs/tiny-sparse.yaml seed=1")
-def show(
-    file: Annotated[Path, typer.Argument(help="A run file, as in configs/.")],
-    overrides: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]...", help="Override the file, e.g. optimizer.lr=1e-3."),
-    ] = None,
-    as_json: Json = False,
-) -> None:
+def show(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """The whole run as a run file, with the line, preset or override that each value is from."""
     from sparse_gpt.config.origins import settings, to_commented_yaml
 
-    found = settings(file, overrides or [])
+    found = settings(config, overrides or [])
     if as_json:
         rows = {".".join(one.keys): {"value": one.value, "from": one.origin} for one in found}
         print(json.dumps(rows, indent=1))

@@ -170,7 +170,8 @@ def info(folder: Folder, as_json: Json = False) -> None:
             )
         )
         return
-    table = Table("split", title=f"{folder}: {manifest.tokenizer['name']} tokens, {manifest.dtype}")
+    vocabulary = f"{manifest.tokenizer['name']} ({manifest.tokenizer['vocab_size']:,} ids)"
+    table = Table("split", title=f"{folder}: {vocabulary}, {manifest.dtype}")
     for column in ("documents", "tokens", "shards"):
         table.add_column(column, justify="right")
     for split, counts in found.items():

@@ -16,7 +16,7 @@ from rich.table import Table
 from sparse_gpt.cli.config_commands import config_app
 from sparse_gpt.cli.data_commands import prepare, shards_app, vocab_app
 from sparse_gpt.cli.sweep_commands import sweep_app
-from sparse_gpt.cli.terminal import Json, show
+from sparse_gpt.cli.terminal import Config, Json, Overrides, show
 from sparse_gpt.errors import InputError
 
 if TYPE_CHECKING:
@@ -48,13 +48,6 @@ Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_
 @app.callback()
 def _root(asked: Version = False) -> None:
     """Options of the command itself."""
-
-
-Overrides = Annotated[
-    list[str] | None,
-    typer.Argument(metavar="[KEY=VALUE]...", help="Override the file, e.g. optimizer.lr=1e-3."),
-]
-Config = Annotated[Path, typer.Argument(help="A run file, as in configs/.")]
 
 
 def main() -> None:

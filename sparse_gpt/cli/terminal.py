@@ -1,6 +1,7 @@
-"""What the commands share: how a table is printed, and the option that prints JSON instead."""
+"""What the commands share: arguments and options, and how a table is printed."""
 
 import sys
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -8,6 +9,11 @@ from rich.console import Console
 from rich.table import Table
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+Config = Annotated[Path, typer.Argument(help="A run file, as in configs/.")]
+Overrides = Annotated[
+    list[str] | None,
+    typer.Argument(metavar="[KEY=VALUE]...", help="Override the file, e.g. optimizer.lr=1e-3."),
+]
 
 
 def show(table: Table) -> None:

@@ -139,14 +139,20 @@ class SparseFFNConfig(Part):
     feedback: FeedbackConfig | None = None
     refine: RefineConfig | None = RefineConfig()
     projection: ProjectionConfig = ProjectionConfig()
-    backend: Literal["auto", "eager", "triton"] = "auto"
-    """`eager`: plain PyTorch. `triton`: the fused GPU kernels. `auto`: these where they can run."""
     norm_out: Literal["after", "before"] = "after"
     """On which side of the projection the second norm stands."""
     out_gain: Annotated[float, Field(gt=0)] = 1.0
     """RMS with which the branch starts."""
     dropout: Probability = 0.0
     """Probability, on the branch's output."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_0_1(cls, value: Any) -> Any:
+        """Version 0.1 wrote `backend`, of kernels that are gone, into runs and saved models."""
+        if isinstance(value, Mapping) and value.get("backend") in ("auto", "eager"):
+            return {key: field for key, field in value.items() if key != "backend"}
+        return value
 
     def check(self, d_model: int) -> None:
         """Raise ValueError, naming the value, when a part cannot have this width in channels."""
@@ -157,11 +163,6 @@ class SparseFFNConfig(Part):
             check_divides("feedback.groups", self.feedback.groups, d_model)
         if self.projection.kind == "factored":
             check_divides("projection.block", self.projection.block, d_model)
-        if self.backend == "triton":
-            from sparse_gpt.model.ffn.kernels.limits import unsupported
-
-            if problem := unsupported(self, d_model):
-                raise ValueError(f"backend triton: {problem}")
 
 
 FFNConfig = Annotated[DenseFFNConfig | SparseFFNConfig, Field(discriminator="kind")]

@@ -76,7 +76,7 @@ def _twice_as_wide(config: ModelConfig) -> ModelConfig:
     ffn = config.ffn
     if isinstance(ffn, SparseFFNConfig):
         spectral = ffn.spectral and ffn.spectral.model_copy(update={"factors": None})
-        ffn = ffn.model_copy(update={"spectral": spectral, "backend": "eager"})
+        ffn = ffn.model_copy(update={"spectral": spectral})
     sizes = {"d_model": 2 * config.d_model, "n_head": 2 * config.n_head}
     return config.model_copy(update={**sizes, "ffn": ffn})
 

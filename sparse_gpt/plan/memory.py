@@ -12,7 +12,7 @@ from functools import lru_cache
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.autograd.graph import saved_tensors_hooks
 
@@ -20,8 +20,6 @@ from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.model.attention import has_flex
 from sparse_gpt.model.config import ModelConfig
 from sparse_gpt.model.costs import parameter_counts
-from sparse_gpt.model.ffn import UltraEfficientSparseFFN
-from sparse_gpt.model.ffn.kernels.limits import unsupported
 from sparse_gpt.model.gpt import GPT, padded_vocabulary
 from sparse_gpt.model.loss import chunk_size
 from sparse_gpt.train.precision import DTYPES
@@ -60,23 +58,15 @@ class Memory:
         return sum(parts) + self.activations + self.logits + self.buffers
 
 
-def fuses(config: ModelConfig, precision: str) -> bool:
-    """Whether the sparse FFN runs as fused kernels on a GPU."""
-    ffn = config.ffn
-    if ffn.kind == "dense" or ffn.backend == "eager" or precision == "fp16":
-        return False
-    return unsupported(ffn, config.d_model) is None
-
-
 @lru_cache
-def trace(config: ModelConfig, precision: str, recompute: Recompute, fused: bool) -> Kept:
+def trace(config: ModelConfig, precision: str, recompute: Recompute) -> Kept:
     """What one sequence of full length keeps; allocates nothing and needs no device."""
-    one, widest = _kept(config.model_copy(update={"n_layer": 1}), precision, recompute, fused)
-    two, _ = _kept(config.model_copy(update={"n_layer": 2}), precision, recompute, fused)
+    one, widest = _kept(config.model_copy(update={"n_layer": 1}), precision, recompute)
+    two, _ = _kept(config.model_copy(update={"n_layer": 2}), precision, recompute)
     return Kept(ends=2 * one - two, block=two - one, widest=widest)
 
 
-def _kept(config: ModelConfig, precision: str, what: Recompute, fused: bool) -> tuple[int, int]:
+def _kept(config: ModelConfig, precision: str, what: Recompute) -> tuple[int, int]:
     storages: dict[int, tuple[int, Tensor]] = {}  # the tensor, so that no address is used again
 
     def pack(tensor: Tensor) -> Tensor:
@@ -87,10 +77,6 @@ def _kept(config: ModelConfig, precision: str, what: Recompute, fused: bool) -> 
     with FakeTensorMode(), _default_dtype(DTYPES[precision]):
         model = GPT(config)
         model.recompute(what)
-        if fused:
-            for module in model.modules():
-                if isinstance(module, UltraEfficientSparseFFN):
-                    module.forward = _FusedStandIn(module)  # type: ignore[method-assign]
         tokens = torch.zeros(1, config.max_seq_len, dtype=torch.int64)
         with saved_tensors_hooks(pack, lambda tensor: tensor):
             logits = model(tokens, documents=tokens if config.document_mask else None)
@@ -99,25 +85,6 @@ def _kept(config: ModelConfig, precision: str, what: Recompute, fused: bool) -> 
             storages.pop(tensor.untyped_storage()._cdata, None)
     sizes = [size for size, _ in storages.values()]
     return sum(sizes), max(sizes)
-
-
-class _FusedStandIn:
-    """Keeps what the kernels keep: the input and seven float32 a token."""
-
-    def __init__(self, ffn: UltraEfficientSparseFFN) -> None:
-        self.dropout: nn.Module = ffn.dropout
-
-    def __call__(self, x: Tensor) -> Tensor:
-        y: Tensor = self.dropout(_KeepsInput.apply(x))  # type: ignore[no-untyped-call]
-        return y
-
-
-class _KeepsInput(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx: Any, x: Tensor) -> Tensor:
-        stats = x.new_empty((7, x.numel() // x.shape[-1]), dtype=torch.float32)
-        ctx.save_for_backward(x, stats)
-        return torch.empty_like(x)
 
 
 @contextmanager
@@ -173,13 +140,12 @@ def estimate(
     flat = 4 * share if stage else 0  # the partition that the optimizer steps on
 
     # Activations: all blocks' at the loss; then each block in turn computes its own again.
-    fused = device == "cuda" and fuses(model, config.precision)
     if has_flex(device, model):
         # FlexAttention keeps what attention without documents does. Its lists of blocks, shared by
         # all layers, are 1/1000 of a bool for each query and key, and are left out.
         model = model.model_copy(update={"document_mask": False})
-    kept = trace(model, config.precision, config.activation_checkpointing, fused)
-    plain = trace(model, config.precision, "none", fused)
+    kept = trace(model, config.precision, config.activation_checkpointing)
+    plain = trace(model, config.precision, "none")
     activations = size * (kept.ends + model.n_layer * kept.block)
     again = size * (plain.block - kept.block)
 

@@ -8,7 +8,7 @@ from rich.table import Table
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.errors import ConfigError, did_you_mean
 from sparse_gpt.model.costs import ffn_cost, model_report, parameter_counts, total
-from sparse_gpt.plan.memory import Memory, bucket_size, estimate, fuses
+from sparse_gpt.plan.memory import Memory, bucket_size, estimate
 from sparse_gpt.train.checks import check_settings
 from sparse_gpt.train.deepspeed_config import deepspeed_config
 from sparse_gpt.train.gpus import GPUS, Gpu
@@ -157,11 +157,8 @@ def _warnings(
             f"{own.memory.buffers / 2**30:.1f} GiB a rank; "
             f"set it to {max(parameters // 4, 1):,} or so"
         )
-    if config.model.ffn.kind == "sparse":
-        if not fuses(config.model, config.precision):
-            found.append("the sparse FFN has no kernels here and keeps many activations")
-        elif config.activation_checkpointing == "selective":
-            found.append("activation_checkpointing: the FFN's kernels recompute already; use none")
+    if config.model.ffn.kind == "sparse" and config.activation_checkpointing == "none":
+        found.append("the sparse FFN keeps much: activation_checkpointing=selective keeps less")
     return found
 
 

@@ -18,7 +18,6 @@ from sparse_gpt.data.batches.batches import count_windows
 from sparse_gpt.data.batches.order import blend_counts
 from sparse_gpt.errors import ConfigError, did_you_mean
 from sparse_gpt.model.attention import has_flex
-from sparse_gpt.model.ffn.kernels import available
 from sparse_gpt.train.deepspeed_config import NATIVE_KEYS, deepspeed_config, own_settings
 from sparse_gpt.train.feed import held_out, open_data, train_batches
 from sparse_gpt.train.run_dir import MAY_CHANGE, read_provenance, what_computes
@@ -104,13 +103,7 @@ def _check_native(key: str, value: Any, run: Mapping[str, Any]) -> None:
 def check_machine(config: RunConfig) -> None:
     """Raises ConfigError for what the devices and compilers of this machine cannot do."""
     check_compiler(config)
-    device, ffn = "cuda" if torch.cuda.is_available() else "cpu", config.model.ffn
-    if ffn.kind == "sparse" and ffn.backend == "triton":
-        if not available(device):
-            raise ConfigError(f"model.ffn.backend: triton cannot run on this {device}; use auto")
-        if config.precision == "fp16":
-            raise ConfigError("model.ffn.backend: triton has no fp16; use auto, or bf16")
-    if config.precision == "fp16" and device == "cpu":
+    if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("precision: fp16 needs a GPU; on the CPU use fp32 or bf16")
 
 

@@ -1,7 +1,7 @@
 """What a step does inside: time and measured sparsity of every component, on sampled steps only.
 
-Hooks are attached for one step and removed, so that other steps pay nothing. Compiled blocks and
-fused FFNs have no components any more: a sampled step runs them as they are written.
+Hooks are attached for one step and removed, so that other steps pay nothing. Compiled blocks have
+no components any more: a sampled step runs them as they are written.
 """
 
 import time
@@ -13,7 +13,6 @@ from typing import Any
 import torch
 from torch import nn
 
-from sparse_gpt.model.ffn import UltraEfficientSparseFFN
 from sparse_gpt.model.flops import FlopReport
 
 
@@ -23,7 +22,6 @@ class ComponentProfile:
     def __init__(self, model: nn.Module, report: FlopReport, device: torch.device) -> None:
         self.device = device
         self.blocks = list(model.get_submodule("blocks").children())
-        self.ffns = [m for m in model.modules() if isinstance(m, UltraEfficientSparseFFN)]
         self.components = {
             f"block_{number:02}/{name}": model.get_submodule(f"blocks.{number}.{name}")
             for number, block in enumerate(report.blocks())
@@ -51,16 +49,11 @@ class ComponentProfile:
         compiled = [block._compiled_call_impl for block in self.blocks]
         for block in self.blocks:
             block._compiled_call_impl = None
-        backends = [ffn.backend for ffn in self.ffns]
-        for ffn in self.ffns:
-            ffn.backend = "eager"
         try:
             yield
         finally:
             for block, code in zip(self.blocks, compiled, strict=True):
                 block._compiled_call_impl = code
-            for ffn, backend in zip(self.ffns, backends, strict=True):
-                ffn.backend = backend
             for hook in hooks:
                 hook.remove()
 

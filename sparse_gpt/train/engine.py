@@ -41,7 +41,7 @@ class Engine:
             # lock file that a kill leaves behind and every later launch waits for. gloo does it.
             deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
         self.config, self.world, self.total_steps = config, world, total_steps
-        # A fused FFN reads the weights of its parts itself: ZeRO-3 must gather them as a whole.
+        # ZeRO-3 gathers the weights of a sparse FFN's many small parts at once.
         whole = [m for m in model.modules() if isinstance(m, UltraEfficientSparseFFN)]
         if whole:
             deepspeed.utils.set_z3_leaf_modules(model, [UltraEfficientSparseFFN])

@@ -2,7 +2,6 @@
 
 import json
 import shlex
-from pathlib import Path
 
 import pytest
 import typer
@@ -137,7 +136,7 @@ def test_train_refuses_bad_input_and_leaves_nothing(refused, run_file, tmp_path)
     assert "absent" in train(f"data.path={tmp_path / 'absent'}")
     assert "model.vocab_size" in train("model.vocab_size=50000")
     assert "fp16 needs a GPU" in train("precision=fp16")
-    assert "model.ffn.backend: triton cannot run on this cpu" in train("model.ffn.backend=triton")
+    assert "model.ffn.backend: unknown key" in train("model.ffn.backend=triton")
     long = "model.max_seq_len=1000000"
     assert "1000000" in train(long, "batch={global_tokens: 1000000, micro_batch: 1}")
     assert not (tmp_path / "run").exists()
@@ -174,11 +173,6 @@ def test_compare_puts_runs_side_by_side(command, refused, tmp_path):
     assert "1.500" in table
     assert "0.231" in table  # 30,336 over 131,072
     assert "holds no metrics.jsonl" in refused("compare", tmp_path)
-
-
-def test_the_samples_are_what_their_readme_says():
-    size = sum(path.stat().st_size for path in Path(ROOT / "data/novels").glob("*.txt"))
-    assert size == pytest.approx(1.15e6, rel=0.01)
 
 
 def test_options_that_contradict_each_other_are_refused(command, run_file, tmp_path):

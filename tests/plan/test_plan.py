@@ -38,7 +38,7 @@ def really_kept(model, batch):
 @pytest.mark.parametrize("ffn", ["dense", "default", "paper"])
 def test_two_short_traces_tell_what_a_real_forward_keeps(ffn, recompute):
     config = ModelConfig.preset("tiny", ffn=ffn, **SIZES)
-    traced = trace(config, "fp32", recompute, fused=False)
+    traced = trace(config, "fp32", recompute)
     model = GPT(config)
     model.recompute(recompute)
     # What does not grow with the batch, such as the positions, is counted with each sequence.

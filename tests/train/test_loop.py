@@ -8,7 +8,7 @@ import signal
 import pytest
 import torch
 import yaml
-from ranks import ENVIRONMENT, EXACT, ROOT, exact, finish, metrics, sparse_gpt, start_ranks, until
+from ranks import EXACT, ROOT, exact, finish, metrics, sparse_gpt, start_ranks, until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sparse_gpt.data import Batch, prepare
@@ -160,22 +160,6 @@ def test_half_precision_trains(gpt2_run_file):
     )
     rows = metrics(gpt2_run_file.parent / "run")
     assert rows[-1]["val/loss"] < rows[0]["val/loss"] - 0.5
-
-
-@pytest.mark.parametrize("zero_stage", [pytest.param(1, marks=pytest.mark.long), 3])
-def test_fused_kernels_train_as_the_eager_chain_does(run_file, tmp_path, monkeypatch, zero_stage):
-    """In Triton's interpreter; ZeRO-3 must gather what the kernels read past the modules."""
-    options = [f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}", "duration={steps: 3}"]
-    options += ["batch={global_tokens: 128, micro_batch: 2}", "eval.max_tokens=64"]
-    losses = []
-    for backend in ("eager", "triton"):
-        monkeypatch.setitem(ENVIRONMENT, "TRITON_INTERPRET", str(int(backend == "triton")))
-        run_dir = tmp_path / backend
-        own = [f"run_dir={run_dir}", f"model.ffn.backend={backend}"]
-        finish(start_ranks(run_file, *options, *own), timeout=300)
-        losses.append([row["train/loss"] for row in metrics(run_dir) if "train/loss" in row])
-        assert any("time/block_00/ffn.polynomial" in row for row in metrics(run_dir))
-    assert losses[1] == pytest.approx(losses[0], rel=1e-5)
 
 
 def test_a_run_learns_leaves_its_files_and_goes_on_bit_equal(train_here, tmp_path):

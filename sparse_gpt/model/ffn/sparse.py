@@ -9,7 +9,6 @@ from torch import Tensor, nn
 
 from sparse_gpt.model.config import SparseFFNConfig, ffn_preset
 from sparse_gpt.model.ffn.factored import SparseFactorLinear
-from sparse_gpt.model.ffn.kernels import available, fused_ffn, suits, unsupported
 from sparse_gpt.model.ffn.polynomial import SparsePolynomial
 from sparse_gpt.model.ffn.refine import SparseMicroRefine, TokenFeedback
 from sparse_gpt.model.ffn.spectral import SparseSpectral
@@ -26,9 +25,7 @@ class UltraEfficientSparseFFN(nn.Module):
     `config` is a SparseFFNConfig, else the preset's; a part configured None is None here. The
     branch starts with the RMS `out_gain`, given by LN_out's gain where that comes last and by the
     projection's weights where they do. (Before a norm those must not be 0: it would divide 0 by 0.)
-    `backend` starts as the config's and may be set: `eager` runs the parts one by one.
-    Raises ValueError when a part cannot have the width d_model; forward does when `triton` is asked
-    for and x is not on a GPU, or not float32 or bfloat16.
+    Raises ValueError when a part cannot have the width d_model.
     """
 
     def __init__(
@@ -40,8 +37,6 @@ class UltraEfficientSparseFFN(nn.Module):
             raise ValueError(f"preset {preset!r} is no sparse FFN")
         chosen.check(d_model)
         self.config = chosen
-        self.backend: str = chosen.backend
-        self._has_kernels = available("cuda") and unsupported(chosen, d_model) is None
         # Registered in the order in which they run.
         self.norm_in = nn.LayerNorm(d_model)
         self.spectral = SparseSpectral(d_model, chosen.spectral) if chosen.spectral else None
@@ -69,10 +64,6 @@ class UltraEfficientSparseFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The branch, in x's dtype."""
-        auto = self.backend == "auto" and self._has_kernels and suits(x)
-        if auto or self.backend == "triton":
-            y: Tensor = self.dropout(fused_ffn(self, x))
-            return y
         h = self.norm_in(x)
         if self.spectral is None:
             v = self.polynomial(h)
@@ -87,5 +78,5 @@ class UltraEfficientSparseFFN(nn.Module):
             v = self.projection(self.norm_out(v))
         else:
             v = self.norm_out(self.projection(v))
-        y = self.dropout(v)
+        y: Tensor = self.dropout(v)
         return y
