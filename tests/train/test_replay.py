@@ -5,7 +5,7 @@ import math
 
 import pytest
 from faults import FAULTY, faults, options, stopped
-from ranks import start_ranks
+from ranks import stage, start_ranks
 
 from sparse_gpt.train.guard import RunStopped
 from sparse_gpt.train.replay import replay
@@ -74,7 +74,7 @@ def stopped_here(train_here, run_file):
 def test_a_spike_of_the_run_itself_reproduces(command, stopped_here, precision, rounding):
     """With dropout: from the random numbers of before the step."""
     guard = "guard={spike: skip, window: 2, threshold: 1e-9, stop_after: 1}"
-    incident = stopped_here(guard, f"precision={precision}", "model.dropout=0.1")
+    incident = stopped_here(guard, stage(2), f"precision={precision}", "model.dropout=0.1")
     found = replay(incident)
     assert found.reproduced
     assert found.replayed == pytest.approx(found.recorded, rel=rounding)

@@ -61,6 +61,7 @@ def test_novels_come_back_as_they_were(novels: Path, tmp_path: Path, format: str
     assert np.array_equal(*(batch.windows.numpy() for batch in batches))
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(st.data())
 @pytest.mark.parametrize(
