@@ -5,7 +5,7 @@ import math
 
 import pytest
 from faults import FAULTY, faults, options, stopped
-from ranks import stage, start_ranks
+from ranks import sparse_gpt, stage, start_ranks
 
 from sparse_gpt.train.guard import RunStopped
 from sparse_gpt.train.replay import replay
@@ -37,7 +37,7 @@ def test_a_diverged_run_stops_and_its_last_step_can_be_replayed(command, run_fil
     assert "is no whole incident" in broken.stderr
 
 
-def test_a_fault_of_the_machine_does_not_reproduce(command, run_file):
+def test_a_fault_of_the_machine_does_not_reproduce(run_file):
     """And bf16 weights, dropout and its random numbers come back as they were."""
     stopped(
         start_ranks(
@@ -49,10 +49,10 @@ def test_a_fault_of_the_machine_does_not_reproduce(command, run_file):
         )
     )
     [incident] = (run_file.parent / "run/incidents").iterdir()
-    done = command("replay", incident)
+    done = sparse_gpt("replay", incident)
     assert done.returncode == 0, done.stderr
     assert "does not reproduce" in done.stdout
-    found = json.loads(command("replay", incident, "--json").stdout)
+    found = json.loads(sparse_gpt("replay", incident, "--json").stdout)
     assert found["replayed"]["loss"] == pytest.approx(found["recorded"]["loss"], rel=1e-6)
     assert math.isfinite(found["replayed"]["grad_norm"])
 
