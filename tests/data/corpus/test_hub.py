@@ -96,7 +96,7 @@ class Commands:
         def fault(file: str, start: int, end: int) -> None:
             if file == held:
                 asked.set()
-                go_on.wait(60)
+                go_on.wait(300)
 
         self.hub.fault = fault
         return asked, go_on
@@ -277,7 +277,8 @@ def test_a_server_that_fails_for_good_and_other_commits(
     hub.push("team/corpus", {**CORPUS, "README.md": b"# A word about it"})
     sent_before = len(hub.sent)
     asked, go_on = commands.hold(FIFTH)
-    resumed = commands.start("hf:team/corpus", "out", *UNITS)
+    patient = {"HF_HUB_DOWNLOAD_TIMEOUT": "300"}  # it asks again for what is held, else
+    resumed = commands.start("hf:team/corpus", "out", *UNITS, **patient)
     assert asked.wait(60)
     hub.push("team/corpus", {**CORPUS, FIFTH: CORPUS[FIRST]})
     commands.write("whole", undisturbed)

@@ -282,7 +282,7 @@ def test_a_worker_that_is_killed_and_an_interrupt(
         else:
             os.killpg(process.pid, signal.SIGINT)
         os.killpg(process.pid, signal.SIGCONT)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         last = errors.strip().splitlines()[-1]
         assert ("a worker was killed" if what == "kill" else "KeyboardInterrupt") in last
         prepare([source], out, **options)
