@@ -129,7 +129,7 @@ def test_the_commands_take_urls(storage: Any, scheme: str, tmp_path: Path) -> No
         return subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True).stdout
 
     lines = shards("info", f"{url}/").splitlines()
-    assert f"{url}/: gpt2 tokens" in lines[0]
+    assert f"{url}/: gpt2 (50,257 ids)" in lines[0]
     assert lines[-1] == f"broken documents set aside: 1, named in {url}/rejected.jsonl"
     assert shards("verify", url) == f"{url}: whole\n"
     theirs = str(tmp_path / "theirs")
