@@ -61,6 +61,8 @@ def test_a_call_is_found(function):
     assert _launches([function], set())
 
 
-@pytest.mark.parametrize("function", [not_at_all, len, Starter], ids=str)
+@pytest.mark.parametrize(
+    "function", [not_at_all, len, Starter], ids=lambda function: function.__name__
+)
 def test_what_starts_nothing_is_not_taken_for_it(function):
     assert not _launches([function], set())
