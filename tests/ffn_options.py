@@ -9,6 +9,11 @@ import torch
 from sparse_gpt import ModelConfig
 
 _FEEDBACK = {"rank": 2, "groups": 4, "share": 0.4, "iterations": 2}
+_DICTIONARY = {
+    "spectral": {"kind": "dictionary", "blocks": 4},
+    "polynomial": None,
+    "norm_out": None,
+}
 OPTIONS: dict[str, dict[str, Any]] = {
     **{
         f"{path}-{selection}-{threshold}": {
@@ -31,6 +36,12 @@ OPTIONS: dict[str, dict[str, Any]] = {
     "sparse-degrees": {"polynomial": {"group_size": 16, "degrees": (1, 3, 4)}},
     "first-degree": {"polynomial": {"group_size": 4, "degrees": (1,)}},
     "norm-before": {"norm_out": "before", "out_gain": 0.5},
+    "dictionary": _DICTIONARY,
+    "dictionary-of-one": {
+        **_DICTIONARY,
+        "spectral": {"kind": "dictionary", "blocks": 3, "top_k": 1, "block_size": 8},
+    },
+    "dictionary-together": {**_DICTIONARY, "feedback": _FEEDBACK, "out_gain": 0.5},
     "together": {
         "spectral": {"path": "parallel", "selection": "soft", "threshold": "constant"},
         "feedback": _FEEDBACK,

@@ -48,6 +48,8 @@ class DenseFFNConfig(Part):
 class SpectralConfig(Part):
     """The 2-D DCT over the channels reshaped (p, q), then a selection of coefficients."""
 
+    kind: Literal["dct"] = "dct"
+    """Which of the two spectra it is."""
     path: Literal["series", "parallel"] = "series"
     """`series` feeds the polynomial, `parallel` works beside it on the same input."""
     factors: tuple[PositiveInt, PositiveInt] | None = None
@@ -73,6 +75,35 @@ class SpectralConfig(Part):
                 f"spectral.factors {factors}: p·q is {p * q} and must be d_model {d_model}"
             )
         return factors
+
+
+class DictionaryConfig(Part):
+    """A learned spectrum: blocks of atoms, of which a token computes those of most energy. The
+    polynomial is in it, between analysis and synthesis."""
+
+    kind: Literal["dictionary"] = "dictionary"
+    """Which of the two spectra it is."""
+    blocks: PositiveInt = 64
+    """Blocks of the dictionary. More hold more and cost no more products, but memory."""
+    block_size: PositiveInt | None = None
+    """Atoms of a block; null: `d_model` / `top_k`, so that a token has `d_model` coefficients."""
+    top_k: PositiveInt = 2
+    """Blocks that a token computes; at most `blocks`."""
+    balance_rate: Annotated[float, Field(ge=0)] = 0.01
+    """How far a block's preference moves a step, up where it was given less than its share."""
+
+    def size(self, d_model: int) -> int:
+        """Atoms of a block at a width in channels; ValueError where there is no such number."""
+        if self.block_size is not None:
+            return self.block_size
+        check_divides("spectral.top_k", self.top_k, d_model)
+        return d_model // self.top_k
+
+    @model_validator(mode="after")
+    def _enough(self) -> DictionaryConfig:
+        if self.top_k > self.blocks:
+            raise ValueError(f"top_k {self.top_k} is more than the {self.blocks} blocks there are")
+        return self
 
 
 class PolynomialConfig(Part):
@@ -134,40 +165,65 @@ class SparseFFNConfig(Part):
 
     kind: Literal["sparse"] = "sparse"
     """Which of the two networks it is."""
-    spectral: SpectralConfig | None = SpectralConfig()
-    polynomial: PolynomialConfig = PolynomialConfig()
+    spectral: Annotated[SpectralConfig | DictionaryConfig | None, Field(discriminator="kind")] = (
+        SpectralConfig()
+    )
+    polynomial: PolynomialConfig | None = PolynomialConfig()
+    """Null with a dictionary, which has its own."""
     feedback: FeedbackConfig | None = None
     refine: RefineConfig | None = RefineConfig()
     projection: ProjectionConfig = ProjectionConfig()
-    norm_out: Literal["after", "before"] = "after"
-    """On which side of the projection the second norm stands."""
+    norm_out: Literal["after", "before"] | None = "after"
+    """On which side of the projection the second norm stands; null with a dictionary, which the
+    projection stands beside."""
     out_gain: Annotated[float, Field(gt=0)] = 1.0
-    """RMS with which the branch starts."""
+    """RMS with which the branch starts, or what is beside a dictionary."""
     dropout: Probability = 0.0
     """Probability, on the branch's output."""
 
     @model_validator(mode="before")
     @classmethod
     def _of_0_1(cls, value: Any) -> Any:
-        """Version 0.1 wrote `backend`, of kernels that are gone, into runs and saved models."""
-        if isinstance(value, Mapping) and value.get("backend") in ("auto", "eager"):
-            return {key: field for key, field in value.items() if key != "backend"}
+        """Version 0.1 wrote `backend`, of kernels that are gone, and knew one kind of spectrum."""
+        if not isinstance(value, Mapping):
+            return value
+        value = {k: v for k, v in value.items() if (k, v) not in _OF_0_1}
+        spectral = value.get("spectral")
+        if isinstance(spectral, Mapping):
+            value["spectral"] = {"kind": "dct", **spectral}
         return value
+
+    @model_validator(mode="after")
+    def _belongs_together(self) -> SparseFFNConfig:
+        learned = isinstance(self.spectral, DictionaryConfig)
+        for name in ("polynomial", "norm_out"):
+            if learned != (getattr(self, name) is None):
+                raise ValueError(f"{name} must be null with a dictionary, and with nothing else")
+        return self
 
     def check(self, d_model: int) -> None:
         """Raise ValueError, naming the value, when a part cannot have this width in channels."""
-        if self.spectral:
+        if isinstance(self.spectral, DictionaryConfig):
+            self.spectral.size(d_model)
+        elif self.spectral:
             self.spectral.split(d_model)
-        check_divides("polynomial.group_size", self.polynomial.group_size, d_model)
+        if self.polynomial:
+            check_divides("polynomial.group_size", self.polynomial.group_size, d_model)
         if self.feedback:
             check_divides("feedback.groups", self.feedback.groups, d_model)
         if self.projection.kind == "factored":
             check_divides("projection.block", self.projection.block, d_model)
 
 
+_OF_0_1 = (("backend", "auto"), ("backend", "eager"))
+
 FFNConfig = Annotated[DenseFFNConfig | SparseFFNConfig, Field(discriminator="kind")]
 
-_DEFAULT = SparseFFNConfig(  # docs/sparse-ffn.md has the study that it comes from
+# docs/sparse-ffn.md has the studies that they come from
+_DEFAULT = SparseFFNConfig(
+    spectral=DictionaryConfig(), polynomial=None, refine=None, norm_out=None, out_gain=0.08
+)
+_LIGHT = SparseFFNConfig(
     spectral=SpectralConfig(path="parallel", selection="soft", threshold="constant"),
     polynomial=PolynomialConfig(degrees=(1, 2)),
     feedback=FeedbackConfig(),
@@ -178,6 +234,7 @@ _DEFAULT = SparseFFNConfig(  # docs/sparse-ffn.md has the study that it comes fr
 FFN_PRESETS: dict[str, DenseFFNConfig | SparseFFNConfig] = {
     "dense": DenseFFNConfig(),
     "paper": SparseFFNConfig(),
+    "light": _LIGHT,
     "default": _DEFAULT,
 }
 SIZES: dict[str, dict[str, int]] = {  # 124m and up: GPT-2 (Radford et al. 2019), table 2
@@ -196,7 +253,7 @@ def _named(presets: Mapping[str, _T], name: object) -> _T:
 
 
 def ffn_preset(name: str) -> DenseFFNConfig | SparseFFNConfig:
-    """The FFN called `dense`, `paper` or `default`; ValueError for any other name."""
+    """The FFN called `dense`, `paper`, `light` or `default`; ValueError for any other name."""
     found: DenseFFNConfig | SparseFFNConfig = _named(FFN_PRESETS, name)
     return found
 
@@ -265,7 +322,11 @@ class ModelConfig(Part):
             value = {"preset": value}
         if isinstance(value, Mapping) and "preset" in value:
             rest = {key: field for key, field in value.items() if key != "preset"}
-            return merge(ffn_preset(value["preset"]).model_dump(), rest)
+            named, spectral = ffn_preset(value["preset"]).model_dump(), rest.get("spectral")
+            kind = (named.get("spectral") or {}).get("kind")
+            if isinstance(spectral, Mapping) and spectral.get("kind", kind) != kind:
+                named["spectral"] = None  # of another kind, nothing of it can stay
+            return merge(named, rest)
         return value
 
     @model_validator(mode="after")

@@ -8,7 +8,7 @@ SIZES = ("tiny", "124m", "355m", "774m", "1558m")
 
 
 @pytest.mark.parametrize("size", SIZES)
-@pytest.mark.parametrize("ffn", ["dense", "paper", "default"])
+@pytest.mark.parametrize("ffn", ["dense", "paper", "light", "default"])
 def test_presets_expand_and_round_trip(size, ffn):
     config = ModelConfig.preset(size, ffn=ffn)
     dump = config.model_dump(mode="json")
@@ -19,11 +19,18 @@ def test_presets_expand_and_round_trip(size, ffn):
 
 def test_mapping_with_presets_is_merged_deeply():
     spectral = {"keep": 0.25}
-    config = ModelConfig(preset="tiny", n_layer=2, ffn={"preset": "default", "spectral": spectral})
+    config = ModelConfig(preset="tiny", n_layer=2, ffn={"preset": "light", "spectral": spectral})
     assert (config.n_layer, config.d_model) == (2, 128)
-    default = UltraEfficientSparseFFN(preset="default").config
-    assert config.ffn.spectral == default.spectral.model_copy(update={"keep": 0.25})
-    assert config.ffn.polynomial == default.polynomial
+    light = UltraEfficientSparseFFN(preset="light").config
+    assert config.ffn.spectral == light.spectral.model_copy(update={"keep": 0.25})
+    assert config.ffn.polynomial == light.polynomial
+
+
+def test_a_spectrum_of_another_kind_takes_the_place_of_the_presets():
+    other = {"polynomial": None, "norm_out": None}
+    ffn = {"preset": "paper", "spectral": {"kind": "dictionary", "blocks": 8}, **other}
+    spectral = ModelConfig.preset("tiny", ffn=ffn).ffn.spectral
+    assert (spectral.blocks, spectral.top_k, spectral.size(128)) == (8, 2, 64)
 
 
 def test_parts_can_be_switched_off_and_on():

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from sparse_gpt import GPT, DenseBlock, DenseFFN, DenseFFNConfig, ModelConfig, SparseBlock
 
-FEEDBACK = {"preset": "default", "feedback": {}}
+FEEDBACK = {"preset": "light", "feedback": {}}
 
 
 def sample(vocab=97, batch=2, seq=12):

@@ -28,6 +28,7 @@ def scaled(gpt):
 
 ALWAYS = {"attention.qkv.weight", "attention.out.weight", "ln_f.weight", "ln_f.bias"}
 FEEDBACK = {"ffn.feedback.a", "ffn.feedback.score"}
+DICTIONARY = {f"ffn.spectral.{name}" for name in ("router.weight", "analysis", "synthesis")}
 
 
 @pytest.mark.parametrize(
@@ -35,8 +36,9 @@ FEEDBACK = {"ffn.feedback.a", "ffn.feedback.score"}
     [
         (DENSE, {"ffn.up.weight", "ffn.down.weight"}),
         ("paper", {"ffn.projection.weight"}),
-        ("default", {"ffn.projection.weight", *FEEDBACK}),
-        ({"preset": "default", "projection": {"kind": "factored"}}, FEEDBACK),
+        ("light", {"ffn.projection.weight", *FEEDBACK}),
+        ("default", {"ffn.projection.weight", *DICTIONARY}),
+        ({"preset": "light", "projection": {"kind": "factored"}}, FEEDBACK),
         ({"preset": "paper", "spectral": {"factors": (8, 32)}}, {"ffn.projection.weight"}),
     ],
 )
@@ -46,14 +48,14 @@ def test_what_adds_up_more_with_the_width_learns_slower(ffn, more):
 
 def test_a_width_that_shares_no_parts_with_the_base_will_do():
     parts = {"polynomial": {"group_size": 25}, "feedback": {"groups": 5}}
-    assert scaled(model(d_model=50, ffn={"preset": "default", **parts})) > FEEDBACK
+    assert scaled(model(d_model=50, ffn={"preset": "light", **parts})) > FEEDBACK
 
 
 def test_every_option_of_the_ffn_has_its_multipliers(model_config):
     assert set(lr_multipliers(GPT(model_config)).values()) == {1.0, 128 / 32}
 
 
-@pytest.mark.parametrize("ffn", [DENSE, "paper", "default"])
+@pytest.mark.parametrize("ffn", [DENSE, "paper", "light", "default"])
 def test_at_the_base_width_nothing_changes(ffn):
     gpt = model(d_model=128, ffn=ffn)
     before = copy.deepcopy(gpt.state_dict())
@@ -62,7 +64,7 @@ def test_at_the_base_width_nothing_changes(ffn):
     assert set(lr_multipliers(gpt).values()) == {1.0}
 
 
-@pytest.mark.parametrize("ffn", [DENSE, "default"])
+@pytest.mark.parametrize("ffn", [DENSE, "light", "default"])
 def test_initial_weights_follow_the_width(ffn):
     """Their std is that of the base width, times 1/√d_model where the learning rate is scaled."""
     base, wide = model(d_model=128, ffn=ffn), model(d_model=512, ffn=ffn)

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sparse_gpt.model.config import SparseFFNConfig, ffn_preset
+from sparse_gpt.model.config import DictionaryConfig, SparseFFNConfig, ffn_preset
+from sparse_gpt.model.ffn.dictionary import BlockDictionary
 from sparse_gpt.model.ffn.factored import SparseFactorLinear
 from sparse_gpt.model.ffn.polynomial import SparsePolynomial
 from sparse_gpt.model.ffn.refine import SparseMicroRefine, TokenFeedback
@@ -15,9 +16,13 @@ from sparse_gpt.model.ffn.spectral import SparseSpectral
 
 
 class UltraEfficientSparseFFN(nn.Module):
-    """The branch, without the residual add, `(..., d_model) -> (..., d_model)`:
+    """The branch, without the residual add, `(..., d_model) -> (..., d_model)`. With a dictionary:
 
         h = LN_in(x)
+        y = Dropout(P h + Refine(Feedback(Spec(h))))     the polynomial is within Spec
+
+    with a fixed spectrum
+
         v = Poly(h) + Spec(h)             where spectral.path is parallel; Poly(Spec(h)) in series
         v = Refine(Feedback(v))
         y = Dropout(P(LN_out(v)))         where norm_out is before; Dropout(LN_out(P(v))) after
@@ -39,18 +44,27 @@ class UltraEfficientSparseFFN(nn.Module):
         self.config = chosen
         # Registered in the order in which they run.
         self.norm_in = nn.LayerNorm(d_model)
-        self.spectral = SparseSpectral(d_model, chosen.spectral) if chosen.spectral else None
-        # What the norm leaves has unit RMS already; what selection leaves has not.
-        series = chosen.spectral is not None and chosen.spectral.path == "series"
-        self.polynomial = SparsePolynomial(d_model, chosen.polynomial, renormalise=series)
+        self.spectral: BlockDictionary | SparseSpectral | None = None
+        if isinstance(chosen.spectral, DictionaryConfig):
+            self.spectral = BlockDictionary(d_model, chosen.spectral)
+        elif chosen.spectral:
+            self.spectral = SparseSpectral(d_model, chosen.spectral)
+        self.polynomial: SparsePolynomial | None = None
+        if chosen.polynomial:
+            # What the norm leaves has unit RMS already; what selection leaves has not.
+            series = getattr(chosen.spectral, "path", None) == "series"
+            self.polynomial = SparsePolynomial(d_model, chosen.polynomial, renormalise=series)
         self.feedback = TokenFeedback(d_model, chosen.feedback) if chosen.feedback else None
         self.refine = SparseMicroRefine(d_model, chosen.refine) if chosen.refine else None
-        norm_out, projection = nn.LayerNorm(d_model), self._projection(d_model)
+        norm_out = nn.LayerNorm(d_model) if chosen.norm_out else None
+        projection = self._projection(d_model)
         if chosen.norm_out == "before":
             self.norm_out, self.projection = norm_out, projection
         else:
             self.projection, self.norm_out = projection, norm_out
-        sizes = norm_out.weight if chosen.norm_out == "after" else list(projection.parameters())[-1]
+        sizes = list(projection.parameters())[-1]
+        if norm_out and chosen.norm_out == "after":
+            sizes = norm_out.weight
         with torch.no_grad():
             sizes.mul_(chosen.out_gain)
         self.dropout = nn.Dropout(chosen.dropout)
@@ -65,18 +79,29 @@ class UltraEfficientSparseFFN(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """The branch, in x's dtype."""
         h = self.norm_in(x)
-        if self.spectral is None:
-            v = self.polynomial(h)
-        elif self.spectral.config.path == "series":
-            v = self.polynomial(self.spectral(h))
-        else:
-            v = self.polynomial(h) + self.spectral(h)
+        v = self._spectrum(h)
         for part in (self.feedback, self.refine):
             if part is not None:
                 v = part(v)
-        if self.config.norm_out == "before":
+        if self.norm_out is None:
+            v = v + self.projection(h)
+        elif self.config.norm_out == "before":
             v = self.projection(self.norm_out(v))
         else:
             v = self.norm_out(self.projection(v))
         y: Tensor = self.dropout(v)
+        return y
+
+    def _spectrum(self, h: Tensor) -> Tensor:
+        """Spectrum and polynomial together."""
+        if isinstance(self.spectral, BlockDictionary):
+            y: Tensor = self.spectral(h)
+            return y
+        assert self.polynomial is not None
+        if self.spectral is None:
+            y = self.polynomial(h)
+        elif self.spectral.config.path == "series":
+            y = self.polynomial(self.spectral(h))
+        else:
+            y = self.polynomial(h) + self.spectral(h)
         return y

@@ -127,10 +127,12 @@ def test_dense_equals_gpt2s_definition(wake):
 
 def test_bad_width_and_preset_are_named():
     with pytest.raises(ValueError, match="group_size 16 does not divide d_model 24"):
-        UltraEfficientSparseFFN(24)
+        UltraEfficientSparseFFN(24, "light")
+    with pytest.raises(ValueError, match="top_k 2 does not divide d_model 25"):
+        UltraEfficientSparseFFN(25)
     with pytest.raises(ValueError, match="'dense'"):
         UltraEfficientSparseFFN(128, "dense")
-    with pytest.raises(ValueError, match=r"'papr'; possible: dense, paper, default"):
+    with pytest.raises(ValueError, match=r"'papr'; possible: dense, paper, light, default"):
         UltraEfficientSparseFFN(128, "papr")
 
 
