@@ -17,11 +17,11 @@ from sparse_gpt.model.flops import FlopCount
 
 
 class Spectrum(torch.autograd.Function):
-    """Σ_b e_b V_b p(U_b h) over a token's blocks b, with p(c) = a₁ T₁(c) + a₂ (T₂(c) + T₀(c)).
+    """Σ_b e_b V_b p(U_b h) over a token's blocks b, with p(c) = c + c²/2.
 
     h `(tokens, d)`, energies float32 `(tokens, k)`, analysis U `(blocks, d, s)`, synthesis V
-    `(blocks, s, d)`, a `(2,)`, then the tokens' `Places`; `(tokens, d)` in h's dtype. Saves h and
-    the coefficients c and makes the rest again: what is no product is passes over memory.
+    `(blocks, s, d)`, then the tokens' `Places`; `(tokens, d)` in h's dtype. Saves h and the
+    coefficients c and makes the rest again: what is no product is passes over memory.
     """
 
     @staticmethod
@@ -31,37 +31,38 @@ class Spectrum(torch.autograd.Function):
         energies: Tensor,
         analysis: Tensor,
         synthesis: Tensor,
-        a: Tensor,
         order: Tensor,
         rows: Tensor,
         ends: Tensor,
     ) -> Tensor:
         gain = energies.flatten()[order].unsqueeze(1).to(h.dtype)
         c = grouped_product(h[order // rows.shape[1]], analysis, ends)
-        ctx.save_for_backward(h, gain, analysis, synthesis, a, order, rows, ends, c)
-        p = torch.addcmul(a[0], 2 * a[1], c).mul_(c).mul_(gain)
+        ctx.save_for_backward(h, gain, analysis, synthesis, order, rows, ends, c)
+        p = _polynomial(c).mul_(gain)
         return F.embedding_bag(rows, grouped_product(p, synthesis, ends), mode="sum")
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-        h, gain, analysis, synthesis, a, order, rows, ends, c = ctx.saved_tensors
+        h, gain, analysis, synthesis, order, rows, ends, c = ctx.saved_tensors
         token = order // rows.shape[1]
         grad = grad[token]
-        slope = torch.addcmul(a[0], 2 * a[1], c)
-        d_synthesis = grouped_outer((slope * c).mul_(gain), grad, ends)
+        p = _polynomial(c)
         d_p = grouped_product(grad, synthesis.transpose(1, 2), ends)
-        weighted = d_p * c
         wide = torch.promote_types(c.dtype, torch.float32)
-        first = weighted.sum(-1, dtype=wide)
-        second = 2 * weighted.mul_(c).sum(-1, dtype=wide)
-        d_energies = (a[0] * first + a[1] * second)[rows]
-        d_a = (torch.stack((first, second)) * gain.flatten()).sum(1)
-        d_c = slope.add_(c * (2 * a[1])).mul_(d_p).mul_(gain)
+        d_energies = (d_p * p).sum(-1, dtype=wide)[rows]
+        d_synthesis = grouped_outer(p.mul_(gain), grad, ends)
+        d_c = torch.addcmul(d_p, d_p, c).mul_(gain)  # p' = 1 + c
         d_analysis = grouped_outer(h[token], d_c, ends)
         back = grouped_product(d_c, analysis.transpose(1, 2), ends)
         d_h = F.embedding_bag(rows, back, mode="sum")
-        return d_h, d_energies, d_analysis, d_synthesis, d_a.to(a.dtype), None, None, None
+        return d_h, d_energies, d_analysis, d_synthesis, None, None, None
+
+
+def _polynomial(c: Tensor) -> Tensor:
+    """c + c²/2 = T₁(c) + (T₂(c) + T₀(c))/4. Coefficients of its own would be nothing more to
+    learn: the sizes of an atom's analysis and synthesis are both."""
+    return torch.addcmul(c, c, c, value=0.5)
 
 
 class BlockDictionary(nn.Module):
@@ -71,7 +72,7 @@ class BlockDictionary(nn.Module):
         e = softmax(R h)                  the blocks' energies
         S = the top_k blocks of e + β     β follows the load (Wang et al. 2024, arXiv 2408.15664)
         c_b = U_b h                       analysis
-        p(c) = a₁ T₁(c) + a₂ (T₂(c) + T₀(c))     a polynomial of the spectrum, at first c + c²/2
+        p(c) = c + c²/2                   T₁ + (T₂ + T₀)/4, a polynomial of the spectrum
         V_b                               synthesis
 
     `(..., d_model) -> (..., d_model)`. Blocks are chosen for a token by itself, none is dropped.
@@ -91,7 +92,6 @@ class BlockDictionary(nn.Module):
         self.router = nn.Linear(d_model, config.blocks, bias=False)
         self.analysis = nn.Parameter(torch.empty(config.blocks, d_model, size))
         self.synthesis = nn.Parameter(torch.empty(config.blocks, size, d_model))
-        self.a = nn.Parameter(torch.tensor([1.0, 0.25]))
         nn.init.normal_(self.router.weight, std=1 / math.sqrt(d_model))
         nn.init.normal_(self.analysis, std=1 / math.sqrt(d_model))
         nn.init.normal_(self.synthesis, std=1 / math.sqrt(config.top_k * size))
@@ -107,8 +107,7 @@ class BlockDictionary(nn.Module):
         places = Places.of(chosen, self.config.blocks)
         if self.training:
             self.loads.add_(places.loads())
-        weights = (self.analysis, self.synthesis, self.a)
-        y: Tensor = Spectrum.apply(tokens, energies, *weights, *places)  # type: ignore[no-untyped-call]
+        y: Tensor = Spectrum.apply(tokens, energies, self.analysis, self.synthesis, *places)  # type: ignore[no-untyped-call]
         return y.reshape(h.shape)
 
     @torch.no_grad()
@@ -133,7 +132,7 @@ class BlockDictionary(nn.Module):
         """d·blocks MACs of energies and 2·top_k·d·s of analysis and synthesis a token.
 
         Operations: softmax 4 a block (maximum, subtract, exp, divide), 1 for β, top_k for the
-        choice; 4 a coefficient (a₁ + 2a₂c, · c, · e); top_k a channel (the sum, and that onto P h).
+        choice; 4 a coefficient (c · c, · ½, + c, · e); top_k a channel (the sum, and that onto P h).
         MAC-equivalents: 3 a coefficient, and one a block for β.
         """
         tokens, d, blocks, k = batch * seq, self.d_model, self.config.blocks, self.config.top_k
