@@ -132,7 +132,7 @@ class BlockDictionary(nn.Module):
         """d·blocks MACs of energies and 2·top_k·d·s of analysis and synthesis a token.
 
         Operations: softmax 4 a block (maximum, subtract, exp, divide), 1 for β, top_k for the
-        choice; 4 a coefficient (c · c, · ½, + c, · e); top_k a channel (the sum, and that onto P h).
+        choice; 4 a coefficient (c · c, · ½, + c, · e); top_k a channel (their sum, onto P h).
         MAC-equivalents: 3 a coefficient, and one a block for β.
         """
         tokens, d, blocks, k = batch * seq, self.d_model, self.config.blocks, self.config.top_k
