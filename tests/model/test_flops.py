@@ -15,6 +15,7 @@ from sparse_gpt import (
     UltraEfficientSparseFFN,
     count_flops,
 )
+from sparse_gpt.model.config import DictionaryConfig
 
 
 def measure(run):
@@ -49,8 +50,12 @@ def test_gpt_equals_the_counter_forward_and_backward_module_by_module(model_conf
 
 
 def ffn_leaves(path, config):
-    """DenseFFN's own formula covers two Linear layers that the counter lists apart."""
-    return (".up", ".down") if config.ffn.kind == "dense" and path.endswith("ffn") else ("",)
+    """What the counter lists within a module of a formula: the Linear layers of it. A dictionary's
+    own products are beside its router."""
+    if config.ffn.kind == "dense" and path.endswith("ffn"):
+        return (".up", ".down")
+    learned = config.ffn.kind == "sparse" and isinstance(config.ffn.spectral, DictionaryConfig)
+    return (".router",) if learned and path.endswith("spectral") else ("",)
 
 
 def test_lone_ffn_equals_the_counter(model_config):

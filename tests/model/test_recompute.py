@@ -1,5 +1,7 @@
 """Activation checkpointing changes what is kept, and nothing that is computed."""
 
+import copy
+
 import pytest
 import torch
 from torch.autograd.graph import saved_tensors_hooks
@@ -70,3 +72,26 @@ def test_evaluation_keeps_nothing_and_moves_no_statistic(model_config):
     with torch.no_grad():
         model(tokens, tokens)
     assert all(map(torch.equal, before, model.state_dict().values()))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("model_config", ["dictionary-together"], indirect=True)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_compiled_blocks_are_computed_again_as_plain_ones_are(model_config, dtype):
+    """With dropout; `selective` does not go with `compile` and is refused."""
+    torch._dynamo.reset()
+    plain = GPT(model_config).to(dtype)
+    compiled = copy.deepcopy(plain)
+    for block in compiled.blocks:
+        block.compile(backend="aot_eager", fullgraph=True, dynamic=False)
+    found = []
+    for model, what in ((plain, "none"), (compiled, "full")):
+        model.recompute(what)
+        torch.manual_seed(1)
+        for _ in range(2):
+            tokens = torch.randint(97, (3, 11))
+            model(tokens, tokens).backward()
+        found.append([*(p.grad for p in model.parameters()), *model.buffers()])
+    for one, other in zip(*found, strict=True):
+        error = (one.double() - other).norm() / other.double().norm().clamp(min=1e-3)
+        assert error < (0.05 if dtype == torch.bfloat16 else 1e-4)
