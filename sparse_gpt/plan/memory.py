@@ -22,6 +22,7 @@ from sparse_gpt.model.config import ModelConfig
 from sparse_gpt.model.costs import parameter_counts
 from sparse_gpt.model.gpt import GPT, padded_vocabulary
 from sparse_gpt.model.loss import chunk_size
+from sparse_gpt.plan.step import REUSE
 from sparse_gpt.train.precision import DTYPES
 
 _PREFETCH = 50_000_000  # DeepSpeed's default, in elements, as of the bucket below
@@ -113,7 +114,7 @@ def estimate(
     size = micro_batch or config.batch.micro_batch
     accumulates = config.global_batch // world_size > size
     width = DTYPES[config.precision].itemsize
-    parameters = parameter_counts(model)[0]
+    parameters = parameter_counts(model).total
     share = -(-parameters // world_size)
     head = padded_vocabulary(model) * model.d_model
     offload = _on_host(zero, "offload_optimizer") and stage > 0
@@ -181,6 +182,12 @@ def estimate(
 def bucket_size(config: RunConfig) -> int:
     """Elements of one of DeepSpeed's reduction buckets."""
     return int(config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", 500_000_000))
+
+
+def reuse_distance(config: RunConfig) -> int:
+    """Elements within which ZeRO-3 keeps gathered weights that come again."""
+    zero = config.deepspeed.get("zero_optimization", {})
+    return int(zero.get("stage3_max_reuse_distance", REUSE))
 
 
 def _on_host(zero: dict[str, Any], part: str) -> bool:
