@@ -204,8 +204,10 @@ def _warnings(
             f"set it to {max(parameters // 4, 1):,} or so"
         )
     found += _slow_links(config, stage, own.step)
-    if config.model.ffn.kind == "sparse" and config.activation_checkpointing == "none":
-        found.append("the sparse FFN keeps much: activation_checkpointing=selective keeps less")
+    ffn = config.model.ffn
+    fixed = ffn.kind == "sparse" and not isinstance(ffn.spectral, DictionaryConfig)
+    if fixed and config.activation_checkpointing == "none":
+        found.append("this sparse FFN keeps much: activation_checkpointing=selective keeps less")
     return found
 
 
