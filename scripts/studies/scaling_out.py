@@ -19,7 +19,7 @@ from pathlib import Path
 
 from sparse_gpt.config.load import load_config
 from sparse_gpt.config.schema import RunConfig
-from sparse_gpt.model.config import SIZES
+from sparse_gpt.model.config import SIZES, DictionaryConfig
 from sparse_gpt.model.costs import model_report, parameter_counts
 from sparse_gpt.plan.memory import trace
 from sparse_gpt.plan.plan import RESERVED, Stage, make_plan
@@ -57,6 +57,7 @@ class Way:
     name: str
     micro_batch: int
     step: StepCost
+    ranks: int = 1  # over which a dictionary's blocks are shared out
 
 
 @lru_cache
@@ -93,45 +94,47 @@ def in_stages(setting: Setting, size: str, ffn: str, gpus: int) -> list[Way | No
 
 
 def by_block(setting: Setting, size: str, gpus: int) -> Way | None:
-    """`default` with its dictionary sharded by block over the fewest ranks, all else ZeRO-1.
+    """`default` with its dictionary sharded by block, over as many ranks as is fastest."""
+    return fastest([over_ranks(setting, size, gpus, ranks) for ranks in (8, 16, 32, 64)])
+
+
+def over_ranks(setting: Setting, size: str, gpus: int, ranks: int) -> Way | None:
+    """The same over `ranks`, all else ZeRO-1; None where it does not fit.
 
     A dictionary's gradients are reduced over the ranks that hold the same blocks, each of them on
     another node. A token's channels go to its k blocks and back, and so do their gradients.
     """
-    config = run(size, "default", setting.global_tokens)
-    model, counts = config.model, parameter_counts(config.model)
-    rest, kept = counts.total - counts.dictionaries, trace(config.model, "bf16", "none")
-    sequence = kept.ends + model.n_layer * kept.block
-    local = setting.global_tokens // model.max_seq_len // gpus
-    spectral = model.ffn.spectral  # type: ignore[union-attr]
-    for ranks in (8, 16, 32, 64):
-        held = rest + counts.dictionaries / ranks
-        states = (WIDTH + 4) * held + 12 * (rest + counts.dictionaries) / gpus
-        left = GPUS[setting.gpu].memory - RESERVED - states
-        if ranks > gpus or left < sequence:
-            continue
-        micro = next(n for n in (64, 32, 16, 8, 4, 2, 1) if n <= min(local, left // sequence))
-        flops = model_report(model).training * setting.global_tokens / model.max_seq_len
-        products = flops / (gpus * GPUS[setting.gpu].peak_flops * setting.mfu)
-        whole = step_cost(setting.cluster(gpus), products, WIDTH * rest, 2 * WIDTH * rest)
-        share = int(WIDTH * counts.dictionaries / ranks)
-        same = Cluster(gpus // ranks, 1, GPUS[setting.gpu].link, setting.network)
-        own = step_cost(same, 0, share, 2 * share)
-        rows = setting.global_tokens // gpus * spectral.top_k * model.n_layer  # type: ignore[union-attr]
-        travel = 4 * rows * model.d_model * WIDTH
-        outside = max(0, ranks - setting.gpus_per_node) / ranks
-        inside = (min(ranks, setting.gpus_per_node) - 1) / ranks
-        links = setting.cluster(gpus)
-        seconds = max(travel * inside / links.link, travel * outside / links.network)
-        step = StepCost(
-            products,
-            whole.gathered_bytes + own.gathered_bytes + travel * (inside + outside),
-            whole.reduced_bytes + own.reduced_bytes,
-            whole.gather_seconds + own.gather_seconds + seconds,
-            whole.reduce_seconds + own.reduce_seconds,
-        )
-        return Way(f"blocks over {ranks}", micro, step)
-    return None
+    model = run(size, "default", setting.global_tokens).model
+    counts, kept = parameter_counts(model), trace(model, "bf16", "none")
+    spectral = model.ffn.spectral if model.ffn.kind == "sparse" else None
+    assert isinstance(spectral, DictionaryConfig)
+    rest = counts.total - counts.dictionaries
+    states = (WIDTH + 4) * (rest + counts.dictionaries / ranks) + 12 * counts.total / gpus
+    left = GPUS[setting.gpu].memory - RESERVED - states
+    sequences = int(left // (kept.ends + model.n_layer * kept.block))
+    if ranks > gpus or sequences < 1:
+        return None
+    micro_batch = min(2 ** (sequences.bit_length() - 1), setting.global_tokens // 1024 // gpus)
+    products = plan(setting, size, "default", gpus)[1].step.products_seconds
+    links = setting.cluster(gpus)
+    whole = step_cost(links, products, WIDTH * rest, 2 * WIDTH * rest)
+    alike = Cluster(gpus // ranks, 1, links.link, links.network)
+    share = WIDTH * counts.dictionaries // ranks
+    own = step_cost(alike, 0, share, 2 * share)
+    rows = setting.global_tokens // gpus * spectral.top_k * model.n_layer
+    travel = 4 * rows * model.d_model * WIDTH
+    outside = travel * max(0, ranks - links.gpus_per_node) / ranks
+    inside = travel * (min(ranks, links.gpus_per_node) - 1) / ranks
+    step = StepCost(
+        products,
+        whole.gathered_bytes + own.gathered_bytes + inside + outside,
+        whole.reduced_bytes + own.reduced_bytes,
+        whole.gather_seconds
+        + own.gather_seconds
+        + max(inside / links.link, outside / links.network),
+        whole.reduce_seconds + own.reduce_seconds,
+    )
+    return Way(f"blocks over {ranks}", micro_batch, step, ranks)
 
 
 def fastest(ways: list[Way | None]) -> Way | None:
@@ -173,7 +176,8 @@ def steps_table(setting: Setting, sizes: list[str], counts: list[int]) -> Iterat
 def _links(way: Way | None) -> str:
     if way is None:
         return "–"
-    text = f"{_ms(way.step.links_seconds)} ({way.micro_batch})"
+    ranks = f"; R {way.ranks}" if way.ranks > 1 else ""
+    text = f"{_ms(way.step.links_seconds)} ({way.micro_batch}{ranks})"
     return f"**{text}**" if way.step.links_seconds > way.step.products_seconds else text
 
 
