@@ -238,17 +238,24 @@ def plan(
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of the peak that will be reached.")
     ] = 0.4,
+    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs that share fast links.")] = 8,
+    network: Annotated[
+        float, typer.Option(min=0.1, help="GB/s a direction of a GPU's port between nodes.")
+    ] = 50,
     as_json: Json = False,
 ) -> None:
-    """Memory of a rank by ZeRO stage, FLOPs, days and warnings, before anything starts."""
+    """Memory of a rank and a step's traffic by ZeRO stage, FLOPs, days and warnings."""
     from sparse_gpt.config.load import load_config
-    from sparse_gpt.plan.plan import make_plan, plan_table
+    from sparse_gpt.plan.plan import make_plan, plan_steps, plan_table
 
-    made = make_plan(load_config(config, overrides or []), gpus, gpu, mfu)
+    run = load_config(config, overrides or [])
+    made = make_plan(run, gpus, gpu, mfu, gpus_per_node, network * 1e9)
     if as_json:
         print(json.dumps(made.to_dict(), indent=1))
         return
     show(plan_table(made))
+    if gpus > 1:
+        show(plan_steps(made))
     for warning in made.warnings:
         print(f"warning: {warning}")
 

@@ -12,6 +12,10 @@ from typing import Literal
 import psutil
 import torch
 
+from sparse_gpt.model.ffn.grouped import chosen_product
+
+_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
 
 @dataclass(frozen=True)
 class Finding:
@@ -25,7 +29,7 @@ class Finding:
 
 def examine() -> list[Finding]:
     """Look at software, devices, memory and disk."""
-    return [*_software(), *_devices(), *_resources()]
+    return [*_software(), *_devices(), _products(), *_resources()]
 
 
 def _software() -> Iterator[Finding]:
@@ -64,6 +68,15 @@ def _devices() -> Iterator[Finding]:
     if not torch.distributed.is_nccl_available():
         fix = "install a CUDA build of torch for Linux"
         yield Finding("NCCL", "problem", "this torch was built without it", fix)
+
+
+def _products() -> Finding:
+    """Of rows with the blocks of a dictionary: at once, or block by block."""
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    found = {name: chosen_product(device, dtype) for name, dtype in _DTYPES.items()}
+    text = ", ".join(f"{name} {product}" for name, product in found.items())
+    fix = "ffn=default is slower here: bf16 wants a GPU of compute capability 9.0"
+    return Finding("grouped product", "note" if found["bf16"] == "loop" else "ok", text, fix)
 
 
 def _resources() -> Iterator[Finding]:

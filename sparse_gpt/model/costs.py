@@ -2,10 +2,12 @@
 
 from collections.abc import Mapping
 from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 
 from sparse_gpt.model.config import ModelConfig
+from sparse_gpt.model.ffn import BlockDictionary
 from sparse_gpt.model.flops import FlopCount, FlopReport, count_flops
 from sparse_gpt.model.gpt import GPT
 
@@ -19,14 +21,43 @@ def model_report(config: ModelConfig) -> FlopReport:
         return count_flops(GPT(config), batch=1, seq=config.max_seq_len)
 
 
+class Parameters(NamedTuple):
+    """How many a model has, and how many are active: a token's, without the blocks of a
+    dictionary that it does not compute. Each with the embeddings (the tied head is one), and
+    without."""
+
+    total: int
+    without_embeddings: int
+    active: int
+    active_without_embeddings: int
+    dictionaries: int  # of `total`: what the dictionaries' blocks have
+
+    def to_dict(self) -> dict[str, int]:
+        """As JSON has it."""
+        return self._asdict()
+
+    def __str__(self) -> str:
+        if self.active == self.total:
+            return f"{self.total:,} parameters"
+        return f"{self.total:,} parameters, {self.active:,} of them active for a token"
+
+
 @lru_cache
-def parameter_counts(config: ModelConfig) -> tuple[int, int]:
-    """All parameters, and those that are no embedding (the tied head is one)."""
+def parameter_counts(config: ModelConfig) -> Parameters:
+    """Counted on shapes; builds no weights."""
     with torch.device("meta"):
         model = GPT(config)
     embeddings = sum(p.numel() for p in (model.wte.weight, model.wpe.weight))
     total = sum(p.numel() for p in model.parameters())
-    return total, total - embeddings
+    blocks = idle = 0
+    for module in model.modules():
+        if isinstance(module, BlockDictionary):
+            count, chosen = module.config.blocks, module.config.top_k
+            own = module.analysis.numel() + module.synthesis.numel()
+            blocks += own
+            idle += own * (count - chosen) // count
+    active = total - idle
+    return Parameters(total, total - embeddings, active, active - embeddings, blocks)
 
 
 def ffn_cost(block: Block) -> FlopCount:

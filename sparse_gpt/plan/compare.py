@@ -15,6 +15,8 @@ from sparse_gpt.train.metrics_file import read_metrics
 _COLUMNS = {
     "parameters": ("parameters", "{:,.0f}"),
     "parameters_without_embeddings": ("  without embeddings", "{:,.0f}"),
+    "active_parameters": ("active for a token", "{:,.0f}"),
+    "active_parameters_without_embeddings": ("  without embeddings", "{:,.0f}"),
     "ffn_macs": ("MACs a token: FFN", "{:,.0f}"),
     "block_macs": ("  block", "{:,.0f}"),
     "model_macs": ("  model", "{:,.0f}"),
@@ -32,6 +34,8 @@ class Summary:
 
     parameters: int
     parameters_without_embeddings: int
+    active_parameters: int
+    active_parameters_without_embeddings: int
     ffn_macs: int
     block_macs: int
     model_macs: int
@@ -77,12 +81,14 @@ def _summary(run_dir: Path) -> Summary:
         raise ConfigError(f"{metrics}: holds no step yet; train it first")
     validation = [row["val/loss"] for row in rows if "val/loss" in row] or [None]
     config = load_config(run_dir / "config.yaml").model
-    parameters, without_embeddings = parameter_counts(config)
+    parameters = parameter_counts(config)
     report = model_report(config)
     block, seq = report.blocks()[0], report.seq
     return Summary(
-        parameters=parameters,
-        parameters_without_embeddings=without_embeddings,
+        parameters=parameters.total,
+        parameters_without_embeddings=parameters.without_embeddings,
+        active_parameters=parameters.active,
+        active_parameters_without_embeddings=parameters.active_without_embeddings,
         ffn_macs=ffn_cost(block).mac_equivalents // seq,
         block_macs=total(block).mac_equivalents // seq,
         model_macs=report.total.mac_equivalents // seq,

@@ -6,12 +6,13 @@ from typing import Any
 from rich.table import Table
 
 from sparse_gpt.model.config import ModelConfig
-from sparse_gpt.model.costs import ffn_cost, model_report, total
+from sparse_gpt.model.costs import ffn_cost, model_report, parameter_counts, total
 from sparse_gpt.model.flops import FlopCount
 
 
 def costs_json(config: ModelConfig) -> dict[str, Any]:
-    """One FFN's MAC-equivalents a token by part, and both models' full reports of a sequence."""
+    """One FFN's MAC-equivalents a token by part, both models' parameters and full
+    reports of a sequence."""
     ours, dense = model_report(config), model_report(config.dense_twin())
     block, dense_block = ours.blocks()[0], dense.blocks()[0]
     seq = config.max_seq_len
@@ -29,6 +30,8 @@ def costs_json(config: ModelConfig) -> dict[str, Any]:
             "dense": ffn_cost(dense_block).mac_equivalents // seq,
             "dense_activation_flops": ffn_cost(dense_block).elementwise // seq,
         },
+        "parameters": parameter_counts(config).to_dict(),
+        "dense_parameters": parameter_counts(config.dense_twin()).to_dict(),
         "model": ours.to_dict(),
         "dense": dense.to_dict(),
     }
@@ -40,7 +43,8 @@ def costs_table(config: ModelConfig) -> Table:
     table = Table(
         title=f"A token of a {config.max_seq_len}-token sequence: this model beside its dense twin",
         caption="MACs: multiply-accumulates, with norms, selection and refinement in the claim's "
-        "equivalents.\nFLOPs: 2 × MACs of matmuls + element-wise operations; attention un-halved.",
+        "equivalents.\nFLOPs: 2 × MACs of matmuls + element-wise operations; attention un-halved.\n"
+        f"{parameter_counts(config)}; dense: {parameter_counts(config.dense_twin())}.",
     )
     table.add_column("component")
     for column in ("MACs", "dense MACs", "FLOPs", "dense FLOPs", "saved"):

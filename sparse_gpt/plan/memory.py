@@ -22,6 +22,7 @@ from sparse_gpt.model.config import ModelConfig
 from sparse_gpt.model.costs import parameter_counts
 from sparse_gpt.model.gpt import GPT, padded_vocabulary
 from sparse_gpt.model.loss import chunk_size
+from sparse_gpt.plan.step import REUSE, kept_gathered
 from sparse_gpt.train.precision import DTYPES
 
 _PREFETCH = 50_000_000  # DeepSpeed's default, in elements, as of the bucket below
@@ -113,7 +114,8 @@ def estimate(
     size = micro_batch or config.batch.micro_batch
     accumulates = config.global_batch // world_size > size
     width = DTYPES[config.precision].itemsize
-    parameters = parameter_counts(model)[0]
+    counts = parameter_counts(model)
+    parameters, dictionary = counts.total, counts.dictionaries // model.n_layer
     share = -(-parameters // world_size)
     head = padded_vocabulary(model) * model.d_model
     offload = _on_host(zero, "offload_optimizer") and stage > 0
@@ -126,7 +128,9 @@ def estimate(
     optimizer = (masters + 8) * share if stage else (masters + 8) * parameters
     held = parameters if stage < 3 else share
     if stage == 3:
-        live = head + int(zero.get("stage3_prefetch_bucket_size", _PREFETCH))
+        # A block's FFN comes whole, with all of its dictionary; and what comes again soon stays.
+        ahead = max(int(zero.get("stage3_prefetch_bucket_size", _PREFETCH)), dictionary)
+        live = max(head + ahead, kept_gathered(parameters, reuse_distance(config)))
         held = (0 if offload_param else share) + min(parameters, live)  # gathered beside its share
 
     # Gradients between the micro-batches of a step, and when the backward is over.
@@ -153,7 +157,8 @@ def estimate(
     chunk = chunk_size(tokens, rows, torch.device(device))
     head_gradient = head * width  # waits for the embedding's, to the backward's end
     logits = chunk * rows * (4 + width) + 4 * head + (head_gradient if width < 4 else 0)
-    inside = 2 * size * plain.widest  # gradients within a block
+    # Gradients within a block; those of its dictionary are made in one.
+    inside = 2 * size * plain.widest + dictionary * width
 
     def moment(gradients: int, activations: int, logits: int, buffers: int) -> Memory:
         return Memory(
@@ -166,13 +171,15 @@ def estimate(
             host=optimizer + flat if offload else 0,
         )
 
+    # ZeRO-2 adds a micro-batch's reduced gradients to those before when all are there.
+    added = 4 * share if stage == 2 and accumulates else 0
     before = between if accumulates or stage == 3 else 0  # ZeRO-3 keeps them from the start
     # A CPU gives pages to a buffer as it is written, so to buckets when activations are gone.
     early = buckets if device == "cuda" else 0
     moments = (
         moment(before, activations, logits, early if stage == 3 else 0),
         moment(before, activations + again + inside, head_gradient, early),
-        moment(between, size * kept.ends, 2 * head_gradient, buckets),
+        moment(between + added, size * kept.ends, 2 * head_gradient, buckets),
         moment(between + (0 if offload else flat), 0, 0, buckets if stage == 3 else 0),
     )
     return max(moments, key=lambda memory: memory.total)
@@ -181,6 +188,12 @@ def estimate(
 def bucket_size(config: RunConfig) -> int:
     """Elements of one of DeepSpeed's reduction buckets."""
     return int(config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", 500_000_000))
+
+
+def reuse_distance(config: RunConfig) -> int:
+    """Elements within which ZeRO-3 keeps gathered weights that come again."""
+    zero = config.deepspeed.get("zero_optimization", {})
+    return int(zero.get("stage3_max_reuse_distance", REUSE))
 
 
 def _on_host(zero: dict[str, Any], part: str) -> bool:

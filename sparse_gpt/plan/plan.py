@@ -1,5 +1,6 @@
 """`sparse-gpt plan`: what a run would need and cost on given GPUs, before anything starts."""
 
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -7,30 +8,45 @@ from rich.table import Table
 
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.errors import ConfigError, did_you_mean
+from sparse_gpt.model.config import DictionaryConfig
 from sparse_gpt.model.costs import ffn_cost, model_report, parameter_counts, total
-from sparse_gpt.plan.memory import Memory, bucket_size, estimate
+from sparse_gpt.plan.memory import Memory, bucket_size, estimate, reuse_distance
+from sparse_gpt.plan.step import (
+    NETWORK,
+    Cluster,
+    StepCost,
+    gathered_elements,
+    reduced_elements,
+    step_cost,
+    step_table,
+)
 from sparse_gpt.train.checks import check_settings
 from sparse_gpt.train.deepspeed_config import deepspeed_config
 from sparse_gpt.train.gpus import GPUS, Gpu
+from sparse_gpt.train.precision import DTYPES
 
 RESERVED = 2 * 2**30
 """Bytes of a GPU left free: context, NCCL's buffers, fragmentation."""
 
+_WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}  # as DeepSpeed names types
 _PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
 
 
 @dataclass(frozen=True)
 class Stage:
-    """A rank's memory in one ZeRO stage; the largest micro-batch that fits, None if none does."""
+    """A rank's memory in one ZeRO stage; the largest micro-batch that fits, None if none does; a
+    step's seconds and traffic."""
 
     memory: Memory
     fits: bool
     largest_micro_batch: int | None
+    step: StepCost
 
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         memory = {**asdict(self.memory), "total": self.memory.total}
-        return {**memory, "fits": self.fits, "largest_micro_batch": self.largest_micro_batch}
+        largest = {"fits": self.fits, "largest_micro_batch": self.largest_micro_batch}
+        return {**memory, **largest, "step": asdict(self.step)}
 
 
 @dataclass(frozen=True)
@@ -39,8 +55,11 @@ class Plan:
 
     gpu: str
     gpus: int
+    gpus_per_node: int
+    bytes_per_second: float  # of a gather or reduction over all GPUs
     memory_bytes: int  # of a GPU
     parameters: int
+    active_parameters: int  # a token's
     micro_batch: int
     grad_accum: int
     configured_stage: int
@@ -59,36 +78,51 @@ class Plan:
         return {**vars(self), "stages": stages}
 
 
-def make_plan(config: RunConfig, gpus: int, gpu: str, mfu: float) -> Plan:
-    """Memory by ZeRO stage, the micro-batch to take, FLOPs and days.
+def make_plan(
+    config: RunConfig,
+    gpus: int,
+    gpu: str,
+    mfu: float,
+    gpus_per_node: int = 8,
+    network: float = NETWORK,
+) -> Plan:
+    """Memory and a step's traffic by ZeRO stage, the micro-batch to take, FLOPs and days.
 
-    Raises ConfigError for a GPU that is not known or a run that cannot be shared by `gpus`.
+    `network`: bytes/s a direction that a GPU has between nodes. Raises ConfigError for a GPU that
+    is not known or a run that cannot be shared by `gpus`.
     """
     device = _known(gpu)
     check_settings(config, gpus)
     stage = deepspeed_config(config, gpus)["zero_optimization"]["stage"]
     first = 0 if config.precision == "fp32" else 1  # DeepSpeed's ZeRO-0 trains in fp32 alone
-    stages = {number: _stage(config, gpus, number, device) for number in range(first, 4)}
+    cluster = Cluster(gpus, gpus_per_node, device.link, network)
     report = model_report(config.model)
-    per_token = report.training / report.seq
     steps = config.total_steps
-    flops = per_token * config.batch.global_tokens * steps
+    flops_of_step = report.training / report.seq * config.batch.global_tokens
+    seconds = flops_of_step / (gpus * device.peak_flops * mfu)
+    stages = {
+        number: _stage(config, number, device, cluster, seconds) for number in range(first, 4)
+    }
+    parameters = parameter_counts(config.model)
     again = _recomputed_flops(config) / report.seq * config.batch.global_tokens * steps
     return Plan(
         gpu=gpu,
         gpus=gpus,
+        gpus_per_node=gpus_per_node,
+        bytes_per_second=cluster.bandwidth,
         memory_bytes=device.memory,
-        parameters=parameter_counts(config.model)[0],
+        parameters=parameters.total,
+        active_parameters=parameters.active,
         micro_batch=config.batch.micro_batch,
         grad_accum=config.grad_accum(gpus),
         configured_stage=stage,
         stages=stages,
         steps=steps,
         tokens=steps * config.batch.global_tokens,
-        training_flops=flops,
-        hardware_flops_at_most=flops + again,
+        training_flops=flops_of_step * steps,
+        hardware_flops_at_most=flops_of_step * steps + again,
         mfu=mfu,
-        days=flops / (gpus * device.peak_flops * mfu) / 86_400,
+        days=seconds * steps / 86_400,
         warnings=_warnings(config, gpus, device, stage, stages),
     )
 
@@ -100,10 +134,22 @@ def _known(gpu: str) -> Gpu:
     return GPUS[gpu]
 
 
-def _stage(config: RunConfig, gpus: int, stage: int, device: Gpu) -> Stage:
-    memory = estimate(config, gpus, stage)
-    best = largest_micro_batch(config, gpus, stage, device.memory)
-    return Stage(memory, _fits(memory, device.memory), best)
+def _stage(
+    config: RunConfig, stage: int, device: Gpu, cluster: Cluster, products_seconds: float
+) -> Stage:
+    memory = estimate(config, cluster.gpus, stage)
+    best = largest_micro_batch(config, cluster.gpus, stage, device.memory)
+    parameters = parameter_counts(config.model).total
+    micro_batches = config.grad_accum(cluster.gpus)
+    width = DTYPES[config.precision].itemsize
+    wire = _WIDTHS.get(config.deepspeed.get("communication_data_type", ""), width)
+    step = step_cost(
+        cluster,
+        products_seconds,
+        width * gathered_elements(parameters, stage, micro_batches, reuse_distance(config)),
+        wire * reduced_elements(parameters, stage, micro_batches),
+    )
+    return Stage(memory, _fits(memory, device.memory), best, step)
 
 
 def _fits(memory: Memory, available: int) -> bool:
@@ -150,25 +196,46 @@ def _warnings(
             found.append("fits in no ZeRO stage: more GPUs, activation_checkpointing, or offload")
     if config.precision == "fp32":
         found.append("precision fp32: the days are those of half precision; use bf16")
-    parameters = parameter_counts(config.model)[0]
+    parameters = parameter_counts(config.model).total
     if stage and bucket_size(config) > parameters:
         found.append(
             f"deepspeed.zero_optimization.reduce_bucket_size is larger than the model, "
             f"{own.memory.buffers / 2**30:.1f} GiB a rank; "
             f"set it to {max(parameters // 4, 1):,} or so"
         )
-    if config.model.ffn.kind == "sparse" and config.activation_checkpointing == "none":
-        found.append("the sparse FFN keeps much: activation_checkpointing=selective keeps less")
+    found += _slow_links(config, stage, own.step)
+    ffn = config.model.ffn
+    fixed = ffn.kind == "sparse" and not isinstance(ffn.spectral, DictionaryConfig)
+    if fixed and config.activation_checkpointing == "none":
+        found.append("this sparse FFN keeps much: activation_checkpointing=selective keeps less")
     return found
+
+
+def _slow_links(config: RunConfig, stage: int, step: StepCost) -> Iterator[str]:
+    """The gathers, where they take longer than the products."""
+    if step.gather_seconds <= step.products_seconds:
+        return
+    why = "all weights come twice in a micro-batch" if stage == 3 else "all weights come once"
+    spectral = getattr(config.model.ffn, "spectral", None)
+    if isinstance(spectral, DictionaryConfig):
+        why += f", all {spectral.blocks} blocks of each layer though a token uses {spectral.top_k}"
+    cure = "stage 1 or 2 where it fits, or a larger micro_batch" if stage == 3 else "larger batch"
+    yield (
+        f"ZeRO-{stage}'s gathers take {step.gather_seconds:.3g} s of a step, its products "
+        f"{step.products_seconds:.3g} s: {why}; use {cure}"
+    )
 
 
 def plan_table(plan: Plan) -> Table:
     """A column a ZeRO stage, in GiB of one rank, and what the run costs."""
+    parameters = f"{plan.parameters:,} parameters"
+    if plan.active_parameters < plan.parameters:
+        parameters += f" ({plan.active_parameters:,} active for a token)"
     flops = f"{plan.training_flops:.3g} training FLOPs"
     if plan.hardware_flops_at_most > plan.training_flops:
         flops += f" (at most {plan.hardware_flops_at_most:.3g} with recomputation)"
     table = Table(
-        title=f"A rank's memory in GiB: {plan.parameters:,} parameters, micro-batch "
+        title=f"A rank's memory in GiB: {parameters}, micro-batch "
         f"{plan.micro_batch} × {plan.grad_accum}, on {plan.gpus} × {plan.gpu} "
         f"({plan.memory_bytes / 2**30:.0f} GiB)",
         caption=f"{plan.steps:,} steps, {plan.tokens:,} tokens, {flops}\n"
@@ -189,6 +256,16 @@ def plan_table(plan: Plan) -> Table:
     best = [str(stage.largest_micro_batch or "none") for stage in stages]
     table.add_row("largest micro-batch", *best)
     return table
+
+
+def plan_steps(plan: Plan) -> Table:
+    """What a step takes, a column a ZeRO stage."""
+    steps = {number: stage.step for number, stage in plan.stages.items()}
+    title = (
+        f"A step: products at an MFU of {plan.mfu:.0%}, links at {plan.bytes_per_second / 1e9:.0f} "
+        f"GB/s ({plan.gpus_per_node} GPUs a node)"
+    )
+    return step_table(steps, plan.configured_stage, title)
 
 
 def _offloads(plan: Plan) -> bool:

@@ -64,7 +64,7 @@ def _row(cell: Cell) -> dict[str, Any]:
     rows = read_metrics(cell.run_dir)
     starts = json.loads((cell.run_dir / "provenance.json").read_text())["starts"]
     step_ms = [row["perf/step_ms"] for row in rows if "perf/step_ms" in row]
-    parameters, without_embeddings = parameter_counts(cell.config.model)
+    parameters = parameter_counts(cell.config.model)
     seq, without_logits = cell.report.seq, cell.report.without_logits
     devices = starts[-1]["hardware"]["world_size"]
     return {
@@ -74,8 +74,8 @@ def _row(cell: Cell) -> dict[str, Any]:
         "seed": cell.seed,
         "lr": cell.lr,
         "budget": cell.budget,
-        "params": parameters,
-        "params_without_embeddings": without_embeddings,
+        "params": parameters.total,
+        "params_without_embeddings": parameters.without_embeddings,
         "forward_flops": cell.report.forward / seq,
         "forward_flops_without_logits": without_logits.forward / seq,
         "training_flops": cell.training_flops,

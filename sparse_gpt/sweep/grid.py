@@ -116,7 +116,7 @@ class Cell:
 
     @property
     def tokens_per_parameter(self) -> float:
-        return self.tokens / parameter_counts(self.config.model)[0]
+        return self.tokens / parameter_counts(self.config.model).total
 
     @property
     def training_flops(self) -> float:
@@ -220,7 +220,7 @@ class _Grid:
 
     def _unfit(self, run: RunConfig, steps: int) -> str | None:
         """Why a run is left out, or None."""
-        parameters = parameter_counts(run.model)[0]
+        parameters = parameter_counts(run.model).total
         tokens, limits = steps * run.batch.global_tokens, self.config.limits
         warmup = run.schedule.warmup_steps
         if (fall_start(steps, run.schedule) if run.schedule.kind == "wsd" else steps) <= warmup:

@@ -18,7 +18,7 @@ def test_show_prints_a_run_file_that_says_where_its_values_are_from(tmp_path):
     origins = {line.strip(): origin for line, origin in lines.items()}
     assert origins["lr: 0.001"] == "override"
     assert origins["micro_batch: 4"] == "configs/tiny-dense.yaml:4"
-    assert origins["degrees: [1, 2]"] == "preset default (configs/tiny-sparse.yaml:3)"
+    assert origins["blocks: 64"] == "preset default (configs/tiny-sparse.yaml:3)"
     assert origins["seed: 0"] == "default"
     (tmp_path / "shown.yaml").write_text(done.stdout)
     shown = load_config(tmp_path / "shown.yaml")

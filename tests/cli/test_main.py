@@ -34,6 +34,18 @@ def test_flops_of_the_papers_ffn_are_the_published_ones(command):
     assert ffn["dense_activation_flops"] > 0
 
 
+def test_flops_tell_parameters_from_those_of_a_token(command):
+    found = json.loads(command("flops", "configs/tiny-sparse.yaml", "--json").stdout)
+    ours, dense = found["parameters"], found["dense_parameters"]
+    assert ours["dictionaries"] == 4 * 64 * 2 * 64 * 128
+    assert ours["total"] - ours["active"] == ours["dictionaries"] * 62 // 64
+    assert ours["active_without_embeddings"] < dense["active_without_embeddings"]
+    assert dense["total"] == dense["active"]
+    table = " ".join(command("flops", "configs/tiny-sparse.yaml").stdout.split())
+    said = f"{ours['total']:,} parameters, {ours['active']:,} of them active for a token"
+    assert f"{said}; dense: {dense['total']:,} parameters." in table
+
+
 def test_flops_table_shows_blocks_components_and_what_is_saved(command):
     done = command("flops", "configs/tiny-paper.yaml")
     assert done.returncode == 0
@@ -167,11 +179,16 @@ def test_compare_puts_runs_side_by_side(command, refused, tmp_path):
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = command("compare", tmp_path / "dense", tmp_path / "sparse", "--json")
     found = list(json.loads(done.stdout).values())
-    assert [run["ffn_macs"] for run in found] == [131_072, 30_336]
+    assert [run["ffn_macs"] for run in found] == [131_072, 58_304]
     assert [run["validation_loss"] for run in found] == [7.0, 7.0]
     table = command("compare", tmp_path / "dense", tmp_path / "sparse").stdout
     assert "1.500" in table
-    assert "0.231" in table  # 30,336 over 131,072
+    assert "0.445" in table  # 58,304 over 131,072
+    dense, sparse = found
+    assert dense["parameters"] == dense["active_parameters"]
+    idle = 4 * (64 - 2) * 2 * 64 * 128  # layers, blocks, analysis and synthesis
+    assert sparse["parameters"] - sparse["active_parameters"] == idle
+    assert "active for a token" in table
     assert "holds no metrics.jsonl" in refused("compare", tmp_path)
 
 

@@ -34,6 +34,7 @@ def test_a_machine_that_trains_has_no_problem(finding):
     assert all(found.status != "problem" for found in examine())
     assert finding("torch").found == torch.__version__
     assert finding("CPU cores").found == str(cores())
+    assert finding("grouped product").found == "fp32 grouped_mm, bf16 grouped_mm"
 
 
 def test_a_missing_package_is_a_problem_that_ends_the_command(command, finding, monkeypatch):
@@ -72,6 +73,7 @@ def test_a_gpu_is_described(finding, monkeypatch):
         "get_device_properties": memory,
         "get_device_name": "NVIDIA H100 80GB HBM3",
         "is_bf16_supported": False,
+        "get_device_capability": (8, 0),
     }.items():
         monkeypatch.setattr(torch.cuda, name, lambda *_, value=value: value)
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: False)
@@ -79,3 +81,8 @@ def test_a_gpu_is_described(finding, monkeypatch):
     assert found.found == "NVIDIA H100 80GB HBM3, 80 GB, without bf16"
     assert found.fix == "precision=fp16"
     assert finding("NCCL").status == "problem"
+    product = finding("grouped product")
+    assert (product.status, product.found) == ("note", "fp32 loop, bf16 loop")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
+    product = finding("grouped product")
+    assert (product.status, product.found) == ("ok", "fp32 loop, bf16 grouped_mm")
