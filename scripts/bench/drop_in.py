@@ -4,9 +4,10 @@
     python scripts/bench/drop_in.py shards/novels
     python scripts/bench/drop_in.py shards/corpora-bpe4096 --steps 400 --json drop-in.json
 
-Trains a small dense GPT-2, puts sparse FFNs into copies of it (all layers, and the last half), and
-prints the held-out loss of each copy when it starts from noise, after the closed form, after the
-short distillation, and of the first and the last after `--tune` more steps of ordinary training.
+Trains a small dense GPT-2, puts sparse FFNs of each preset into all layers of a copy, and prints
+the held-out loss and the layers' mean error of each copy when it starts from noise, after the
+closed form, after the short distillation, and the loss of the first and the last after `--tune`
+more steps of ordinary training. `--dense` keeps the dense model for another time.
 """
 
 import argparse
@@ -25,6 +26,7 @@ from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedModel
 
 from sparse_gpt import fit_to_dense, replace_ffn
 from sparse_gpt.data import Batch, Batches, Dataset, evaluation, open_shards
+from sparse_gpt.huggingface.fit import balance
 from sparse_gpt.provenance import provenance
 from sparse_gpt.train.distributed import keep_freed_memory
 
@@ -49,6 +51,7 @@ def train(model: PreTrainedModel, dataset: Dataset, first: int, steps: int, lr: 
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        balance(model)
 
 
 @torch.no_grad()
@@ -75,6 +78,7 @@ def main() -> None:
     parser.add_argument("--fit", type=int, default=200, help="steps of the distillation")
     parser.add_argument("--tune", type=int, default=100, help="steps of training afterwards")
     parser.add_argument("--lr", type=float, default=2e-3, help="of training; tuned at half of it")
+    parser.add_argument("--dense", type=Path, metavar="DIR", help="read, or written where missing")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
     args = parser.parse_args()
     keep_freed_memory()
@@ -95,40 +99,49 @@ def main() -> None:
             eos_token_id=None,
         )
     )
-    train(dense, dataset, 0, args.steps, args.lr)
+    if args.dense and args.dense.exists():
+        dense = GPT2LMHeadModel.from_pretrained(args.dense)
+    else:
+        train(dense, dataset, 0, args.steps, args.lr)
+        if args.dense:
+            dense.save_pretrained(args.dense)
     rows: list[dict[str, Any]] = []
 
-    def measure(layers: str, state: str, model: PreTrainedModel) -> None:
-        rows.append(
-            {"layers": layers, "state": state, "loss": held_out_loss(model, dataset, 65536)}
-        )
+    def measure(
+        ffn: str, state: str, model: PreTrainedModel, errors: list[float] | None = None
+    ) -> None:
+        loss = held_out_loss(model, dataset, 65536)
+        rows.append({"ffn": ffn, "state": state, "loss": loss, "errors": errors})
 
     def tuned(model: PreTrainedModel) -> PreTrainedModel:
         model = copy.deepcopy(model)
         train(model, dataset, args.steps, args.tune, args.lr / 2)
         return model
 
-    measure("", "dense", dense)
-    measure("", f"dense, {args.tune} more steps", tuned(dense))
-    for name, layers in (("all", None), ("last half", range(args.n_layer // 2, args.n_layer))):
-        noise = replace_ffn(copy.deepcopy(dense), layers=layers)
-        measure(name, "from noise", noise)
-        measure(name, f"from noise, {args.tune} more steps", tuned(noise))
+    measure("dense", "as it was", dense)
+    measure("dense", f"{args.tune} more steps", tuned(dense))
+    for ffn in ("default", "light"):
+        noise = replace_ffn(copy.deepcopy(dense), ffn)
         for steps in (0, args.fit):
             fitted = copy.deepcopy(noise)
             tokens = (batch.tokens for batch in batches(dataset))
-            fit_to_dense(fitted, dense, tokens, steps=steps)
-            measure(name, f"fitted, {steps} steps after least squares", fitted)
-        measure(name, f"fitted, {args.tune} more steps", tuned(fitted))
+            errors = list(fit_to_dense(fitted, dense, tokens, steps=steps).values())
+            if not steps:
+                measure(ffn, "from noise", noise, [error.before for error in errors])
+            after = [error.after for error in errors]
+            measure(ffn, f"fitted, {steps} steps after least squares", fitted, after)
+        measure(ffn, f"from noise, {args.tune} more steps", tuned(noise))
+        measure(ffn, f"fitted, {args.tune} more steps", tuned(fitted))
 
     if args.json:
         report = {"command": " ".join(sys.argv), **provenance(), "rows": rows}
         args.json.write_text(json.dumps(report, indent=1) + "\n")
     table = Table(title=f"GPT-2, d_model {args.d_model}, {args.n_layer} layers, {args.shards}")
-    for column in ("layers replaced", "state", "held-out loss"):
+    for column in ("FFN", "state", "held-out loss", "mean error of a layer"):
         table.add_column(column)
     for row in rows:
-        table.add_row(row["layers"], row["state"], f"{row['loss']:.3f}")
+        error = f"{sum(row['errors']) / args.n_layer:.4f}" if row["errors"] else ""
+        table.add_row(row["ffn"], row["state"], f"{row['loss']:.3f}", error)
     Console().print(table)
 
 

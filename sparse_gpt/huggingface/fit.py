@@ -3,19 +3,20 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional as F
 from transformers import GPT2PreTrainedModel
 
+from sparse_gpt.huggingface.closed_form import inputs, solve
 from sparse_gpt.huggingface.modelling import blocks_of, is_sparse
-from sparse_gpt.model.ffn import SparseFactorLinear, UltraEfficientSparseFFN
+from sparse_gpt.model.ffn import BlockDictionary, UltraEfficientSparseFFN
 
-RIDGE = 1e-2  # of the mean variance of what enters the projection
+# What is fitted closely from the start is only shaken by steps as large as a fixed spectrum's.
+LR, DICTIONARY_LR = 1e-2, 1e-3
 
 
 class FitError(NamedTuple):
@@ -31,15 +32,18 @@ def fit_to_dense(
     dense: GPT2PreTrainedModel,
     batches: Iterable[Tensor],
     steps: int = 200,
-    lr: float = 1e-2,
+    lr: float | None = None,
+    calibration: int = 8,
 ) -> dict[int, FitError]:
     """Start the model's sparse FFNs from the dense MLPs that they replaced, each layer by itself.
 
     `dense` is the model as it was (a `copy.deepcopy` made before `replace_ffn`); its activations
     are what every layer sees. `batches` are `(batch, seq)` int64 tokens. The first one only
-    measures. The second one gives the last projection and norm in closed form (least squares; it
-    should have several times n_embd tokens). Then come `steps` steps of Adam, a batch each, from
-    the second on and again when they run out, at `lr` falling linearly to 0.
+    measures. The next `calibration` ones, or as many as there are, give a start in closed form
+    (`closed_form.solve`; they are held in memory at once, and should have several times n_embd
+    tokens, for a dictionary several times its atoms). Then come `steps` steps of Adam, a batch
+    each, from the second on and again when they run out, at `lr` falling linearly to 0; None is
+    1e-3 for FFNs with a dictionary, whose β moves after each step, and 1e-2 for others.
 
     Returns the errors of every sparse layer on the first batch. Dropout is off meanwhile;
     train modes and dtypes are as before, gradients of the FFNs are None. Same input and device,
@@ -59,7 +63,7 @@ def fit_to_dense(
         if i not in blocks or is_sparse(blocks[i]):
             raise ValueError(f"layer {i} of the dense model is no dense layer")
     stream = iter(batches)
-    start = list(itertools.islice(stream, 2))
+    start = list(itertools.islice(stream, 1 + max(1, calibration)))
     if len(start) < 2:
         raise ValueError(f"{len(start)} batches: two are needed, one to measure, one to fit")
     held_out, train = start[0], itertools.cycle(itertools.chain(start[1:], stream))
@@ -68,7 +72,7 @@ def fit_to_dense(
         """(layer, residual stream, dense branch), both `(tokens, n_embd)`."""
         norms = [blocks[i].ln_2 for i in ffns]
         run = partial(dense.base_model, tokens.to(dense.device), use_cache=False)
-        for i, x in zip(ffns, _inputs(norms, run), strict=True):
+        for i, x in zip(ffns, inputs(norms, run), strict=True):
             with torch.no_grad():
                 y = blocks[i].mlp(blocks[i].ln_2(x))
             weight = ffns[i].norm_in.weight
@@ -86,17 +90,27 @@ def fit_to_dense(
         for ffn in ffns.values():
             ffn.to(torch.promote_types(dtype, torch.float32))  # small steps vanish in bfloat16
         before = errors()
-        for i, x, y in targets(start[1]):
-            _solve(ffns[i], x, y)
-        parameters = [p for ffn in ffns.values() for p in ffn.parameters() if p.requires_grad]
-        optimizer = torch.optim.Adam(parameters, lr)
+        seen: dict[int, list[tuple[Tensor, Tensor]]] = {i: [] for i in ffns}
+        for tokens in start[1:]:
+            for i, x, y in targets(tokens):
+                seen[i].append((x, y))
+        for i, ffn in ffns.items():
+            xs, ys = zip(*seen.pop(i), strict=True)
+            solve(ffn, blocks[i].mlp, torch.cat(xs), torch.cat(ys))
+        optimizer = torch.optim.Adam(_groups(ffns.values(), lr))
+        rates = [group["lr"] for group in optimizer.param_groups]
+        for dictionary in _dictionaries(model):
+            dictionary.train()  # it then counts what its blocks are given, and drops nothing
         optimizer.zero_grad()  # of a caller's gradients
         for step, tokens in zip(range(steps), train, strict=False):
-            optimizer.param_groups[0]["lr"] = lr * (1 - step / steps)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = rate * (1 - step / steps)
             for i, x, y in targets(tokens):
                 _error(ffns[i](x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
+            balance(model)
+        model.eval()
         after = errors()
     finally:
         for ffn in ffns.values():
@@ -110,42 +124,28 @@ def _error(branch: Tensor, y: Tensor) -> Tensor:
     return (branch - y).square().sum() / (y - y.mean(0)).square().sum()
 
 
-@torch.no_grad()
-def _solve(ffn: UltraEfficientSparseFFN, x: Tensor, y: Tensor) -> None:
-    """The projection, and the norm if one follows it, by least squares from x to y."""
-    norm = ffn.norm_out if ffn.config.norm_out == "after" else None
-    target = y
-    if isinstance(norm, nn.LayerNorm):
-        norm.reset_parameters()
-        # All that a norm can be given: tokens of one size. Channels alike, so that none rules.
-        target = F.layer_norm((y - y.mean(0)) / y.std(0).clamp_min(1e-6), y.shape[-1:])
-    if isinstance(ffn.projection, nn.Linear):
-        (v,) = _inputs([ffn.projection], partial(ffn, x))
-        gram = (v.T @ v).double()
-        gram.diagonal().add_(RIDGE * gram.diagonal().mean())
-        ffn.projection.weight.copy_(torch.linalg.solve(gram, (v.T @ target).double()).T)
-    elif isinstance(ffn.projection, SparseFactorLinear) and norm is None:
-        z = ffn(x)  # two factors have no closed form, but each output its best size
-        sizes = (z * y).sum(0) / z.square().sum(0)
-        ffn.projection.second.mul_(sizes.view(-1, 1, ffn.projection.block))
-    if isinstance(norm, nn.LayerNorm):
-        z = ffn(x)
-        spread = z - z.mean(0)
-        norm.weight.copy_((spread * y).sum(0) / spread.square().sum(0))
-        norm.bias.copy_(y.mean(0) - norm.weight * z.mean(0))
+def balance(model: nn.Module) -> None:
+    """Move β of all of a model's dictionaries, once after each step of an optimizer.
+
+    Training elsewhere than in `sparse-gpt train` wants it, or blocks that are little used stay so:
+    `optimizer.register_step_post_hook(lambda *_: balance(model))`. Over several processes, sum
+    their `loads` before.
+    """
+    for dictionary in _dictionaries(model):
+        dictionary.balance()
+        dictionary.loads.zero_()
 
 
-def _inputs(modules: Iterable[nn.Module], run: Callable[[], object]) -> list[Tensor]:
-    """What enters the modules, in the order of their calls, as `(tokens, channels)`."""
-    seen: list[Tensor] = []
-    hooks = [
-        module.register_forward_pre_hook(lambda _, args: seen.append(args[0].flatten(0, -2)))
-        for module in modules
+def _dictionaries(module: nn.Module) -> list[BlockDictionary]:
+    return [part for part in module.modules() if isinstance(part, BlockDictionary)]
+
+
+def _groups(ffns: Iterable[UltraEfficientSparseFFN], lr: float | None) -> list[dict[str, Any]]:
+    """An optimizer's, each FFN at its own rate."""
+    return [
+        {
+            "params": [p for p in ffn.parameters() if p.requires_grad],
+            "lr": (DICTIONARY_LR if _dictionaries(ffn) else LR) if lr is None else lr,
+        }
+        for ffn in ffns
     ]
-    try:
-        with torch.no_grad():
-            run()
-    finally:
-        for hook in hooks:
-            hook.remove()
-    return seen

@@ -6,6 +6,7 @@ import copy
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+from pydantic import ValidationError
 from transformers import GPT2Config
 
 from sparse_gpt.huggingface.modelling import (
@@ -90,13 +91,13 @@ def _ffn_config(
         config = {"dropout": gpt2.resid_pdrop, **config}
     elif isinstance(config, SparseFFNConfig) and "dropout" not in config.model_fields_set:
         config = config.model_copy(update={"dropout": gpt2.resid_pdrop})
-    ffn = ModelConfig(
-        max_seq_len=gpt2.n_positions,
-        d_model=gpt2.n_embd,
-        n_layer=gpt2.n_layer,
-        n_head=gpt2.n_head,
-        ffn=config,
-    ).ffn
+    sizes = {"d_model": gpt2.n_embd, "n_layer": gpt2.n_layer, "n_head": gpt2.n_head}
+    whole = {"max_seq_len": gpt2.n_positions, **sizes, "ffn": config}
+    try:
+        ffn = ModelConfig.model_validate(whole).ffn
+    except ValidationError as error:
+        found = (f"{'.'.join(map(str, e['loc'])) or 'config'}: {e['msg']}" for e in error.errors())
+        raise ValueError("; ".join(found)) from None
     if isinstance(ffn, DenseFFNConfig):
         raise ValueError(f"config {config!r} is no sparse FFN")
     return ffn

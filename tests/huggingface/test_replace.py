@@ -26,7 +26,8 @@ from transformers import (
 from sparse_gpt import DenseFFNConfig, SparseFFNConfig, UltraEfficientSparseFFN
 from sparse_gpt.huggingface.replace import replace_ffn
 
-FEEDBACK = {"preset": "default", "feedback": {"rank": 2, "groups": 4}}
+FEEDBACK = {"feedback": {"rank": 2, "groups": 4}}
+LIGHT, DEFAULT = ({"preset": preset, **FEEDBACK} for preset in ("light", "default"))
 HEADS = (
     GPT2Model,
     GPT2LMHeadModel,
@@ -84,18 +85,19 @@ def test_block_adds_the_ffns_branch_to_its_input():
     max_examples=15,
     suppress_health_check=[HealthCheck.function_scoped_fixture],
 )
-@given(last=st.integers(0, 14), seed=st.integers(0, 999))
-def test_logits_do_not_see_the_future(wake, last, seed):
+@given(config=st.sampled_from((LIGHT, DEFAULT)), last=st.integers(0, 14), seed=st.integers(0, 999))
+def test_logits_do_not_see_the_future(wake, config, last, seed):
     torch.manual_seed(seed)
-    model, tokens, other = wake(replace_ffn(gpt2(), FEEDBACK)), sample(), sample()
+    model, tokens, other = wake(replace_ffn(gpt2(), config)), sample(), sample()
     other[0, : last + 1] = tokens[0, : last + 1]
     before, after = logits(model, tokens)[0], logits(model, other)[0]
     assert torch.equal(before[: last + 1], after[: last + 1])
 
 
+@pytest.mark.parametrize("preset", ["light", "default"])
 @pytest.mark.parametrize("layers", [None, [1]])
-def test_generates_the_same_with_and_without_cache(wake, layers):
-    model, tokens = wake(replace_ffn(gpt2(), layers=layers)), sample(seq=5)
+def test_generates_the_same_with_and_without_cache(wake, layers, preset):
+    model, tokens = wake(replace_ffn(gpt2(), preset, layers)), sample(seq=5)
     options = {"max_new_tokens": 20, "min_new_tokens": 20, "do_sample": False}
     attention_mask = torch.ones_like(tokens)
     cached, plain = (
@@ -119,11 +121,12 @@ def test_gradients_reach_every_parameter(model_config, wake):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("training", [True, False])
-def test_keeps_dtype_mode_and_frozen_norms(dtype, training):
+@pytest.mark.parametrize("preset", ["light", "default"])
+def test_keeps_dtype_mode_and_frozen_norms(dtype, training, preset):
     model = gpt2().to(dtype).train(training)
     model.transformer.h[1].eval()
     model.requires_grad_(False)
-    replace_ffn(model)
+    replace_ffn(model, preset)
     assert {p.dtype for p in model.parameters()} == {dtype}
     modes = [{part.training for part in block.mlp.modules()} for block in model.transformer.h]
     assert modes == [{training}, {False}, {training}]
@@ -159,7 +162,9 @@ def test_dropout_is_the_models_unless_given(config, dropout):
         ({"config": "dense"}, "dense"),
         ({"config": DenseFFNConfig()}, "dense"),
         ({"config": "spares"}, "spares"),
-        ({"config": {"preset": "default", "polynomial": {"group_size": 7}}}, "group_size 7"),
+        ({"config": {"preset": "light", "polynomial": {"group_size": 7}}}, "group_size 7"),
+        ({"config": {"preset": "default", "polynomial": {}}}, "^[^\n]*with a dictionary[^\n]*$"),
+        ({"model": gpt2(n_embd=51, n_head=3)}, r"^[^\n]*top_k 2 does not divide d_model 51[^\n]*$"),
         ({"config": {"preset": "default", "spektral": None}}, "spektral"),
         ({"model": torch.nn.Linear(2, 2)}, "Linear is no GPT-2"),
         ({"model": gpt2(n_layer=0)}, "of 0"),
@@ -194,7 +199,7 @@ def test_other_models_of_the_same_config_stay_dense():
 def test_saved_and_loaded_is_bit_equal(tmp_path, wake, layers, dtype):
     model, tokens = replace_ffn(gpt2().to(dtype), layers=layers), sample()
     if layers == [1]:
-        replace_ffn(model, FEEDBACK, [2])
+        replace_ffn(model, LIGHT, [2])
     wake(model).save_pretrained(tmp_path)
     names = {path.name for path in tmp_path.iterdir()}
     assert names == {"config.json", "generation_config.json", "model.safetensors"}
@@ -257,7 +262,7 @@ def test_damaged_record_is_refused(tmp_path):
 
 
 def test_config_alone_makes_a_sparse_model():
-    config = replace_ffn(gpt2(), FEEDBACK, [0, 2]).config
+    config = replace_ffn(gpt2(), LIGHT, [0, 2]).config
     model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config.to_dict()))
     kinds = [isinstance(block.mlp, UltraEfficientSparseFFN) for block in model.transformer.h]
     assert kinds == [True, False, True]
@@ -276,8 +281,9 @@ def test_transformers_does_not_initialise_it_again(tmp_path):
     assert state_equals(loaded, state)
 
 
-def test_what_a_file_lacks_starts_as_in_a_new_ffn(tmp_path):
-    model = replace_ffn(gpt2(), FEEDBACK)
+@pytest.mark.parametrize("config", [LIGHT, DEFAULT])
+def test_what_a_file_lacks_starts_as_in_a_new_ffn(tmp_path, config):
+    model = replace_ffn(gpt2(), config)
     state = model.state_dict()
     lost = [key for key in state if ".h.1.mlp." in key]
     model.save_pretrained(tmp_path, state_dict={k: v for k, v in state.items() if k not in lost})

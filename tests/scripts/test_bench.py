@@ -113,10 +113,12 @@ def test_drop_in(tmp_path):
     sizes = ("--d-model", "32", "--n-layer", "2", "--steps", "20", "--fit", "2", "--tune", "1")
     bench("bench/drop_in.py", tmp_path / "shards", *sizes, "--json", tmp_path / "out.json")
     rows = json.loads((tmp_path / "out.json").read_text())["rows"]
-    assert [row["layers"] for row in rows] == ["", "", *["all"] * 5, *["last half"] * 5]
-    losses = {(row["layers"], row["state"]): row["loss"] for row in rows}
-    assert losses["", "dense"] < math.log(1024)  # as good as a guess
-    assert losses["all", "from noise"] != losses["last half", "from noise"]
+    assert [row["ffn"] for row in rows] == [*["dense"] * 2, *["default"] * 5, *["light"] * 5]
+    losses = {(row["ffn"], row["state"]): row["loss"] for row in rows}
+    assert losses["dense", "as it was"] < math.log(1024)  # as good as a guess
+    assert losses["default", "from noise"] != losses["light", "from noise"]
+    errors = [row["errors"] for row in rows if row["state"].startswith("fitted, 2 ")]
+    assert [len(layers) for layers in errors] == [2, 2]
 
 
 def test_prepare(tmp_path):
