@@ -8,6 +8,7 @@ functions on arrays: reading runs and drawing plots happen elsewhere.
 from .compare import Comparison, HeldOut, compare, held_out_error, predict_points
 from .families import FamilyLaw, Optimum, fit_families
 from .law import Law, Minima, fit_law, isoflop_minima
+from .measured import MeasuredMultiplier, measured_multiplier
 from .multiplier import Draws, Estimate, Multiplier, bootstrap, compute_multiplier
 from .points import Points, ScalingError, best_learning_rates, usable
 
@@ -18,6 +19,7 @@ __all__ = [
     "FamilyLaw",
     "HeldOut",
     "Law",
+    "MeasuredMultiplier",
     "Minima",
     "Multiplier",
     "Optimum",
@@ -31,6 +33,7 @@ __all__ = [
     "fit_law",
     "held_out_error",
     "isoflop_minima",
+    "measured_multiplier",
     "predict_points",
     "usable",
 ]

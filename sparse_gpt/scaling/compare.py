@@ -11,8 +11,9 @@ from numpy.typing import ArrayLike
 
 from .families import FamilyLaw, fit_families, index_of
 from .law import Minima, isoflop_minima
+from .measured import MeasuredMultiplier, measured_multiplier
 from .multiplier import Draws, Multiplier, bootstrap, multiplier_of
-from .points import Array, Points, ScalingError, best_learning_rates, cells, usable
+from .points import Array, Points, ScalingError, best_learning_rates, seed_spread, usable
 
 
 @dataclass(frozen=True)
@@ -74,6 +75,7 @@ class Comparison:
     held_out: by law, the prediction of the largest budget, where it can be made.
     minima: by family, its isoFLOP minima, sizes in parameters; mean loss over seeds.
     multipliers: by family other than the baseline, from the chosen law.
+    measured: the same at each budget, from the isoFLOP minima alone.
     seed_spread: by family, the pooled standard deviation of loss over seeds, nats; NaN with one.
     draws: bootstrap draws of the chosen law's coefficients.
     """
@@ -88,6 +90,7 @@ class Comparison:
     held_out: dict[str, HeldOut]
     minima: dict[str, Minima]
     multipliers: dict[str, Multiplier]
+    measured: dict[str, MeasuredMultiplier]
     seed_spread: dict[str, float]
     draws: Draws
 
@@ -138,6 +141,13 @@ def compare(
     for family in best.families:
         minima[family] = _family_minima(best[best.family == family])
         left_out += [f"{family}, isoFLOP minimum: {line}" for line in minima[family].left_out]
+    measured = {}
+    for family in best.families:
+        try:
+            if family != baseline:
+                measured[family] = measured_multiplier(best, baseline, family, seed=seed)
+        except ScalingError as error:
+            left_out.append(f"{family}, multiplier from the isoFLOP minima: {error}")
     law = own if chosen == "own" and own is not None else shared
     draws = bootstrap(best, law, n_bootstrap, seed)
     return Comparison(
@@ -155,7 +165,8 @@ def compare(
             for family in best.families
             if family != baseline
         },
-        seed_spread={f: _seed_spread(best[best.family == f]) for f in best.families},
+        measured=measured,
+        seed_spread={f: seed_spread(best[best.family == f]) for f in best.families},
         draws=draws,
     )
 
@@ -184,18 +195,6 @@ def _choose(
 
 def _family_minima(mine: Points) -> Minima:
     return isoflop_minima(mine.budget, mine.params, mine.loss)
-
-
-def _seed_spread(mine: Points) -> float:
-    """Standard deviation of loss over seeds, pooled over the (size, budget) that have several."""
-    losses: dict[tuple[str, str, float], list[float]] = {}
-    for cell, loss in zip(cells(mine), mine.loss.tolist(), strict=True):
-        losses.setdefault(cell, []).append(loss)
-    several = [group for group in losses.values() if len(group) > 1]
-    if not several:
-        return float("nan")
-    squares = sum(len(group) * float(np.var(group)) for group in several)
-    return math.sqrt(squares / sum(len(group) - 1 for group in several))
 
 
 def _plain(value: Any) -> Any:

@@ -7,7 +7,6 @@ Porian et al. 2024 (arXiv:2406.19146) (Akima interpolation of isoFLOP curves).
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -124,17 +123,31 @@ def isoflop_minima(
     return Minima(at, size, height, float(exponent), float(intercept), tuple(left_out))
 
 
+def akima_minima(x: Array, y: Array) -> tuple[Array, Array]:
+    """Place and height, each (curves,), of the lowest points of Akima's curves through y.
+
+    x: (nodes,), ascending, 2 or more. y: (nodes, curves). A lowest point that is an end of x is
+    exactly there.
+    """
+    bend, curve, slope, start = np.asarray(Akima1DInterpolator(x, y).c)  # each (nodes - 1, curves)
+    # The minimum of a cubic is the root of its derivative with a positive second derivative.
+    with np.errstate(divide="ignore", invalid="ignore"):
+        t = -slope / (curve + np.sqrt(curve**2 - 3 * bend * slope))
+    turns = (t > 0) & (t < np.diff(x)[:, None])
+    t = np.where(turns, t, 0.0)
+    height = ((bend * t + curve) * t + slope) * t + start
+    places = np.concatenate([x[:-1, None] + t, np.broadcast_to(x[-1], (1, y.shape[1]))])
+    heights = np.concatenate([height, y[-1:]])
+    best = heights.argmin(axis=0)[None]
+    return np.take_along_axis(places, best, 0)[0], np.take_along_axis(heights, best, 0)[0]
+
+
 def _akima_minimum(x: Array, y: Array) -> tuple[float, float] | str:
     """(x, y) of the interpolant's lowest point, or why there is none."""
-    curve: Any = Akima1DInterpolator(x, y)
-    turns = curve.derivative().roots(extrapolate=False)
-    # A flat stretch has NaN among its roots; its ends are nodes.
-    candidates = np.concatenate([x, turns[np.isfinite(turns)]])
-    values = curve(candidates)
-    best = candidates[np.nanargmin(values)]
-    if best in (x[0], x[-1]):
-        return f"the lowest loss is at the {'smallest' if best == x[0] else 'largest'} size"
-    return float(best), float(np.nanmin(values))
+    (place,), (height,) = akima_minima(x, y[:, None])
+    if place in (x[0], x[-1]):
+        return f"the lowest loss is at the {'smallest' if place == x[0] else 'largest'} size"
+    return float(place), float(height)
 
 
 def _parabola_minimum(x: Array, y: Array) -> tuple[float, float] | str:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, fields
 from typing import Any
@@ -146,3 +147,18 @@ def cells(points: Points) -> list[tuple[str, str, float]]:
     return list(
         zip(points.family.tolist(), points.size.tolist(), points.budget.tolist(), strict=True)
     )
+
+
+def seed_spread(mine: Points) -> float:
+    """Standard deviation of loss over seeds, nats, pooled over the (size, budget) with several.
+
+    NaN where none has several.
+    """
+    losses: dict[tuple[str, str, float], list[float]] = {}
+    for cell, loss in zip(cells(mine), mine.loss.tolist(), strict=True):
+        losses.setdefault(cell, []).append(loss)
+    several = [group for group in losses.values() if len(group) > 1]
+    if not several:
+        return float("nan")
+    squares = sum(len(group) * float(np.var(group)) for group in several)
+    return math.sqrt(squares / sum(len(group) - 1 for group in several))

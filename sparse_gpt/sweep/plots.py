@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.scaling import Comparison, Points, predict_points
+from sparse_gpt.scaling import Comparison, MeasuredMultiplier, Points, predict_points
 from sparse_gpt.sweep.grid import short
 
 _STYLES = (
@@ -147,10 +147,34 @@ def multiplier(comparison: Comparison) -> Any:
                 axes.plot(compute[beyond], estimate.value[beyond], ":", color=color, lw=1.2)
                 axes.fill_between(compute, *estimate.interval_80, color=color, alpha=0.2, lw=0)
                 axes.fill_between(compute, *estimate.interval_95, color=color, alpha=0.08, lw=0)
+            if family in comparison.measured:
+                _measured(axes, comparison, comparison.measured[family])
         axes.axhline(1, color="0.5", linewidth=0.8)
         axes.plot([], [], ":", color="0.3", label="extrapolation")
         axes.fill_between([], [], [], color="0.4", alpha=0.3, label="80% and 95% intervals")
     return figure
+
+
+def _measured(axes: Any, comparison: Comparison, found: MeasuredMultiplier) -> None:
+    """Points with 80% bars; hollow where a best size or a loss is outside what was run."""
+    marker = style(comparison.law.families, found.family)["marker"]
+    doubtful = found.edge | found.baseline_edge | found.extrapolated
+    for estimate, color in ((found.compute, "#1a1a1a"), (found.seconds, "#e07b00")):
+        if estimate is None:
+            continue
+        for chosen, face in ((~doubtful, color), (doubtful, "white")):
+            chosen = chosen & np.isfinite(estimate.value) & np.isfinite(found.baseline_compute)
+            value, bounds = estimate.value[chosen], estimate.interval_80[:, chosen]
+            low, high = np.where(np.isfinite(bounds), bounds, np.nan)
+            bars = np.maximum([value - low, high - value], 0)  # a value may lie outside its bar
+            axes.errorbar(
+                found.baseline_compute[chosen], value, bars, fmt=marker, markersize=5,
+                color=color, markerfacecolor=face, capsize=2, elinewidth=1,
+            )  # fmt: skip
+    axes.plot([], [], marker, color="0.3", label=f"{found.family}, isoFLOP minima (80% bars)")
+    if doubtful.any():
+        label = f"{found.family}, extrapolated or at an edge of the sizes"
+        axes.plot([], [], marker, color="0.3", markerfacecolor="white", label=label)
 
 
 def residuals(comparison: Comparison) -> Any:

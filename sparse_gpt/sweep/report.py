@@ -1,13 +1,12 @@
 """What a sweep shows: its points and fitted curves in TensorBoard, and as PNG, CSV and JSON.
 
-fit/points.csv  fit.json  frontier.csv  multiplier.csv  *.png
+fit/points.csv  fit.json  frontier.csv  multiplier.csv  multiplier_by_budget.csv  *.png
 fit/<family>/...      TensorBoard runs that overlay, with training GFLOPs for the step
 """
 
-import csv
 import json
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,7 @@ from sparse_gpt.provenance import provenance
 from sparse_gpt.scaling import (
     Comparison,
     Estimate,
-    Multiplier,
+    MeasuredMultiplier,
     Points,
     ScalingError,
     compare,
@@ -31,17 +30,23 @@ from sparse_gpt.scaling import (
 from sparse_gpt.sweep import plots
 from sparse_gpt.sweep.collect import point_rows
 from sparse_gpt.sweep.grid import Sweep
+from sparse_gpt.sweep.tables import frontier_flops, write_csv, write_curves
 
 Array = NDArray[np.float64]
 
 _LOSS = "scaling/loss_by_gflops"
 _MULTIPLIER = "scaling/compute_multiplier"
+_MEASURED = "scaling/measured_multiplier"
 _LAYOUT = {
     "Scaling": {
         "loss by training GFLOPs": ["Multiline", [_LOSS]],
         "FLOPs of the baseline over the family's, at equal loss, by the baseline's GFLOPs": [
             "Margin",
             [_MULTIPLIER, f"{_MULTIPLIER}/low_80", f"{_MULTIPLIER}/high_80"],
+        ],
+        "the same from the isoFLOP minima alone, by the family's GFLOPs": [
+            "Margin",
+            [_MEASURED, f"{_MEASURED}/low_80", f"{_MEASURED}/high_80"],
         ],
     }
 }
@@ -83,9 +88,9 @@ def fit_sweep(sweep: Sweep, resamples: int) -> Report:
         "provenance": provenance(),
     }
     with replaced_folder(sweep.out / "fit") as folder:
-        _write_csv(folder / "points.csv", rows)
+        write_csv(folder / "points.csv", rows)
         (folder / "fit.json").write_text(json.dumps(record, indent=1) + "\n")
-        _write_curves(folder, comparison)
+        write_curves(folder, comparison)
         figures = {
             name: getattr(plots, name)(comparison)
             for name in ("frontier", "isoflop", "multiplier", "residuals")
@@ -107,7 +112,7 @@ def draw_points(sweep: Sweep) -> None:
             return
         points = _points(rows)
         with replaced_folder(sweep.out / "fit") as folder:
-            _write_csv(folder / "points.csv", rows)
+            write_csv(folder / "points.csv", rows)
             plots.points_alone(points).savefig(folder / "frontier.png")
             _draw_points(folder, points)
 
@@ -136,6 +141,8 @@ def summarize(comparison: Comparison) -> list[str]:
             f"that loss is where {comparison.baseline}'s frontier is at its largest budget, "
             f"{found.reference_budget:.3g} FLOPs, {where}"
         )
+    for measured in comparison.measured.values():
+        lines += _summarize_measured(measured)
     lines.append(comparison.reason)
     if held := comparison.held_out.get(comparison.chosen):
         lines.append(
@@ -150,6 +157,34 @@ def summarize(comparison: Comparison) -> list[str]:
         if math.isfinite(minima.exponent):
             lines.append(f"{family}: best size grows as FLOPs^{minima.exponent:.2f} (isoFLOP)")
     return [*lines, *(f"left out: {line}" for line in comparison.left_out)]
+
+
+def _summarize_measured(measured: MeasuredMultiplier) -> list[str]:
+    """A line a budget."""
+    lines = []
+    for i, budget in enumerate(measured.budgets):
+        parts = []
+        for estimate, unit in ((measured.compute, ""), (measured.seconds, " in device-seconds")):
+            if estimate is not None and not np.isnan(estimate.value[i]):
+                part = f"{estimate.value[i]:.2f}{unit}"
+                if not np.isnan(estimate.interval_80[0, i]):
+                    part += (
+                        f" (80% interval {_range(estimate.interval_80[:, i])}, "
+                        f"95% {_range(estimate.interval_95[:, i])})"
+                    )
+                parts.append(part)
+        for flag, note in (
+            (measured.extrapolated, f"outside {measured.baseline}'s budgets: an extrapolation"),
+            (measured.edge, "its best size is an outermost one"),
+            (measured.baseline_edge, f"{measured.baseline}'s best size is an outermost one"),
+        ):
+            if flag[i]:
+                parts.append(note)
+        lines.append(
+            f"{measured.family} at {budget:.3g} FLOPs, from isoFLOP minima alone: best loss "
+            f"{measured.losses[i]:.3f}, multiplier {'; '.join(parts)}"
+        )
+    return lines
 
 
 def _points(rows: list[dict[str, Any]]) -> Points:
@@ -167,60 +202,6 @@ def _range(interval: Any) -> str:
     return f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
-def _write_csv(path: Path, rows: Iterable[Mapping[str, Any]]) -> None:
-    rows = list(rows)
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _frontier_flops(comparison: Comparison, family: str) -> tuple[Array, NDArray[np.bool_]]:
-    """Where a family's frontier is drawn, and which of it is beyond its largest budget."""
-    budgets = comparison.points.budget[comparison.points.family == family]
-    flops = np.geomspace(budgets.min(), 10 * budgets.max(), 81)
-    return flops, flops > 1.0001 * budgets.max()
-
-
-def _write_curves(folder: Path, comparison: Comparison) -> None:
-    rows = []
-    for family in comparison.law.families:
-        flops, extrapolated = _frontier_flops(comparison, family)
-        best = comparison.law.frontier(family, flops)
-        low, high = comparison.frontier_band(family, flops)
-        for i, c in enumerate(flops):
-            rows.append(
-                {
-                    "family": family,
-                    "training_flops": c,
-                    "forward_flops_per_token": best.m[i],
-                    "tokens": best.d[i],
-                    "loss": best.loss[i],
-                    "loss_low_80": low[i],
-                    "loss_high_80": high[i],
-                    "extrapolated": bool(extrapolated[i]),
-                }
-            )
-    _write_csv(folder / "frontier.csv", rows)
-    rows = []
-    for family, found in comparison.multipliers.items():
-        for i, loss in enumerate(found.losses):
-            row: dict[str, Any] = {"family": family, "loss": loss}
-            row["extrapolated"] = bool(found.extrapolated[i])
-            for name, estimate in (("compute", found.compute), ("seconds", found.seconds)):
-                if estimate is not None:
-                    row[name] = estimate.value[i]
-                    for level, interval in (
-                        (80, estimate.interval_80),
-                        (95, estimate.interval_95),
-                    ):
-                        row[f"{name}_low_{level}"] = interval[0, i]
-                        row[f"{name}_high_{level}"] = interval[1, i]
-            rows.append(row)
-    if rows:
-        _write_csv(folder / "multiplier.csv", rows)
-
-
 def _draw_points(folder: Path, points: Points) -> None:
     """A TensorBoard run a family and size: the mean loss over seeds at each budget."""
     for family in points.families:
@@ -236,7 +217,7 @@ def _draw_fit(
     folder: Path, comparison: Comparison, figures: Mapping[str, Any], summary: list[str]
 ) -> None:
     for family in comparison.law.families:
-        flops, beyond = _frontier_flops(comparison, family)
+        flops, beyond = frontier_flops(comparison, family)
         for name, chosen in (("frontier", ~beyond), ("frontier-extrapolated", beyond)):
             with SummaryWriter(str(folder / family / name)) as writer:
                 losses = comparison.law.frontier(family, flops[chosen]).loss
@@ -245,7 +226,13 @@ def _draw_fit(
         with SummaryWriter(str(folder / family)) as writer:
             _draw_results(writer, comparison, family)
             if family in comparison.multipliers:
-                _draw_multiplier(writer, comparison, comparison.multipliers[family])
+                steps = comparison.law.compute_for(
+                    comparison.baseline, comparison.multipliers[family].losses
+                )
+                _draw_estimate(writer, _MULTIPLIER, comparison.multipliers[family].compute, steps)
+            if family in comparison.measured:
+                found = comparison.measured[family]
+                _draw_estimate(writer, _MEASURED, found.compute, found.budgets)
     with SummaryWriter(str(folder)) as writer:
         writer.add_custom_scalars(_LAYOUT)
         writer.add_text("scaling/result", "\n".join(f"- {line}" for line in summary))
@@ -266,13 +253,13 @@ def _draw_results(writer: SummaryWriter, comparison: Comparison, family: str) ->
         writer.add_scalar(name, value, 0)
 
 
-def _draw_multiplier(writer: SummaryWriter, comparison: Comparison, found: Multiplier) -> None:
-    compute = comparison.law.compute_for(comparison.baseline, found.losses)
-    for i, c in enumerate(compute):
+def _draw_estimate(writer: SummaryWriter, tag: str, estimate: Estimate, flops: Array) -> None:
+    """A value and its 80% interval at each FLOPs."""
+    for i, c in enumerate(flops):
         step = round(c / 1e9)
-        writer.add_scalar(_MULTIPLIER, found.compute.value[i], step)
-        writer.add_scalar(f"{_MULTIPLIER}/low_80", found.compute.interval_80[0, i], step)
-        writer.add_scalar(f"{_MULTIPLIER}/high_80", found.compute.interval_80[1, i], step)
+        writer.add_scalar(tag, estimate.value[i], step)
+        writer.add_scalar(f"{tag}/low_80", estimate.interval_80[0, i], step)
+        writer.add_scalar(f"{tag}/high_80", estimate.interval_80[1, i], step)
 
 
 def _coefficients(comparison: Comparison, family: str) -> dict[str, float]:

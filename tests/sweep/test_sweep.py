@@ -227,6 +227,14 @@ def test_a_fit_finds_the_multiplier_and_draws_it(command, finished_sweep, tmp_pa
 
     with (tmp_path / "out/fit/points.csv").open() as file:
         assert len(list(csv.DictReader(file))) == len(finished_sweep.cells)
+    with (tmp_path / "out/fit/multiplier_by_budget.csv").open() as file:
+        measured = list(csv.DictReader(file))
+    assert [float(row["budget"]) for row in measured] == [1e12, 2e12, 4e12]
+    assert {row["family"] for row in measured} == {"sparse"}
+    assert record["comparison"]["measured"]["sparse"]["compute"]["value"] == [
+        pytest.approx(float(row["compute"])) for row in measured
+    ]
+    assert "sparse at 2e+12 FLOPs, from isoFLOP minima alone: best loss" in done.stdout
     for name in ("frontier", "isoflop", "multiplier", "residuals"):
         assert (tmp_path / f"out/fit/{name}.png").stat().st_size > 10_000
     frontier = _board(tmp_path / "out/fit/sparse/frontier").Scalars("scaling/loss_by_gflops")
@@ -245,6 +253,8 @@ def test_a_fit_finds_the_multiplier_and_draws_it(command, finished_sweep, tmp_pa
     value, low, high = ([e.step for e in band.Scalars(tag)] for tag in tags)
     assert value == low == high  # TensorBoard draws no band otherwise
     assert all(event.value > 1 for event in band.Scalars(tags[1]))
+    read = band.Scalars("scaling/measured_multiplier")
+    assert [event.step for event in read] == [1000, 2000, 4000]
     assert [path.name for path in (tmp_path / "out").glob(".*")] == [".fit.lock"]
 
 
