@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from sparse_gpt.model.ffn import BlockDictionary, SparseFactorLinear, UltraEfficientSparseFFN
+from sparse_gpt.model.ffn.dictionary import polynomial
 from sparse_gpt.model.ffn.routing import Route
 
 RIDGE = 1e-2  # of the mean variance of what enters a matrix
@@ -76,8 +77,8 @@ def _solve_blocks(spectral: BlockDictionary, h: Tensor, y: Tensor) -> None:
     for b, analysis in enumerate(spectral.analysis):
         token, place = (chosen == b).nonzero(as_tuple=True)
         c = h[token] @ analysis
-        a, gain = spectral.a, energies[token, place].unsqueeze(1).to(h)
-        blocks.append((token, _Ridge((a[0] + 2 * a[1] * c) * c * gain)))
+        gain = energies[token, place].unsqueeze(1).to(h)
+        blocks.append((token, _Ridge(polynomial(c) * gain)))
     for _ in range(SWEEPS):
         rest = linear.step(rest)
         for token, block in blocks:

@@ -38,7 +38,7 @@ class Spectrum(torch.autograd.Function):
         gain = energies.flatten()[order].unsqueeze(1).to(h.dtype)
         c = grouped_product(h[order // rows.shape[1]], analysis, ends)
         ctx.save_for_backward(h, gain, analysis, synthesis, order, rows, ends, c)
-        p = _polynomial(c).mul_(gain)
+        p = polynomial(c).mul_(gain)
         return F.embedding_bag(rows, grouped_product(p, synthesis, ends), mode="sum")
 
     @staticmethod
@@ -47,7 +47,7 @@ class Spectrum(torch.autograd.Function):
         h, gain, analysis, synthesis, order, rows, ends, c = ctx.saved_tensors
         token = order // rows.shape[1]
         grad = grad[token]
-        p = _polynomial(c)
+        p = polynomial(c)
         d_p = grouped_product(grad, synthesis.transpose(1, 2), ends)
         wide = torch.promote_types(c.dtype, torch.float32)
         d_energies = (d_p * p).sum(-1, dtype=wide)[rows]
@@ -59,7 +59,7 @@ class Spectrum(torch.autograd.Function):
         return d_h, d_energies, d_analysis, d_synthesis, None, None, None
 
 
-def _polynomial(c: Tensor) -> Tensor:
+def polynomial(c: Tensor) -> Tensor:
     """c + c²/2 = T₁(c) + (T₂(c) + T₀(c))/4. Coefficients of its own would be nothing more to
     learn: the sizes of an atom's analysis and synthesis are both."""
     return torch.addcmul(c, c, c, value=0.5)

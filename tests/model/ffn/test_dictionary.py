@@ -39,7 +39,7 @@ def by_definition(part, h):
         y = torch.zeros_like(token)
         for b in scores.argsort(descending=True)[: part.config.top_k]:
             c = part.analysis[b].T @ token
-            p = part.a[0] * c + part.a[1] * ((2 * c**2 - 1) + 1)  # T_1, and T_2 with T_0
+            p = c + (2 * c**2 - 1 + 1) / 4  # T_1, and T_2 with T_0
             y = y + e[b] * (part.synthesis[b].T @ p)
         out.append(y)
     return torch.stack(out) if out else torch.zeros_like(h)
