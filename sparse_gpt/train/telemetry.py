@@ -13,6 +13,7 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from sparse_gpt.config.schema import RunConfig
+from sparse_gpt.model.config import DictionaryConfig
 from sparse_gpt.model.costs import flops_scalars
 from sparse_gpt.model.flops import FlopReport
 from sparse_gpt.train.distributed import World
@@ -27,6 +28,11 @@ _LAYOUT = {
     "Loss": {
         "loss by step": ["Multiline", ["train/loss", "val/loss"]],
         "loss by training GFLOPs": ["Multiline", ["compute/train_loss", "compute/val_loss"]],
+    },
+    "Routing": {
+        "fullest block over the mean": ["Multiline", [r"routing/block_\d+/load_max_over_mean"]],
+        "blocks without a token": ["Multiline", [r"routing/block_\d+/dead_blocks"]],
+        "entropy of the energies, nats": ["Multiline", [r"routing/block_\d+/energy_entropy"]],
     },
     "Cost": {
         "forward FLOPs a token, first block": ["Multiline", [r"flops/block_00/(?!vs_dense).*"]],
@@ -62,6 +68,8 @@ class Telemetry:
         self._data_wait = 0.0
         self._settings = _flat(config.model_dump(mode="json", include=_HYPERPARAMETERS))
         self._layout = {**_LAYOUT, **(_BLEND_LAYOUT if config.data.blend else {})}
+        if not isinstance(getattr(config.model.ffn, "spectral", None), DictionaryConfig):
+            del self._layout["Routing"]
         if world.rank == 0:
             self._metrics_file = MetricsFile(run_dir, resume_step, self._begin, self._draw)
 

@@ -9,8 +9,8 @@ from ranks import finish, metrics, start_ranks
 # The gradient's norm would differ: its derivative jumps where selected coefficients change.
 LOSSES = ("train/loss", "val/loss")
 # More blocks than dynamo would compile variants of, were each block a variant.
-MODEL = ("model.n_layer=10", "model.ffn={polynomial: {degrees: [1, 2]}, refine: {stages: 1}}")
-OPTIONS = (*MODEL, "optimizer.lr=1e-4", "duration.steps=4", "eval.every=2", "checkpoint.every=2")
+OPTIONS = ("model.n_layer=10", "optimizer.lr=1e-4", "duration.steps=4", "eval.every=2")
+OPTIONS += ("checkpoint.every=2",)
 
 
 @pytest.fixture
@@ -44,9 +44,11 @@ def test_a_compiled_run_is_the_eager_one(compiling, run_file, tmp_path):
     assert losses(compiled) == pytest.approx(losses(eager), rel=1e-4)
 
     sampled, other = metrics(compiled)[1:3]
-    for part in ("attention", "ffn.polynomial", "ffn.norm_out"):
+    for part in ("attention", "ffn.spectral", "ffn.projection"):
         assert sampled[f"time/block_09/{part}"] > 0
     assert 0 < sampled["sparsity/block_00/ffn.feedback"] < 1
+    assert sampled["routing/block_09/energy_entropy"] > 0
+    assert other["routing/block_09/load_max_over_mean"] > 1
     assert not any(tag.startswith("time/") for tag in other)
 
     shutil.copytree(compiled, again)
@@ -69,12 +71,14 @@ def test_a_dense_model_compiles_in_half_precision(compiling, run_file, tmp_path)
 
 
 @pytest.mark.long
-def test_compiled_blocks_may_be_recomputed(compiling, run_file, tmp_path):
-    full = ("compile=true", "activation_checkpointing=full", "model.dropout=0.1")
-    run(run_file, tmp_path / "plain", world_size=1)
-    run(run_file, tmp_path / "full", *full[:2], world_size=1)
+@pytest.mark.parametrize("ffn", ["light", "default"])
+def test_compiled_blocks_may_be_recomputed(compiling, run_file, tmp_path, ffn):
+    own, full = (f"model.ffn={ffn}",), ("compile=true", "activation_checkpointing=full")
+    run(run_file, tmp_path / "plain", *own, world_size=1)
+    run(run_file, tmp_path / "full", *own, *full, world_size=1)
     assert losses(tmp_path / "full") == pytest.approx(losses(tmp_path / "plain"), rel=1e-4)
     # With dropout: the masks of the second forward must be those of the first.
-    run(run_file, tmp_path / "dropout", full[0], full[2], world_size=1)
-    run(run_file, tmp_path / "both", *full, world_size=1)
+    own += ("model.dropout=0.1",)
+    run(run_file, tmp_path / "dropout", *own, full[0], world_size=1)
+    run(run_file, tmp_path / "both", *own, *full, world_size=1)
     assert losses(tmp_path / "both") == pytest.approx(losses(tmp_path / "dropout"), rel=1e-4)

@@ -1,3 +1,5 @@
+import math
+
 import pytest
 import torch
 
@@ -32,6 +34,18 @@ def test_a_sampled_step_has_the_time_of_every_component_and_what_was_used(model,
     assert {tag.split("/")[2] for tag in shares} == {"ffn.spectral", "ffn.feedback"}
     assert all(0 < share <= 1 for share in shares.values())
     assert shares["sparsity/block_00/ffn.spectral"] == pytest.approx(0.5, abs=0.05)
+
+
+def test_a_dictionarys_share_and_entropy_are_measured():
+    model = GPT(ModelConfig(**SIZES, ffn={"preset": "default", "spectral": {"blocks": 8}}))
+    profile = ComponentProfile(model, count_flops(model, batch=1, seq=16), torch.device("cpu"))
+    with profile.attached(sampled=True):
+        model(TOKENS, TOKENS)
+    found = profile.metrics()
+    for block in ("block_00", "block_01"):
+        assert found[f"sparsity/{block}/ffn.spectral"] == 0.25
+        assert 0.5 < found[f"routing/{block}/energy_entropy"] < math.log(8)
+    assert sum(int(each.spectral.loads.sum()) for each in (b.ffn for b in model.blocks)) == 192
 
 
 def test_other_steps_measure_nothing_and_run_as_before(model, profile):

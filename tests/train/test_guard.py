@@ -35,7 +35,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing(run_file, zero_st
     val = [row["val/loss"] for row in rows.values()]
     same = [step for step in range(1, 15) if val[step] == val[step - 1]]
     assert same == [6, 10]
-    assert val[14] < val[0] - 0.3
+    assert val[14] < val[0] - 0.2
     assert "step 6: skipped, loss nan" in outputs[0]
     assert "samples 80 to 95" in outputs[0]
 

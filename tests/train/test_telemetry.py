@@ -1,11 +1,13 @@
 """What a run says of itself."""
 
+import re
 from pathlib import Path
 
 import pytest
 import torch
 from ranks import exact, finish, metrics, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from sparse_gpt.config.load import load_config
 from sparse_gpt.model.costs import model_report
@@ -82,6 +84,31 @@ def test_rows_count_tokens_and_flops_and_are_drawn_against_compute(telemetry, tm
     events = board.Scalars("compute/train_loss")
     assert [event.step for event in events] == [round(row["gflops"]) for row in rows]
     assert [event.value for event in events] == [7.0, 6.0, 5.0]
+
+
+def layout(folder):
+    """The charts of a folder's custom scalars, by group."""
+    board = EventAccumulator(str(folder / "tensorboard"))
+    board.Reload()
+    [tensor] = board.Tensors("custom_scalars__config__")
+    found = Layout.FromString(tensor.tensor_proto.string_val[0])
+    return {
+        group.title: {chart.title: list(chart.multiline.tag) for chart in group.chart}
+        for group in found.category
+    }
+
+
+@pytest.mark.parametrize("ffn", ["default", "light", "dense"])
+def test_the_first_view_shows_losses_and_how_blocks_are_used(telemetry, tmp_path, ffn):
+    with telemetry(f"model.ffn={ffn}") as log:
+        log.log(0, {"val/loss": 6.9})
+    groups = layout(tmp_path)
+    assert list(groups) == ["Loss", *(["Routing"] if ffn == "default" else []), "Cost"]
+    if ffn == "default":
+        charted = [tag for tags in groups["Routing"].values() for tag in tags]
+        for name in ("load_max_over_mean", "dead_blocks", "energy_entropy"):
+            tag = f"routing/block_11/{name}"
+            assert sum(bool(re.fullmatch(each, tag)) for each in charted) == 1
 
 
 def test_other_ranks_say_nothing(telemetry, tmp_path, capsys):
