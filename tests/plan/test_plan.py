@@ -10,6 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from sparse_gpt import GPT, ModelConfig
 from sparse_gpt.config.load import load_config
 from sparse_gpt.errors import ConfigError
+from sparse_gpt.model.costs import parameter_counts
 from sparse_gpt.plan.memory import estimate, trace
 from sparse_gpt.plan.plan import RESERVED, largest_micro_batch, make_plan
 from sparse_gpt.train.gpus import GPUS
@@ -35,7 +36,7 @@ def really_kept(model, batch):
 
 
 @pytest.mark.parametrize("recompute", ["none", "selective", "full"])
-@pytest.mark.parametrize("ffn", ["dense", "default", "paper"])
+@pytest.mark.parametrize("ffn", ["dense", "default", "light", "paper"])
 def test_two_short_traces_tell_what_a_real_forward_keeps(ffn, recompute):
     config = ModelConfig.preset("tiny", ffn=ffn, **SIZES)
     traced = trace(config, "fp32", recompute)
@@ -46,8 +47,42 @@ def test_two_short_traces_tell_what_a_real_forward_keeps(ffn, recompute):
     assert 2 * (traced.ends + 3 * traced.block) == pytest.approx(real, rel=0.02)
 
 
+def test_a_dictionary_is_no_activation():
+    """What it keeps does not grow with its blocks, though the backward needs all of them."""
+    traces = []
+    for blocks in (8, 64):
+        ffn = {"preset": "default", "spectral": {"blocks": blocks}}
+        config = ModelConfig.preset("tiny", ffn=ffn, **SIZES)
+        traces.append(trace(config, "fp32", "none"))
+    few, many = traces
+    energies = (64 - 8) * SIZES["max_seq_len"] * 4
+    assert energies <= many.block - few.block < 2 * energies
+
+
+def test_what_a_dictionary_does_to_each_stage():
+    """Held against real steps in docs/memory.md."""
+
+    def planned(stage, *more):
+        options = ["model.ffn=default", "precision=fp32", "batch.micro_batch=16", *more]
+        return estimate(load_config(CONFIG, options), 8, stage)
+
+    parameters = 528_459_288
+    prefetch = "deepspeed.zero_optimization.stage3_prefetch_bucket_size=0"
+    reuse = "deepspeed.zero_optimization.stage3_max_reuse_distance"
+    held = {n: planned(3, prefetch, f"{reuse}={n}").parameters for n in (0, 2 * 10**8, 10**9)}
+    assert held[10**9] == 4 * (parameters // 8 + 5 * 10**8)
+    assert held[2 * 10**8] == 4 * (parameters // 8 + 10**8)
+    head, dictionary = 50_304 * 768, 2 * 64 * 384 * 768  # a block's comes whole
+    assert held[0] == 4 * (parameters // 8 + head + dictionary)
+    # ZeRO-2 holds the sum of the micro-batches before while it reduces the last one's gradients.
+    options = ["model={vocab_size: 4096, d_model: 384, n_head: 6}", "batch.micro_batch=4"]
+    small = load_config(ROOT / "configs/tiny-sparse.yaml", options)
+    assert estimate(small, 1, 2, "cpu").gradients == 2 * 4 * parameter_counts(small.model).total
+
+
 def test_states_are_shared_out_by_the_stage():
-    config = load_config(CONFIG)
+    reuse = "deepspeed.zero_optimization.stage3_max_reuse_distance=0"  # else ZeRO-3 keeps them all
+    config = load_config(CONFIG, [reuse])
     by_stage = {stage: estimate(config, 8, stage) for stage in (1, 2, 3)}
     parameters = 124_475_904
     assert by_stage[1].parameters == 2 * parameters
