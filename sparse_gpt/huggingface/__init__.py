@@ -4,7 +4,7 @@ Importing this room, which needs transformers 5, tells its Auto classes of the m
 `sparse_gpt2`. Without that they refuse a saved model, and so do transformers' own GPT-2 classes.
 """
 
-from sparse_gpt.huggingface.fit import FitError, fit_to_dense
+from sparse_gpt.huggingface.fit import FitError, balance, fit_to_dense
 from sparse_gpt.huggingface.replace import replace_ffn
 
-__all__ = ["FitError", "fit_to_dense", "replace_ffn"]
+__all__ = ["FitError", "balance", "fit_to_dense", "replace_ffn"]
