@@ -5,7 +5,7 @@ from functools import lru_cache
 
 import torch
 
-from sparse_gpt.model.config import ModelConfig
+from sparse_gpt.model.config import DictionaryConfig, ModelConfig, SparseFFNConfig
 from sparse_gpt.model.flops import FlopCount, FlopReport, count_flops
 from sparse_gpt.model.gpt import GPT
 
@@ -27,6 +27,17 @@ def parameter_counts(config: ModelConfig) -> tuple[int, int]:
     embeddings = sum(p.numel() for p in (model.wte.weight, model.wpe.weight))
     total = sum(p.numel() for p in model.parameters())
     return total, total - embeddings
+
+
+def active_parameters(config: ModelConfig) -> int:
+    """Parameters that a token uses: all but the blocks of a dictionary that it does not compute."""
+    idle = 0
+    if isinstance(config.ffn, SparseFFNConfig):
+        spectral = config.ffn.spectral
+        if isinstance(spectral, DictionaryConfig):
+            block = 2 * config.d_model * spectral.size(config.d_model)
+            idle = (spectral.blocks - spectral.top_k) * block
+    return parameter_counts(config)[0] - config.n_layer * idle
 
 
 def ffn_cost(block: Block) -> FlopCount:
