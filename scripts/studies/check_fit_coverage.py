@@ -33,13 +33,13 @@ from sparse_gpt.scaling import FamilyLaw, Points, bootstrap, fit_families
 
 TRUTH = FamilyLaw(
     families=("dense", "sparse"),
-    E=np.array(1.7),
+    E=np.full(2, 1.7),
     A=np.array([250.0, 200.0]),
     B=np.array([400.0, 370.0]),
     alpha=np.full(2, 0.35),
     beta=np.full(2, 0.30),
     flops_ratio=np.full(2, 3.0),
-    own_exponents=False,
+    kind="shared",
     objective=np.array(0.0),
     aicc=0.0,
     agreement=1.0,

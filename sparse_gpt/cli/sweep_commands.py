@@ -202,7 +202,7 @@ def _grid_table(sweep: "Sweep") -> Table:
     for column in ("family", "size", "learning rates"):
         table.add_column(column)
     table.add_column("FLOPs a token", justify="right")
-    for budget in config.budgets:
+    for budget in config.all_budgets:
         table.add_column(short(budget), justify="right")
     for family in config.families:
         for size in config.sizes:
@@ -210,7 +210,7 @@ def _grid_table(sweep: "Sweep") -> Table:
             steps = {cell.budget: cell for cell in cells}
             row = [
                 f"{steps[b].steps:,} ({steps[b].tokens_per_parameter:.3g})" if b in steps else "–"
-                for b in config.budgets
+                for b in config.all_budgets
             ]
             per_token = f"{cells[0].report.training / cells[0].report.seq:,.0f}" if cells else ""
             rates = ", ".join(f"{lr:g}" for lr in config.rates(family))

@@ -6,7 +6,7 @@ functions on arrays: reading runs and drawing plots happen elsewhere.
 """
 
 from .compare import Comparison, HeldOut, compare, held_out_error, predict_points
-from .families import FamilyLaw, Optimum, fit_families
+from .families import FamilyLaw, LawKind, Optimum, fit_families
 from .law import Law, Minima, fit_law, isoflop_minima
 from .measured import MeasuredMultiplier, measured_multiplier
 from .multiplier import Draws, Estimate, Multiplier, bootstrap, compute_multiplier
@@ -19,6 +19,7 @@ __all__ = [
     "FamilyLaw",
     "HeldOut",
     "Law",
+    "LawKind",
     "MeasuredMultiplier",
     "Minima",
     "Multiplier",

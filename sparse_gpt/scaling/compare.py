@@ -9,11 +9,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike
 
-from .families import FamilyLaw, fit_families, index_of
+from .families import FamilyLaw, LawKind, by_family, fit_families, index_of
 from .law import Minima, isoflop_minima
 from .measured import MeasuredMultiplier, measured_multiplier
 from .multiplier import Draws, Multiplier, bootstrap, multiplier_of
-from .points import Array, Points, ScalingError, best_learning_rates, seed_spread, usable
+from .points import Array, Points, ScalingError, best_learning_rates, cells, seed_spread, usable
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class HeldOut:
     mean_nats: float
 
 
-def held_out_error(points: Points, own_exponents: bool = False) -> HeldOut:
+def held_out_error(points: Points, kind: LawKind = "shared") -> HeldOut:
     """Fit the families' law without the largest budget, and predict that budget's losses.
 
     Raises ScalingError where what is left cannot be fitted, or misses a family.
@@ -42,7 +42,7 @@ def held_out_error(points: Points, own_exponents: bool = False) -> HeldOut:
     rest, held = points[~largest], points[largest]
     if not len(rest):
         raise ScalingError("without the largest budget no points are left")
-    law = fit_families(rest, own_exponents)
+    law = fit_families(rest, kind)
     predicted = predict_points(law, held)
     log, nats = np.log(predicted / held.loss), predicted - held.loss
     return HeldOut(
@@ -70,8 +70,9 @@ class Comparison:
 
     points: the results that were fitted: finite losses at the best learning rates.
     left_out: one line for each result, budget or question that could not be used.
-    shared, own: the law with one α, and with an α a family (None where it cannot be fitted).
-    chosen: "shared" or "own". reason: why, a sentence.
+    shared, own, separate: the law with one α, with an α a family, and of each family by itself
+        (own E, α and β too); the last two None where the points cannot determine them.
+    chosen: the name of one of these. reason: why, a sentence.
     held_out: by law, the prediction of the largest budget, where it can be made.
     minima: by family, its isoFLOP minima, sizes in parameters; mean loss over seeds.
     multipliers: by family other than the baseline, from the chosen law.
@@ -85,9 +86,10 @@ class Comparison:
     left_out: tuple[str, ...]
     shared: FamilyLaw
     own: FamilyLaw | None
-    chosen: str
+    separate: FamilyLaw | None
+    chosen: LawKind
     reason: str
-    held_out: dict[str, HeldOut]
+    held_out: dict[LawKind, HeldOut]
     minima: dict[str, Minima]
     multipliers: dict[str, Multiplier]
     measured: dict[str, MeasuredMultiplier]
@@ -97,7 +99,9 @@ class Comparison:
     @property
     def law(self) -> FamilyLaw:
         """The chosen law."""
-        return self.own if self.chosen == "own" and self.own is not None else self.shared
+        law = {"shared": self.shared, "own": self.own, "separate": self.separate}[self.chosen]
+        assert law is not None
+        return law
 
     def frontier_band(self, family: str, flops: ArrayLike, level: float = 80.0) -> Array:
         """The interval of L*(C), nats: shape (2, flops), low and high, at a level in percent."""
@@ -118,25 +122,31 @@ def compare(
     points: any results; those without a finite loss and those at other than the best learning
         rate of their (family, size, budget) are left out here.
     Exponents of its own are kept for a family only where both AICc and the prediction of the
-    largest budget prefer them: AICc alone counts points of one trunk as independent.
+    largest budget prefer them: AICc alone counts points of one trunk as independent. Families are
+    fitted by themselves only where that predicts the largest budget better than both other laws
+    do, and where each has two (size, budget) or more a coefficient.
     Raises ScalingError as `fit_families` and `bootstrap` do, and for a missing baseline.
     """
     finite, left_out = usable(points)
     best = best_learning_rates(finite)
     index_of(best.families, baseline)
     shared = fit_families(best)
-    own: FamilyLaw | None = None
-    held_out: dict[str, HeldOut] = {}
-    try:
-        own = fit_families(best, own_exponents=True)
-    except ScalingError as error:
-        left_out.append(f"no exponents a family: {error}")
-    for name in ("shared", "own") if own is not None else ("shared",):
+    laws: dict[LawKind, FamilyLaw] = {"shared": shared}
+    others: tuple[LawKind, ...] = ("own", "separate") if len(best.families) > 1 else ()
+    for kind in others:
         try:
-            held_out[name] = held_out_error(best, name == "own")
+            if kind == "separate":
+                _check_alone(best)
+            laws[kind] = fit_families(best, kind)
         except ScalingError as error:
-            left_out.append(f"no prediction of the largest budget, {name} exponents: {error}")
-    chosen, reason = _choose(shared, own, held_out)
+            left_out.append(f"{_NAMES[kind]}: {error}")
+    held_out: dict[LawKind, HeldOut] = {}
+    for kind in laws:
+        try:
+            held_out[kind] = held_out_error(best, kind)
+        except ScalingError as error:
+            left_out.append(f"prediction of the largest budget, {_NAMES[kind]}: {error}")
+    chosen, reason = _choose(laws, held_out)
     minima = {}
     for family in best.families:
         minima[family] = _family_minima(best[best.family == family])
@@ -148,14 +158,15 @@ def compare(
                 measured[family] = measured_multiplier(best, baseline, family, seed=seed)
         except ScalingError as error:
             left_out.append(f"{family}, multiplier from the isoFLOP minima: {error}")
-    law = own if chosen == "own" and own is not None else shared
+    law = laws[chosen]
     draws = bootstrap(best, law, n_bootstrap, seed)
     return Comparison(
         baseline=baseline,
         points=best,
         left_out=tuple(left_out),
         shared=shared,
-        own=own,
+        own=laws.get("own"),
+        separate=laws.get("separate"),
         chosen=chosen,
         reason=reason,
         held_out=held_out,
@@ -171,26 +182,53 @@ def compare(
     )
 
 
+_NAMES: dict[LawKind, str] = {
+    "shared": "shared exponents",
+    "own": "an α a family",
+    "separate": "each family by itself",
+}
+# E, A, B, α and β, of one family.
+_COEFFICIENTS = 5
+
+
+def _check_alone(points: Points) -> None:
+    """ScalingError where a family has too few results for coefficients that nothing else shares."""
+    for mine in by_family(points):
+        number = len(set(cells(mine)))
+        if number < 2 * _COEFFICIENTS:
+            raise ScalingError(
+                f"family {mine.families[0]!r} has {number} sizes and budgets, "
+                f"{_COEFFICIENTS} coefficients need {2 * _COEFFICIENTS}"
+            )
+
+
 def _choose(
-    shared: FamilyLaw, own: FamilyLaw | None, held_out: dict[str, HeldOut]
-) -> tuple[str, str]:
+    laws: dict[LawKind, FamilyLaw], held_out: dict[LawKind, HeldOut]
+) -> tuple[LawKind, str]:
     """Which law, and why."""
-    if len(shared.families) == 1:
+    if len(laws["shared"].families) == 1:
         return "shared", "There is one family, so nothing to share."
-    if own is None:
-        return "shared", "Shared exponents: the points cannot determine an α a family."
-    aicc = f"AICc {own.aicc:.1f} with an α a family, {shared.aicc:.1f} with one"
-    if set(held_out) != {"shared", "own"}:
-        return "shared", f"Shared exponents: the largest budget cannot be predicted ({aicc})."
-    error = (
-        f"largest budget predicted within {held_out['own'].rms_nats:.4f} nats rms against "
-        f"{held_out['shared'].rms_nats:.4f}"
+    if len(laws) == 1:
+        return "shared", "Shared exponents: the points cannot determine more."
+    facts = "AICc " + ", ".join(f"{law.aicc:.1f} with {_NAMES[k]}" for k, law in laws.items())
+    if "shared" not in held_out or len(held_out) == 1:
+        return "shared", f"Shared exponents: the largest budget cannot be predicted ({facts})."
+    facts += "; largest budget predicted within " + ", ".join(
+        f"{held.rms_nats:.4f} nats rms with {_NAMES[kind]}" for kind, held in held_out.items()
     )
-    better = own.aicc < shared.aicc, held_out["own"].rms_log < held_out["shared"].rms_log
+    best = min(held_out, key=lambda kind: held_out[kind].rms_log)
+    if best == "separate":
+        return best, f"Each family by itself: it predicts the largest budget best ({facts})."
+    if "own" not in held_out:
+        return "shared", f"Shared exponents: they predict the largest budget best ({facts})."
+    better = (
+        laws["own"].aicc < laws["shared"].aicc,
+        held_out["own"].rms_log < held_out["shared"].rms_log,
+    )
     if all(better):
-        return "own", f"An α a family: both tests prefer it ({aicc}; {error})."
+        return "own", f"An α a family: both tests prefer it to shared exponents ({facts})."
     verdict = "one test of two prefers" if any(better) else "neither test prefers"
-    return "shared", f"Shared exponents: {verdict} an α a family ({aicc}; {error})."
+    return "shared", f"Shared exponents: {verdict} an α a family ({facts})."
 
 
 def _family_minima(mine: Points) -> Minima:

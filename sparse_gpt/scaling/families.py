@@ -2,14 +2,16 @@
 
     L_f(M, D) = E + A_f / M^α + B_f / D^β
 
-E, the entropy of the data, and the exponents are shared; each family f has its own A and B.
+E, the entropy of the data, and the exponents are shared; each family f has its own A and B. Where
+that does not hold, families have an α of their own, or share nothing (`LawKind`).
 Parameters are no common measure of models that use them differently; FLOPs are what is paid.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 from numpy.typing import ArrayLike
@@ -19,6 +21,9 @@ from scipy.special import erf
 from .law import check_grid, positive_columns
 from .points import Array, Points, ScalingError
 from .problem import HUBER_DELTA, LawProblem
+
+LawKind = Literal["shared", "own", "separate"]
+"""What families share: E, α and β; E and β, with an α of their own; nothing."""
 
 
 class Optimum(NamedTuple):
@@ -33,17 +38,18 @@ class Optimum(NamedTuple):
 class FamilyLaw:
     """L_f(M, D) = E + A_f/M^α_f + B_f/D^β_f, nats a token, with one entry a family.
 
-    A set of bootstrap draws is the same object with a leading axis of draws: E of shape (draws,),
-    A, B, alpha, beta, flops_ratio of shape (draws, families). Methods then take scalars or 1-D
-    arrays and put the draws first.
+    E, A, B, alpha, beta, flops_ratio: (families,), with equal entries for what is shared. A set of
+    bootstrap draws is the same object with a leading axis of draws: (draws, families), and
+    objective (draws,). Methods then take scalars or 1-D arrays and put the draws first.
 
-    own_exponents: whether α is each family's own (β is always shared).
+    kind: what is shared.
     flops_ratio: k, training FLOPs of a token over its forward FLOPs, about 3.
     objective: 1e3 × Σ Huber_{1e-3}(log residual).
     aicc: corrected Akaike criterion of the Huber density exp(−Huber(r)/s)/Z(s), the error model
         whose maximum-likelihood fit this is; s is a parameter too. It takes points as independent;
         those that share a trunk are not, so it leans to more parameters than it should.
-    agreement: the share of starts that ended at this optimum.
+        Of separate fits it is their sum, with an s for each.
+    agreement: the share of starts that ended at this optimum; of separate fits the smallest.
     """
 
     families: tuple[str, ...]
@@ -53,7 +59,7 @@ class FamilyLaw:
     alpha: Array
     beta: Array
     flops_ratio: Array
-    own_exponents: bool
+    kind: LawKind
     objective: Array
     aicc: float
     agreement: float
@@ -107,20 +113,53 @@ class FamilyLaw:
     def _of(self, family: str, ndim: int) -> list[Array]:
         """E, A, B, α, β, k of a family, with `ndim` axes appended to broadcast against."""
         at = index_of(self.families, family)
-        rows = (self.A, self.B, self.alpha, self.beta, self.flops_ratio)
-        chosen = [self.E, *(row[..., at] for row in rows)]
+        rows = (self.E, self.A, self.B, self.alpha, self.beta, self.flops_ratio)
+        chosen = [row[..., at] for row in rows]
         return [np.reshape(value, np.shape(value) + (1,) * ndim) for value in chosen]
 
+    def alone(self, family: str) -> FamilyLaw:
+        """One family of a separate fit, as the fit of its points that it was (but for `aicc`)."""
+        at = index_of(self.families, family)
+        columns: dict[str, Any] = {name: getattr(self, name)[..., [at]] for name in _COLUMNS}
+        return replace(self, families=(family,), kind="shared", **columns)
 
-def fit_families(points: Points, own_exponents: bool = False) -> FamilyLaw:
+    @classmethod
+    def side_by_side(cls, laws: Sequence[FamilyLaw]) -> FamilyLaw:
+        """Fits of a family each, or equally many draws of each, as one law that shares nothing."""
+        columns: dict[str, Any] = {
+            name: np.concatenate([getattr(law, name) for law in laws], axis=-1) for name in _COLUMNS
+        }
+        return cls(
+            families=tuple(family for law in laws for family in law.families),
+            kind="separate",
+            objective=np.sum([law.objective for law in laws], axis=0),
+            aicc=sum(law.aicc for law in laws),
+            agreement=min(law.agreement for law in laws),
+            **columns,
+        )
+
+
+_COLUMNS = ("E", "A", "B", "alpha", "beta", "flops_ratio")
+
+
+def fit_families(points: Points, kind: LawKind = "shared") -> FamilyLaw:
     """Fit the families' law to points with finite losses at their best learning rates.
 
-    own_exponents: give each family its own α.
-    Raises ScalingError as `fit_law` does, and for a family with fewer than 2 sizes or 2 token
-    counts (3 sizes with an own α): its A and B would be undetermined.
+    Raises ScalingError as `fit_law` does, for each family alone where nothing is shared; otherwise
+    for a family with fewer than 2 sizes or 2 token counts (3 sizes with an own α): its A and B
+    would be undetermined.
     """
-    fit = FamilyFit(points, own_exponents)
+    if kind == "separate":
+        return FamilyLaw.side_by_side([fit_families(p) for p in by_family(points)])
+    fit = FamilyFit(points, own_exponents=kind == "own")
     return fit.law(*fit.problem.solve(fit.problem.starts()))
+
+
+def by_family(points: Points) -> list[Points]:
+    """The points of each family; ScalingError where there are none."""
+    if not len(points):
+        raise ScalingError("there are no points")
+    return [points[points.family == family] for family in points.families]
 
 
 class FamilyFit:
@@ -156,8 +195,8 @@ class FamilyFit:
         """The parameters of a law of these families, to start from; the inverse of `law`."""
         a = np.log(law.A) - law.alpha * self.center[0]
         b = np.log(law.B) - law.beta * self.center[1]
-        alpha = law.alpha if law.own_exponents else law.alpha[:1]
-        return np.concatenate([[np.log(law.E)], a, b, np.log(alpha), np.log(law.beta[:1])])
+        alpha = law.alpha if law.kind == "own" else law.alpha[:1]
+        return np.concatenate([np.log(law.E[:1]), a, b, np.log(alpha), np.log(law.beta[:1])])
 
     def law(self, theta: Array, objective: float, agreement: float) -> FamilyLaw:
         """The law at an optimum."""
@@ -165,13 +204,13 @@ class FamilyFit:
         alpha = np.broadcast_to(alpha, a.shape).copy()
         return FamilyLaw(
             families=self.families,
-            E=np.asarray(np.exp(e)),
+            E=np.full(a.shape, np.exp(e)),
             A=np.exp(a + alpha * self.center[0]),
             B=np.exp(b + beta * self.center[1]),
             alpha=alpha,
             beta=np.full(a.shape, beta),
             flops_ratio=self.ratio,
-            own_exponents=self.problem.own_alpha,
+            kind="own" if self.problem.own_alpha else "shared",
             objective=np.asarray(objective),
             aicc=_aicc(objective, len(self.problem.weight), len(theta) + 1),
             agreement=agreement,
@@ -194,7 +233,8 @@ def _check_families(points: Points, own_exponents: bool) -> None:
     if len(set(points.budget.tolist())) < 2:
         raise ScalingError("all points are of one budget, the law needs 2 or more")
     parameters = 2 + 2 * len(points.families) + (len(points.families) if own_exponents else 1)
-    check_grid(points.forward_flops, points.tokens, parameters)
+    who = f"family {points.families[0]!r}" if len(points.families) == 1 else "the points"
+    check_grid(points.forward_flops, points.tokens, parameters, who)
     sizes_needed = 3 if own_exponents else 2
     for family in points.families:
         mine = points[points.family == family]

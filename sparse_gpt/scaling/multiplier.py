@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-from .families import FamilyFit, FamilyLaw, fit_families, index_of
+from .families import FamilyFit, FamilyLaw, LawKind, by_family, fit_families, index_of
 from .points import Array, Points, ScalingError
 
 _GRID = 33
@@ -109,7 +109,7 @@ def compute_multiplier(
     family: str = "sparse",
     n_bootstrap: int = 1000,
     seed: int = 0,
-    own_exponents: bool = False,
+    kind: LawKind = "shared",
 ) -> Multiplier:
     """Fit all families of the points and compare two of them.
 
@@ -118,7 +118,7 @@ def compute_multiplier(
     """
     for name in (baseline, family):
         index_of(points.families, name)
-    law = fit_families(points, own_exponents)
+    law = fit_families(points, kind)
     draws = bootstrap(points, law, n_bootstrap, seed)
     return multiplier_of(points, law, draws, baseline, family)
 
@@ -129,10 +129,20 @@ def bootstrap(points: Points, law: FamilyLaw, n_bootstrap: int = 1000, seed: int
     points: those that `law` was fitted to. A draw's losses are the fitted ones, plus or minus the
     errors of each trunk: one sign by chance for all its points, since points that were cooled down
     from one trunk share its noise. Each refit starts at the full fit and at two others.
+    Of a separate law each family is drawn by itself.
     Raises ScalingError for a family with fewer than 3 trunks.
     """
+    if law.kind == "separate":
+        return _side_by_side(
+            [
+                bootstrap(mine, law.alone(family), n_bootstrap, seed + number)
+                for number, (family, mine) in enumerate(
+                    zip(points.families, by_family(points), strict=True)
+                )
+            ]
+        )
     trunks, shrink = _trunks(points)
-    fit = FamilyFit(points, law.own_exponents)
+    fit = FamilyFit(points, law.kind == "own")
     best = fit.theta(law)
     starts = [best, best + _shift(best, -0.3, -0.3), best + _shift(best, 0.1, 0.3)]
 
@@ -158,6 +168,18 @@ def bootstrap(points: Points, law: FamilyLaw, n_bootstrap: int = 1000, seed: int
     clusters = {f: len(set(points.trunk[points.family == f].tolist())) for f in points.families}
     seconds = _draw_seconds(points, trunks, sign * shrink)
     return Draws(replace(law, **stacked, agreement=agreement), seconds, clusters)
+
+
+def _side_by_side(drawn: list[Draws]) -> Draws:
+    """Draws of a family each, as draws of all."""
+    law = FamilyLaw.side_by_side([one.law for one in drawn])
+    clusters = {family: number for one in drawn for family, number in one.clusters.items()}
+    known = [one.seconds for one in drawn if one.seconds is not None]
+    if len(known) < len(drawn):
+        return Draws(law, None, clusters)
+    columns = ([getattr(one, name) for one in known] for name in ("slope", "intercept"))
+    seconds = Seconds(law.families, *(np.concatenate(column, axis=1) for column in columns))
+    return Draws(law, seconds, clusters)
 
 
 def _draw_seconds(points: Points, trunks: NDArray[np.bool_], factor: Array) -> Seconds | None:

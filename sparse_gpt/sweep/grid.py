@@ -3,6 +3,7 @@
 With a `wsd` schedule the budgets of one family, size, learning rate and seed share their work: the
 largest budget's run is the trunk, and each smaller one forks from its checkpoint where its own
 cool-down starts (Hägele et al. 2024). A fork equals the same run trained alone, bit for bit.
+Budgets in several lists share work within each list: results of one trunk share its noise, too.
 """
 
 import json
@@ -11,7 +12,7 @@ from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -29,6 +30,7 @@ from sparse_gpt.train.schedule import fall_start
 class Limits(Section):
     """Runs outside these are left out of the grid."""
 
+    # Of the parameters that a token uses (`active_parameters`).
     tokens_per_parameter: tuple[float, float] = Field((0.0, math.inf), strict=False)
     epochs: float = Field(4.0, gt=0)  # Muennighoff et al. 2023: up to 4 are as good as new tokens
 
@@ -46,7 +48,8 @@ class SweepConfig(Section):
     run: dict[str, Any]  # what all runs share, as in a run file
     families: dict[str, dict[str, Any]] = Field(min_length=1)  # name -> overrides
     sizes: dict[str, dict[str, Any]] = Field(min_length=1)  # name -> overrides
-    budgets: list[float] = Field(min_length=1)  # training FLOPs of a run, logits counted
+    # Training FLOPs of a run, logits counted; budgets of one inner list share a trunk.
+    budgets: list[float] | list[list[float]]
     lr: list[float] | dict[str, list[float]]  # peak learning rates, for all or by family
     seeds: list[int] = Field([0], min_length=1)
     baseline: str  # the family that the others are compared with
@@ -65,13 +68,26 @@ class SweepConfig(Section):
                 if name not in self.families:
                     families = ", ".join(self.families)
                     raise ValueError(f"{key}: there is no family {name!r}; there are {families}")
-        for key in ("budgets", "seeds"):
-            values = getattr(self, key)
+        if not all(self.budget_lists):
+            raise ValueError(f"budgets: {self.budgets} has an empty list")
+        for key, values in (("budgets", self.all_budgets), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{key}: {values} has a value twice")
-        if min(self.budgets) <= 0:
-            raise ValueError(f"budgets: {min(self.budgets):g} must be above 0")
+        if min(self.all_budgets) <= 0:
+            raise ValueError(f"budgets: {min(self.all_budgets):g} must be above 0")
         return self
+
+    @property
+    def budget_lists(self) -> list[list[float]]:
+        """The budgets that share a trunk, list by list."""
+        if self.budgets and isinstance(self.budgets[0], list):
+            return self.budgets
+        return [cast(list[float], self.budgets)]
+
+    @property
+    def all_budgets(self) -> list[float]:
+        """The budgets of all lists."""
+        return [budget for budgets in self.budget_lists for budget in budgets]
 
     def rates(self, family: str) -> list[float]:
         """The peak learning rates to try for a family."""
@@ -116,7 +132,8 @@ class Cell:
 
     @property
     def tokens_per_parameter(self) -> float:
-        return self.tokens / parameter_counts(self.config.model).total
+        """Of the parameters that a token uses."""
+        return self.tokens / parameter_counts(self.config.model).active
 
     @property
     def training_flops(self) -> float:
@@ -160,7 +177,8 @@ def read_sweep(path: Path, out: Path | None = None) -> Sweep:
         for size in config.sizes
         for lr in config.rates(family)
         for seed in config.seeds
-        for chain in grid.chains(family, size, lr, seed)
+        for budgets in config.budget_lists
+        for chain in grid.chains(family, size, lr, seed, budgets)
     ]
     if not chains:
         raise ConfigError(f"{path}: every run is left out; the first: {next(iter(grid.left_out))}")
@@ -176,13 +194,17 @@ class _Grid:
     data_tokens: int | None
     left_out: Counter[str] = field(default_factory=Counter)
 
-    def chains(self, family: str, size: str, lr: float, seed: int) -> list[list[Cell]]:
+    def chains(
+        self, family: str, size: str, lr: float, seed: int, budgets: list[float]
+    ) -> list[list[Cell]]:
         """One chain of a trunk and its forks; a chain a run where the schedule lets none share."""
         shape = {**self.config.families[family], **self.config.sizes[size]}
         changes = {**shape, "optimizer.lr": lr, "seed": seed}
         name = f"{family}-{size}-lr{lr:g}-s{seed}"
+        several = len(self.config.budget_lists) > 1
+        chain = f"{name}-{short(max(budgets))}" if several else name
         cells: list[Cell] = []
-        for budget in sorted(self.config.budgets, reverse=True):
+        for budget in sorted(budgets, reverse=True):
             label = f"{name}-{short(budget)}"
             run = self._run({**changes, "run_dir": str(self.out / "runs" / label)})
             report = model_report(run.model)
@@ -194,7 +216,7 @@ class _Grid:
             shares = run.schedule.kind == "wsd"
             cells.append(
                 Cell(
-                    chain=name if shares else label,
+                    chain=chain if shares else label,
                     family=family,
                     size=size,
                     lr=lr,
@@ -205,7 +227,7 @@ class _Grid:
                     fork_step=fall_start(steps, run.schedule) if shares and cells else None,
                 )
             )
-        if not cells or cells[0].chain != name:
+        if not cells or cells[0].config.schedule.kind != "wsd":
             return [[cell] for cell in cells]
         trunk, *forks = cells
         at = tuple(sorted(fork.fork_step or 0 for fork in forks))
@@ -220,7 +242,7 @@ class _Grid:
 
     def _unfit(self, run: RunConfig, steps: int) -> str | None:
         """Why a run is left out, or None."""
-        parameters = parameter_counts(run.model).total
+        parameters = parameter_counts(run.model).active
         tokens, limits = steps * run.batch.global_tokens, self.config.limits
         warmup = run.schedule.warmup_steps
         if (fall_start(steps, run.schedule) if run.schedule.kind == "wsd" else steps) <= warmup:

@@ -265,8 +265,7 @@ def _draw_estimate(writer: SummaryWriter, tag: str, estimate: Estimate, flops: A
 def _coefficients(comparison: Comparison, family: str) -> dict[str, float]:
     law = comparison.law
     at = law.families.index(family)
-    per_family = {name: float(getattr(law, name)[at]) for name in ("A", "B", "alpha", "beta")}
-    found = {"E": float(law.E), **per_family}
+    found = {name: float(getattr(law, name)[at]) for name in ("E", "A", "B", "alpha", "beta")}
     if family in comparison.multipliers:
         found["multiplier_at_reference"] = float(
             comparison.multipliers[family].reference_compute.value
@@ -281,9 +280,7 @@ def coefficients(comparison: Comparison) -> str:
     for at, family in enumerate(comparison.law.families):
         cells = []
         for name in ("E", "A", "B", "alpha", "beta"):
-            value, draws = getattr(comparison.law, name), getattr(drawn, name)
-            if name != "E":
-                value, draws = value[at], draws[:, at]
+            value, draws = getattr(comparison.law, name)[at], getattr(drawn, name)[:, at]
             low, high = np.percentile(draws, [10, 90])
             cells.append(f"{float(value):.4g} ({low:.3g} to {high:.3g})")
         lines.append(f"| {family} | {' | '.join(cells)} |")

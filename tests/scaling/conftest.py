@@ -6,16 +6,18 @@ import pytest
 from sparse_gpt.scaling import FamilyLaw, Points
 
 
-def make_law(alpha=(0.35, 0.35), families=("dense", "sparse")):
+def make_law(alpha=(0.35, 0.35), families=("dense", "sparse"), entropy=(1.7, 1.7)):
     return FamilyLaw(
         families=families,
-        E=np.array(1.7),
+        E=np.array(entropy),
         A=np.array([250.0, 200.0]),
         B=np.array([400.0, 370.0]),
         alpha=np.array(alpha),
         beta=np.array([0.3, 0.3]),
         flops_ratio=np.array([3.0, 2.9]),
-        own_exponents=alpha[0] != alpha[1],
+        kind=(
+            "separate" if entropy[0] != entropy[1] else "own" if alpha[0] != alpha[1] else "shared"
+        ),
         objective=np.array(0.0),
         aicc=0.0,
         agreement=1.0,

@@ -17,11 +17,18 @@ from sparse_gpt.scaling import (
 )
 from sparse_gpt.scaling.multiplier import fit_seconds
 
+OTHER = {
+    "shared": {},
+    "own": {"alpha": (0.35, 0.3)},
+    "separate": {"alpha": (0.35, 0.3), "entropy": (1.7, 1.5)},
+}
 
-@pytest.mark.parametrize("alpha", [(0.35, 0.35), (0.35, 0.3)], ids=["shared", "own"])
-def test_noise_free_families_are_recovered(true_law, sweep, alpha):
-    true = true_law(alpha)
-    law = fit_families(sweep(true), own_exponents=true.own_exponents)
+
+@pytest.mark.parametrize("kind", OTHER)
+def test_noise_free_families_are_recovered(true_law, sweep, kind):
+    true = true_law(**OTHER[kind])
+    law = fit_families(sweep(true), kind)
+    assert law.kind == true.kind == kind
     for name in ("E", "A", "B", "alpha", "beta", "flops_ratio"):
         np.testing.assert_allclose(getattr(law, name), getattr(true, name), rtol=1e-3)
     assert law.agreement == 1
@@ -90,7 +97,8 @@ def test_draws_are_reproducible_and_bracket_the_fit(noisy):
     again = bootstrap(noisy, law, 5, seed=3)
     np.testing.assert_array_equal(draws.law.alpha[:5], again.law.alpha)
     assert draws.law.alpha.shape == (40, 2)
-    assert draws.law.E.shape == (40,)
+    assert draws.law.E.shape == (40, 2)
+    np.testing.assert_array_equal(draws.law.E[:, 0], draws.law.E[:, 1])
     assert draws.clusters == {"dense": 12, "sparse": 12}
     assert draws.law.agreement > 0.95
     assert (draws.law.alpha.min(axis=0) < law.alpha).all()
@@ -133,7 +141,9 @@ def test_compare_says_everything_in_plain_json(noisy):
     plain = json.loads(json.dumps(got.to_dict(), allow_nan=False))
     assert got.chosen == "shared"
     assert set(got.multipliers) == {"sparse"}
-    assert set(got.held_out) == {"shared", "own"}
+    assert set(got.held_out) == {"shared", "own", "separate"}
+    assert set(got.measured) == {"sparse"}
+    assert len(plain["measured"]["sparse"]["compute"]["value"]) == 4
     assert set(got.minima) == {"dense", "sparse"}
     assert len(got.points) == len(noisy) - 1
     assert "loss is nan" in got.left_out[0]
@@ -151,8 +161,52 @@ def test_compare_keeps_exponents_that_differ(true_law, sweep):
     points = sweep(true_law((0.35, 0.25)), own_noise=0.001, seeds=1)
     got = compare(points, n_bootstrap=2)
     assert got.chosen == "own"
-    assert got.law.own_exponents
+    assert got.law.kind == "own"
     assert "both tests" in got.reason
+
+
+def test_compare_fits_families_by_themselves_where_that_predicts_best(true_law, sweep):
+    points = sweep(true_law((0.35, 0.25), entropy=(1.7, 2.0)), own_noise=0.001, seeds=1, sizes=6)
+    got = compare(points, n_bootstrap=3)
+    assert got.chosen == "separate"
+    assert got.law is got.separate
+    assert "Each family by itself: it predicts the largest budget best" in got.reason
+    rms = {kind: held.rms_log for kind, held in got.held_out.items()}
+    assert rms["separate"] == min(rms.values())
+    np.testing.assert_allclose(got.law.E, [1.7, 2.0], atol=0.15)
+    assert got.draws.law.E.shape == got.draws.law.beta.shape == (3, 2)
+    assert got.draws.law.kind == "separate"
+    assert got.draws.clusters == {"dense": 6, "sparse": 6}
+    assert got.draws.seconds.slope.shape == (3, 2)
+    json.dumps(got.to_dict(), allow_nan=False)
+
+
+def test_separate_draws_are_those_of_each_family(true_law, sweep):
+    points = sweep(true_law(entropy=(1.7, 2.0)), own_noise=0.001)
+    law = fit_families(points, "separate")
+    draws = bootstrap(points, law, 4, seed=5)
+    sparse = points[points.family == "sparse"]
+    alone = bootstrap(sparse, fit_families(sparse), 4, seed=6)
+    for name in ("E", "A", "B", "alpha", "beta"):
+        got, expected = getattr(draws.law, name)[:, 1], getattr(alone.law, name)[:, 0]
+        np.testing.assert_allclose(got, expected)
+    low, high = draws.law.E.min(axis=0), draws.law.E.max(axis=0)
+    assert (low < law.E).all()
+    assert (high > law.E).all()
+    assert draws.law.predict("sparse", 1e6, [1e9, 2e9]).shape == (4, 2)
+
+
+def test_a_family_of_few_points_is_not_fitted_by_itself(true_law, sweep):
+    points = sweep(true_law((0.35, 0.25), entropy=(1.7, 2.0)), own_noise=0.001, seeds=1)
+    few = points[(points.family == "dense") | (np.arange(len(points)) % 4 % 3 > 0)]
+    few = few[(few.family == "dense") | (few.forward_flops > 1.1e6)]
+    got = compare(few, n_bootstrap=2)
+    assert got.separate is None
+    assert got.chosen != "separate"
+    assert any(
+        "by itself: family 'sparse' has 6 sizes and budgets, 5 coefficients need 10" in line
+        for line in got.left_out
+    )
 
 
 def test_compare_of_one_family_fits_it(exact):

@@ -20,6 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sparse_gpt.data import open_shards
 from sparse_gpt.errors import ConfigError
+from sparse_gpt.model.costs import active_parameters, parameter_counts
 from sparse_gpt.sweep.collect import point_rows
 from sparse_gpt.sweep.execute import slurm_script
 from sparse_gpt.sweep.grid import read_sweep
@@ -78,6 +79,49 @@ def test_the_grid_shares_trunks_and_says_what_it_leaves_out(sweep_tree, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.parametrize("kind", ["wsd", "cosine"])
+def test_budgets_in_lists_share_trunks_within_a_list(sweep_tree, tmp_path, kind):
+    sweep_tree["run"]["schedule"]["kind"] = kind
+    flat = read_sweep(write(sweep_tree | {"budgets": [2e9, 4e9]}, tmp_path / "s.yaml"))
+    one = read_sweep(write(sweep_tree | {"budgets": [[2e9, 4e9]]}, tmp_path / "s.yaml"))
+    assert one.chains == flat.chains
+    lists = [[4e9, 2e9], [8e9], [16e9, 12e9]]
+    sweep = read_sweep(write(sweep_tree | {"budgets": lists}, tmp_path / "s.yaml"))
+    chains = {chain[0].chain: chain for chain in sweep.chains if chain[0].family == "dense"}
+    every = ["4e09", "2e09", "8e09", "1.6e10", "1.2e10"]
+    trunks = ["4e09", "8e09", "1.6e10"] if kind == "wsd" else every
+    assert list(chains) == [f"dense-d32-lr0.003-s0-{largest}" for largest in trunks]
+    names = [cell.name for cell in sweep.cells]
+    assert names[:5] == [f"dense-d32-lr0.003-s0-{budget}" for budget in every]
+    assert len(set(names)) == len(names) == 10
+    for chain in sweep.chains:
+        trunk, *forks = chain
+        assert trunk.fork_step is None
+        assert {cell.chain for cell in chain} == {trunk.chain}
+        assert trunk.config.checkpoint.at == tuple(fork.fork_step for fork in forks)
+        assert trunk.budget == max(cell.budget for cell in chain)
+
+
+def test_a_limit_counts_the_parameters_that_a_token_uses(sweep_tree, tmp_path):
+    sweep = read_sweep(write(sweep_tree, tmp_path / "s.yaml"))
+    dense, sparse = (next(c for c in sweep.cells if c.family == f) for f in ("dense", "sparse"))
+    assert dense.tokens_per_parameter == dense.tokens / parameter_counts(dense.config.model)[0]
+    model = sparse.config.model
+    active = active_parameters(model)
+    spectral = model.ffn.spectral
+    k = spectral.top_k
+    only = model.ffn.model_copy(update={"spectral": spectral.model_copy(update={"blocks": k})})
+    router = model.n_layer * model.d_model * (spectral.blocks - k)
+    assert active == parameter_counts(model.model_copy(update={"ffn": only}))[0] + router
+    assert active < parameter_counts(model)[0]
+    assert sparse.tokens_per_parameter == sparse.tokens / active
+    ratio = sparse.tokens_per_parameter
+    for limits, kept in (([0, ratio * 1.01], 1), ([0, ratio * 0.99], 0)):
+        change = {"limits": {"tokens_per_parameter": limits}, "budgets": [sparse.budget]}
+        found = read_sweep(write(sweep_tree | change, tmp_path / "s.yaml"))
+        assert sum(cell.family == "sparse" for cell in found.cells) == kept
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
@@ -86,6 +130,10 @@ def test_the_grid_shares_trunks_and_says_what_it_leaves_out(sweep_tree, tmp_path
         ({"lr": {"dense": [1e-3]}}, "lr: names no learning rates for family 'sparse'"),
         ({"seeds": [1, 1]}, "seeds: [1, 1] has a value twice"),
         ({"budgets": [-1.0]}, "budgets: -1 must be above 0"),
+        ({"budgets": []}, "budgets: [] has an empty list"),
+        ({"budgets": [[1e9], []]}, "budgets: [[1000000000.0], []] has an empty list"),
+        ({"budgets": [[1e9, 2e9], [2e9]]}, "[1000000000.0, 2000000000.0, 2000000000.0] has a"),
+        ({"budgets": ["much"]}, "budgets"),
         ({"sizes": {"d9": {"model.d_model": 9}}}, "d_model 9"),
         ({"sizes": {"x": {"model.width": 9}}}, "model.width: unknown key"),
         (
