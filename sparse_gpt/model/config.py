@@ -48,6 +48,8 @@ class DenseFFNConfig(Part):
 class SpectralConfig(Part):
     """The 2-D DCT over the channels reshaped (p, q), then a selection of coefficients."""
 
+    kind: Literal["dct"] = "dct"
+    """Which of the two spectra it is."""
     path: Literal["series", "parallel"] = "series"
     """`series` feeds the polynomial, `parallel` works beside it on the same input."""
     factors: tuple[PositiveInt, PositiveInt] | None = None
@@ -73,6 +75,35 @@ class SpectralConfig(Part):
                 f"spectral.factors {factors}: p·q is {p * q} and must be d_model {d_model}"
             )
         return factors
+
+
+class DictionaryConfig(Part):
+    """A learned spectrum: blocks of atoms, of which a token computes those of most energy. The
+    polynomial is in it, between analysis and synthesis."""
+
+    kind: Literal["dictionary"] = "dictionary"
+    """Which of the two spectra it is."""
+    blocks: PositiveInt = 64
+    """Blocks of the dictionary. More hold more and cost no more products, but memory."""
+    block_size: PositiveInt | None = None
+    """Atoms of a block; null: `d_model` / `top_k`, so that a token has `d_model` coefficients."""
+    top_k: PositiveInt = 2
+    """Blocks that a token computes; at most `blocks`."""
+    balance_rate: Annotated[float, Field(ge=0)] = 0.01
+    """How far a block's preference moves a step, up where it was given less than its share."""
+
+    def size(self, d_model: int) -> int:
+        """Atoms of a block at a width in channels; ValueError where there is no such number."""
+        if self.block_size is not None:
+            return self.block_size
+        check_divides("spectral.top_k", self.top_k, d_model)
+        return d_model // self.top_k
+
+    @model_validator(mode="after")
+    def _enough(self) -> DictionaryConfig:
+        if self.top_k > self.blocks:
+            raise ValueError(f"top_k {self.top_k} is more than the {self.blocks} blocks there are")
+        return self
 
 
 class PolynomialConfig(Part):
@@ -134,8 +165,11 @@ class SparseFFNConfig(Part):
 
     kind: Literal["sparse"] = "sparse"
     """Which of the two networks it is."""
-    spectral: SpectralConfig | None = SpectralConfig()
-    polynomial: PolynomialConfig = PolynomialConfig()
+    spectral: Annotated[SpectralConfig | DictionaryConfig | None, Field(discriminator="kind")] = (
+        SpectralConfig()
+    )
+    polynomial: PolynomialConfig | None = PolynomialConfig()
+    """Null with a dictionary, which has its own."""
     feedback: FeedbackConfig | None = None
     refine: RefineConfig | None = RefineConfig()
     projection: ProjectionConfig = ProjectionConfig()
@@ -149,25 +183,52 @@ class SparseFFNConfig(Part):
     @model_validator(mode="before")
     @classmethod
     def _of_0_1(cls, value: Any) -> Any:
-        """Version 0.1 wrote `backend`, of kernels that are gone, into runs and saved models."""
-        if isinstance(value, Mapping) and value.get("backend") in ("auto", "eager"):
-            return {key: field for key, field in value.items() if key != "backend"}
+        """Version 0.1 wrote `backend`, of kernels that are gone, and knew one kind of spectrum."""
+        if not isinstance(value, Mapping):
+            return value
+        value = {k: v for k, v in value.items() if (k, v) not in _OF_0_1}
+        spectral = value.get("spectral")
+        if isinstance(spectral, Mapping):
+            value["spectral"] = {"kind": "dct", **spectral}
         return value
+
+    @model_validator(mode="after")
+    def _one_polynomial(self) -> SparseFFNConfig:
+        if isinstance(self.spectral, DictionaryConfig) != (self.polynomial is None):
+            raise ValueError(
+                "a dictionary has its own polynomial, so that polynomial must be null"
+                if self.polynomial
+                else "polynomial is null, which only spectral.kind dictionary can do without"
+            )
+        return self
 
     def check(self, d_model: int) -> None:
         """Raise ValueError, naming the value, when a part cannot have this width in channels."""
-        if self.spectral:
+        if isinstance(self.spectral, DictionaryConfig):
+            self.spectral.size(d_model)
+        elif self.spectral:
             self.spectral.split(d_model)
-        check_divides("polynomial.group_size", self.polynomial.group_size, d_model)
+        if self.polynomial:
+            check_divides("polynomial.group_size", self.polynomial.group_size, d_model)
         if self.feedback:
             check_divides("feedback.groups", self.feedback.groups, d_model)
         if self.projection.kind == "factored":
             check_divides("projection.block", self.projection.block, d_model)
 
 
+_OF_0_1 = (("backend", "auto"), ("backend", "eager"))
+
 FFNConfig = Annotated[DenseFFNConfig | SparseFFNConfig, Field(discriminator="kind")]
 
 _DEFAULT = SparseFFNConfig(  # docs/sparse-ffn.md has the study that it comes from
+    spectral=DictionaryConfig(),
+    polynomial=None,
+    feedback=FeedbackConfig(),
+    refine=RefineConfig(stages=1),
+    norm_out="before",
+    out_gain=0.08,
+)
+_LIGHT = SparseFFNConfig(
     spectral=SpectralConfig(path="parallel", selection="soft", threshold="constant"),
     polynomial=PolynomialConfig(degrees=(1, 2)),
     feedback=FeedbackConfig(),
@@ -178,6 +239,7 @@ _DEFAULT = SparseFFNConfig(  # docs/sparse-ffn.md has the study that it comes fr
 FFN_PRESETS: dict[str, DenseFFNConfig | SparseFFNConfig] = {
     "dense": DenseFFNConfig(),
     "paper": SparseFFNConfig(),
+    "light": _LIGHT,
     "default": _DEFAULT,
 }
 SIZES: dict[str, dict[str, int]] = {  # 124m and up: GPT-2 (Radford et al. 2019), table 2
@@ -196,7 +258,7 @@ def _named(presets: Mapping[str, _T], name: object) -> _T:
 
 
 def ffn_preset(name: str) -> DenseFFNConfig | SparseFFNConfig:
-    """The FFN called `dense`, `paper` or `default`; ValueError for any other name."""
+    """The FFN called `dense`, `paper`, `light` or `default`; ValueError for any other name."""
     found: DenseFFNConfig | SparseFFNConfig = _named(FFN_PRESETS, name)
     return found
 

@@ -11,16 +11,22 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 
+def running_statistics(module: nn.Module) -> Iterator[Tensor]:
+    """The buffers that training moves: scalars, and whole numbers of any shape."""
+    return (b for b in module.buffers() if b.numel() == 1 or not b.is_floating_point())
+
+
 def recomputed(module: nn.Module, *args: Any) -> Tensor:
     """`module(*args)`, of which the backward gets the inputs alone and computes the rest again.
 
     The second forward sees what the first saw, dropout's draws and the module's buffers too, and
-    changes no buffer: a running statistic takes one step. Without gradients it is a plain call.
+    changes no buffer: a running statistic takes one step, a token is counted once. Without
+    gradients it is a plain call.
     """
     if not torch.is_grad_enabled():
         plain: Tensor = module(*args)
         return plain
-    first = [buffer.clone() for buffer in module.buffers() if buffer.numel() == 1]
+    first = [buffer.clone() for buffer in running_statistics(module)]
 
     def contexts() -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
         return nullcontext(), _restored(module, first)
@@ -31,8 +37,8 @@ def recomputed(module: nn.Module, *args: Any) -> Tensor:
 
 @contextmanager
 def _restored(module: nn.Module, first: list[Tensor]) -> Iterator[None]:
-    """The running scalars of `module` are those of its first forward in here."""
-    buffers = [buffer for buffer in module.buffers() if buffer.numel() == 1]
+    """The running statistics of `module` are those of its first forward in here."""
+    buffers = list(running_statistics(module))
     now = [buffer.clone() for buffer in buffers]
     with torch.no_grad():
         for buffer, value in zip(buffers, first, strict=True):

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from sparse_gpt.model.ffn import BlockDictionary
 from sparse_gpt.model.flops import FlopReport
 
 
@@ -28,13 +29,13 @@ class ComponentProfile:
             for name in block
         }
         self._marks: dict[str, list[Any]] = defaultdict(list)
-        self._sparsity: dict[str, list[torch.Tensor]] = defaultdict(list)
+        self._measured: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     @contextmanager
     def attached(self, sampled: bool) -> Iterator[None]:
         """On a sampled step, measure every forward pass inside the `with`."""
         self._marks.clear()
-        self._sparsity.clear()
+        self._measured.clear()
         if not sampled:
             yield
             return
@@ -43,7 +44,16 @@ class ComponentProfile:
             hooks.append(module.register_forward_pre_hook(self._mark(name)))
             hooks.append(module.register_forward_hook(self._mark(name)))
             if hasattr(module, "sparsity"):
-                hooks.append(module.register_forward_hook(self._measure(name)))
+                hooks.append(
+                    module.register_forward_hook(self._measure("sparsity", name, module.sparsity))
+                )
+            if isinstance(module, BlockDictionary):
+                name = f"{name.split('/')[0]}/energy_entropy"
+                hooks.append(
+                    module.register_forward_hook(
+                        self._measure("routing", name, module.energy_entropy)
+                    )
+                )
         # Compiled code is set aside and kept: the next step compiles nothing anew. (The stance
         # `force_eager` would set FlexAttention's aside too, which without it makes all scores.)
         compiled = [block._compiled_call_impl for block in self.blocks]
@@ -58,7 +68,8 @@ class ComponentProfile:
                 hook.remove()
 
     def metrics(self) -> dict[str, float]:
-        """`time/...`: forward milliseconds of the step; `sparsity/...`: share that was used.
+        """`time/...`: forward milliseconds of the step; `sparsity/...`: share that was used;
+        `routing/block_NN/energy_entropy`: mean over its tokens, in nats.
 
         Empty after a step that was not sampled.
         """
@@ -68,8 +79,8 @@ class ComponentProfile:
         for name, marks in self._marks.items():
             spans = zip(marks[::2], marks[1::2], strict=True)
             result[f"time/{name}"] = sum(self._milliseconds(start, end) for start, end in spans)
-        for name, shares in self._sparsity.items():
-            result[f"sparsity/{name}"] = torch.stack(shares).float().mean().item()
+        for name, shares in self._measured.items():
+            result[name] = torch.stack(shares).float().mean().item()
         return result
 
     def _mark(self, name: str) -> Any:
@@ -87,9 +98,9 @@ class ComponentProfile:
         cuda = self.device.type == "cuda"
         return float(start.elapsed_time(end) if cuda else (end - start) * 1e3)
 
-    def _measure(self, name: str) -> Any:
-        def hook(module: Any, inputs: tuple[torch.Tensor, ...], _: torch.Tensor) -> None:
+    def _measure(self, group: str, name: str, measure: Any) -> Any:
+        def hook(_: Any, inputs: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:
             with torch.no_grad():
-                self._sparsity[name].append(module.sparsity(inputs[0]))
+                self._measured[f"{group}/{name}"].append(measure(inputs[0]))
 
         return hook

@@ -24,6 +24,7 @@ from sparse_gpt.train.deepspeed_config import deepspeed_config
 from sparse_gpt.train.distributed import World
 from sparse_gpt.train.guard import Guard
 from sparse_gpt.train.schedule import learning_rate
+from sparse_gpt.train.statistics import RunningStatistics
 
 
 class Engine:
@@ -73,8 +74,8 @@ class Engine:
                 # In place, so parameters keep their names. Blocks are alike and share the code;
                 # every batch has the same shape.
                 block.compile(dynamic=False)
-        # Buffers that are saved: running scalars. (DeepSpeed has moved them only now.)
-        self.statistics = {name: b for name, b in self.module.named_buffers() if name in saved}
+        # Buffers that are saved. (DeepSpeed has moved them only now.)
+        self.statistics = RunningStatistics(self.module, saved, world)
         self.guard = Guard(config.guard, world, self.deepspeed)
 
     def step(
@@ -99,8 +100,7 @@ class Engine:
         parts = [tokens, targets] if documents is None else [tokens, targets, documents]
         micro_batches = list(zip(*(part.split(size) for part in parts), strict=True))
         loss = torch.zeros((), device=self.world.device)
-        statistics = list(self.statistics.values())
-        before = torch.stack(statistics) if statistics else None
+        self.statistics.begin()
         for micro_batch in micro_batches:
             micro_loss = self.deepspeed(*micro_batch)
             self.deepspeed.backward(micro_loss)
@@ -110,9 +110,7 @@ class Engine:
                 self.guard.before_update(loss, step)
             self.deepspeed.step()
         applied = self.guard.after_update(step)
-        if before is not None:  # each rank saw other tokens, and a checkpoint holds one copy
-            now = self.world.mean(torch.stack(statistics)) if applied else before
-            torch._foreach_copy_(statistics, list(now.unbind()))
+        self.statistics.end(applied)
         return loss, lr, self.guard.norm
 
     @torch.no_grad()
@@ -134,17 +132,14 @@ class Engine:
         return float(loss_sum / count)
 
     def statistics_and_scale(self) -> dict[str, dict[str, Any]]:
-        """A copy of what a checkpoint holds once: running scalars, and fp16's loss scale."""
+        """A copy of what a checkpoint holds once: running statistics, and fp16's loss scale."""
         scaler = vars(self.deepspeed.optimizer.loss_scaler) if self._scales_loss else {}
         numbers = {key: value for key, value in scaler.items() if isinstance(value, int | float)}
-        copies = {name: b.to("cpu", copy=True) for name, b in self.statistics.items()}
-        return {"statistics": copies, "loss_scale": numbers}
+        return {"statistics": self.statistics.copies(), "loss_scale": numbers}
 
-    @torch.no_grad()
     def set_statistics_and_scale(self, saved: Mapping[str, Mapping[str, Any]]) -> None:
         """Take over what `statistics_and_scale` copied. Raises KeyError for another model's."""
-        for name, buffer in self.statistics.items():
-            buffer.copy_(saved["statistics"][name])
+        self.statistics.load(saved["statistics"])
         if self._scales_loss:
             vars(self.deepspeed.optimizer.loss_scaler).update(saved["loss_scale"])
 

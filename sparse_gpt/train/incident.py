@@ -83,7 +83,7 @@ def _whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
 
     kept = {}
     for name in engine.module.state_dict():
-        tensor = engine.statistics.get(name)
+        tensor = engine.statistics.buffers.get(name)
         if tensor is None:
             tensor = engine.module.get_parameter(name)
         with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):

@@ -7,7 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
-from sparse_gpt.model.config import SparseFFNConfig, ffn_preset
+from sparse_gpt.model.config import DictionaryConfig, SparseFFNConfig, SpectralConfig, ffn_preset
+from sparse_gpt.model.ffn.dictionary import BlockDictionary
 from sparse_gpt.model.ffn.factored import SparseFactorLinear
 from sparse_gpt.model.ffn.polynomial import SparsePolynomial
 from sparse_gpt.model.ffn.refine import SparseMicroRefine, TokenFeedback
@@ -18,6 +19,7 @@ class UltraEfficientSparseFFN(nn.Module):
     """The branch, without the residual add, `(..., d_model) -> (..., d_model)`:
 
         h = LN_in(x)
+        v = h + Spec(h)                   where the spectrum is a dictionary, Poly within it
         v = Poly(h) + Spec(h)             where spectral.path is parallel; Poly(Spec(h)) in series
         v = Refine(Feedback(v))
         y = Dropout(P(LN_out(v)))         where norm_out is before; Dropout(LN_out(P(v))) after
@@ -39,10 +41,18 @@ class UltraEfficientSparseFFN(nn.Module):
         self.config = chosen
         # Registered in the order in which they run.
         self.norm_in = nn.LayerNorm(d_model)
-        self.spectral = SparseSpectral(d_model, chosen.spectral) if chosen.spectral else None
-        # What the norm leaves has unit RMS already; what selection leaves has not.
-        series = chosen.spectral is not None and chosen.spectral.path == "series"
-        self.polynomial = SparsePolynomial(d_model, chosen.polynomial, renormalise=series)
+        self.spectral: BlockDictionary | SparseSpectral | None = None
+        if isinstance(chosen.spectral, DictionaryConfig):
+            self.spectral = BlockDictionary(d_model, chosen.spectral)
+        elif chosen.spectral:
+            self.spectral = SparseSpectral(d_model, chosen.spectral)
+        self.polynomial: SparsePolynomial | None = None
+        if chosen.polynomial:
+            # What the norm leaves has unit RMS already; what selection leaves has not.
+            series = (
+                isinstance(chosen.spectral, SpectralConfig) and chosen.spectral.path == "series"
+            )
+            self.polynomial = SparsePolynomial(d_model, chosen.polynomial, renormalise=series)
         self.feedback = TokenFeedback(d_model, chosen.feedback) if chosen.feedback else None
         self.refine = SparseMicroRefine(d_model, chosen.refine) if chosen.refine else None
         norm_out, projection = nn.LayerNorm(d_model), self._projection(d_model)
@@ -64,13 +74,7 @@ class UltraEfficientSparseFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The branch, in x's dtype."""
-        h = self.norm_in(x)
-        if self.spectral is None:
-            v = self.polynomial(h)
-        elif self.spectral.config.path == "series":
-            v = self.polynomial(self.spectral(h))
-        else:
-            v = self.polynomial(h) + self.spectral(h)
+        v = self._spectrum(self.norm_in(x))
         for part in (self.feedback, self.refine):
             if part is not None:
                 v = part(v)
@@ -79,4 +83,17 @@ class UltraEfficientSparseFFN(nn.Module):
         else:
             v = self.norm_out(self.projection(v))
         y: Tensor = self.dropout(v)
+        return y
+
+    def _spectrum(self, h: Tensor) -> Tensor:
+        """Spectrum and polynomial together."""
+        if isinstance(self.spectral, BlockDictionary):
+            return h + self.spectral(h)
+        assert self.polynomial is not None
+        if self.spectral is None:
+            y: Tensor = self.polynomial(h)
+        elif self.spectral.config.path == "series":
+            y = self.polynomial(self.spectral(h))
+        else:
+            y = self.polynomial(h) + self.spectral(h)
         return y
