@@ -39,6 +39,7 @@ class DenseFFNConfig(Part):
     kind: Literal["dense"] = "dense"
     """Which of the two networks it is."""
     fan_in_init: bool = False
+    function: Literal["gelu", "relu2", "swiglu"] = "gelu"
     """Weights start at std 1/√(inputs), which trains better at small widths (docs/sparse-ffn.md);
     else at GPT-2's 0.02 whatever the width."""
     dropout: Probability = 0.0
@@ -89,6 +90,10 @@ class DictionaryConfig(Part):
     """Atoms of a block; null: `d_model` / `top_k`, so that a token has `d_model` coefficients."""
     top_k: PositiveInt = 2
     """Blocks that a token computes; at most `blocks`."""
+    energy: Literal["softmax", "sigmoid", "normalised"] = "softmax"
+    function: Literal["layer", "fixed", "block", "cubic", "square", "tanh", "relu2", "gelu"] = "layer"
+    synthesis_gain: float = 0.3
+    shared: Literal["none", "gelu"] = "none"
     balance_rate: Annotated[float, Field(ge=0)] = 0.01
     """How far a block's preference moves a step, up where it was given less than its share."""
 
@@ -173,7 +178,9 @@ class SparseFFNConfig(Part):
     feedback: FeedbackConfig | None = None
     refine: RefineConfig | None = RefineConfig()
     projection: ProjectionConfig = ProjectionConfig()
-    norm_out: Literal["after", "before"] = "after"
+    residual: Literal["h", "none"] = "h"
+    beside: bool = False
+    norm_out: Literal["after", "before", "none"] = "after"
     """On which side of the projection the second norm stands."""
     out_gain: Annotated[float, Field(gt=0)] = 1.0
     """RMS with which the branch starts."""

@@ -91,10 +91,19 @@ class BlockDictionary(nn.Module):
         self.router = nn.Linear(d_model, config.blocks, bias=False)
         self.analysis = nn.Parameter(torch.empty(config.blocks, d_model, size))
         self.synthesis = nn.Parameter(torch.empty(config.blocks, size, d_model))
-        self.a = nn.Parameter(torch.tensor([1.0, 0.25]))
+        self.plain = config.energy == "softmax" and config.function == "layer"
+        if config.function in ("layer", "cubic", "tanh"):
+            self.a = nn.Parameter(torch.tensor([1.0, 0.25, 0.0][: 3 if config.function == "cubic" else 2]))
+        elif config.function == "block":
+            self.a = nn.Parameter(torch.tensor([1.0, 0.25]).repeat_interleave(config.blocks))
+        if config.shared == "gelu":
+            self.shared_up, self.shared_down = nn.Linear(d_model, d_model), nn.Linear(d_model, d_model)
+            for w in (self.shared_up, self.shared_down):
+                nn.init.normal_(w.weight, std=1 / math.sqrt(d_model))
+                nn.init.zeros_(w.bias)
         nn.init.normal_(self.router.weight, std=1 / math.sqrt(d_model))
         nn.init.normal_(self.analysis, std=1 / math.sqrt(d_model))
-        nn.init.normal_(self.synthesis, std=0.3 / math.sqrt(config.top_k * size))
+        nn.init.normal_(self.synthesis, std=config.synthesis_gain / math.sqrt(config.top_k * size))
         self.register_buffer("loads", torch.zeros(config.blocks, dtype=torch.int64))
         self.register_buffer("moves", torch.zeros(config.blocks, dtype=torch.int64))
 
@@ -103,6 +112,8 @@ class BlockDictionary(nn.Module):
         tokens = h.reshape(-1, self.d_model)
         balance = self.config.balance_rate * self.moves
         logits = self.router(tokens)
+        if not self.plain:
+            return self._study(tokens, logits, balance).reshape(h.shape)
         energies, chosen = Route.apply(logits, balance, self.config.top_k)  # type: ignore[no-untyped-call]
         places = Places.of(chosen, self.config.blocks)
         if self.training:
@@ -110,6 +121,45 @@ class BlockDictionary(nn.Module):
         weights = (self.analysis, self.synthesis, self.a)
         y: Tensor = Spectrum.apply(tokens, energies, *weights, *places)  # type: ignore[no-untyped-call]
         return y.reshape(h.shape)
+
+    def _study(self, h, logits, balance):
+        config = self.config
+        e = logits.float()
+        e = e.sigmoid() if config.energy == "sigmoid" else e.softmax(-1)
+        chosen = (e.detach() + balance).topk(config.top_k).indices
+        places = Places.of(chosen, config.blocks)
+        if self.training:
+            self.loads.add_(places.loads())
+        e = e.gather(1, chosen)
+        if config.energy == "normalised":
+            e = e / e.sum(-1, keepdim=True)
+        gain = e.flatten()[places.order].unsqueeze(1)
+        c = F.grouped_mm(h[places.order // config.top_k], self.analysis, offs=places.ends)
+        f = config.function
+        if f == "relu2":
+            p = F.relu(c).square()
+        elif f == "gelu":
+            p = F.gelu(c, approximate="tanh")
+        elif f == "fixed":
+            p = c + c * c / 2
+        elif f == "square":
+            p = c * c / 2
+        elif f == "block":
+            block = chosen.flatten()[places.order]
+            a = self.a.view(2, -1, 1)
+            p = a[0][block] * c + 2 * a[1][block] * c * c
+        elif f == "tanh":
+            t = c.tanh()
+            p = self.a[0] * t + self.a[1] * (2 * t * t - 1)
+        elif f == "layer":
+            p = self.a[0] * c + 2 * self.a[1] * c * c
+        elif f == "cubic":
+            p = self.a[0] * c + 2 * self.a[1] * c * c + self.a[2] * (4 * c**3 - 3 * c)
+        y = F.grouped_mm((p * gain).contiguous(), self.synthesis, offs=places.ends)
+        y = y[places.rows].sum(1)
+        if config.shared == "gelu":
+            y = y + self.shared_down(F.gelu(self.shared_up(h), approximate="tanh"))
+        return y
 
     @torch.no_grad()
     def balance(self) -> None:
@@ -137,6 +187,7 @@ class BlockDictionary(nn.Module):
         """
         tokens, d, blocks, k = batch * seq, self.d_model, self.config.blocks, self.config.top_k
         products = tokens * (d * blocks + 2 * k * self.size * d)
+        products += tokens * 2 * d * d * (self.config.shared == "gelu")
         return FlopCount(
             matmul=2 * products,
             elementwise=tokens * ((5 + k) * blocks + 4 * k * self.size + k * d),

@@ -56,13 +56,19 @@ class UltraEfficientSparseFFN(nn.Module):
         self.feedback = TokenFeedback(d_model, chosen.feedback) if chosen.feedback else None
         self.refine = SparseMicroRefine(d_model, chosen.refine) if chosen.refine else None
         norm_out, projection = nn.LayerNorm(d_model), self._projection(d_model)
-        if chosen.norm_out == "before":
+        self.moe = chosen.residual == "none"
+        if chosen.norm_out == "none":
+            self.projection = projection
+        elif chosen.norm_out == "before":
             self.norm_out, self.projection = norm_out, projection
         else:
             self.projection, self.norm_out = projection, norm_out
         sizes = norm_out.weight if chosen.norm_out == "after" else list(projection.parameters())[-1]
         with torch.no_grad():
             sizes.mul_(chosen.out_gain)
+        if chosen.residual == "none":
+            self.projection = nn.Identity()
+            self.norm_out = nn.Identity()
         self.dropout = nn.Dropout(chosen.dropout)
 
     def _projection(self, d_model: int) -> nn.Module:
@@ -74,11 +80,21 @@ class UltraEfficientSparseFFN(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """The branch, in x's dtype."""
-        v = self._spectrum(self.norm_in(x))
+        h = self.norm_in(x)
+        if self.config.beside or self.config.residual == "none":
+            v = self.spectral(h)
+        else:
+            v = self._spectrum(h)
         for part in (self.feedback, self.refine):
             if part is not None:
                 v = part(v)
-        if self.config.norm_out == "before":
+        if self.config.beside:
+            v = self.projection(h) + (self.norm_out(v) if self.config.norm_out == "before" else v)
+        elif self.config.residual == "none":
+            pass
+        elif self.config.norm_out == "none":
+            v = self.projection(v)
+        elif self.config.norm_out == "before":
             v = self.projection(self.norm_out(v))
         else:
             v = self.norm_out(self.projection(v))
