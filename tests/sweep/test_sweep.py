@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from sparse_gpt.data import open_shards
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.model.costs import active_parameters, parameter_counts
+from sparse_gpt.model.costs import parameter_counts
 from sparse_gpt.sweep.collect import point_rows
 from sparse_gpt.sweep.execute import slurm_script
 from sparse_gpt.sweep.grid import read_sweep
@@ -107,7 +107,7 @@ def test_a_limit_counts_the_parameters_that_a_token_uses(sweep_tree, tmp_path):
     dense, sparse = (next(c for c in sweep.cells if c.family == f) for f in ("dense", "sparse"))
     assert dense.tokens_per_parameter == dense.tokens / parameter_counts(dense.config.model)[0]
     model = sparse.config.model
-    active = active_parameters(model)
+    active = parameter_counts(model).active
     spectral = model.ffn.spectral
     k = spectral.top_k
     only = model.ffn.model_copy(update={"spectral": spectral.model_copy(update={"blocks": k})})
