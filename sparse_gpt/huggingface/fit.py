@@ -44,8 +44,8 @@ def fit_to_dense(
     (`closed_form.solve`; they are held in memory at once, and should have several times n_embd
     tokens, for a dictionary several times its atoms). Then come `steps` steps of Adam, a batch
     each, from the second on and again when they run out, at `lr` falling linearly to 0; None is
-    1e-3 for FFNs with a dictionary and 1e-2 for others. A dictionary's β moves after each step, as in
-    training, unless `move_balance` is off: it then fits closer (docs/drop-in.md).
+    1e-3 for FFNs with a dictionary and 1e-2 for others. A dictionary's β moves after each step, as
+    in training, unless `move_balance` is off: it then fits closer (docs/drop-in.md).
 
     Returns the errors of every sparse layer on the first batch. Dropout is off meanwhile;
     train modes and dtypes are as before, gradients of the FFNs are None. Same input and device,
