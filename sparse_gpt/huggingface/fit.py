@@ -34,6 +34,7 @@ def fit_to_dense(
     steps: int = 200,
     lr: float | None = None,
     calibration: int = 8,
+    move_balance: bool = True,
 ) -> dict[int, FitError]:
     """Start the model's sparse FFNs from the dense MLPs that they replaced, each layer by itself.
 
@@ -43,7 +44,8 @@ def fit_to_dense(
     (`closed_form.solve`; they are held in memory at once, and should have several times n_embd
     tokens, for a dictionary several times its atoms). Then come `steps` steps of Adam, a batch
     each, from the second on and again when they run out, at `lr` falling linearly to 0; None is
-    1e-3 for FFNs with a dictionary, whose β moves after each step, and 1e-2 for others.
+    1e-3 for FFNs with a dictionary and 1e-2 for others. A dictionary's β moves after each step, as
+    in training, unless `move_balance` is off: it then fits closer (docs/drop-in.md).
 
     Returns the errors of every sparse layer on the first batch. Dropout is off meanwhile;
     train modes and dtypes are as before, gradients of the FFNs are None. Same input and device,
@@ -109,8 +111,11 @@ def fit_to_dense(
                 _error(ffns[i](x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
-            balance(model)
-        model.eval()
+            if move_balance:
+                balance(model)
+        for dictionary in _dictionaries(model):
+            dictionary.eval()
+            dictionary.loads.zero_()
         after = errors()
     finally:
         for ffn in ffns.values():
