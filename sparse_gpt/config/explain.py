@@ -14,12 +14,14 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     """The first complaint of pydantic as one line, with the nearest name for an unknown key."""
     errors = error.errors(include_url=False)
     first = errors[0]
-    key = ".".join(str(part) for part in _path(root, first["loc"]))
+    section, name = _path(root, first["loc"][:-1]), first["loc"][-1:]
+    if first["type"] == "value_error":  # also of a whole section, whose tag is then the last
+        section, name = _path(root, first["loc"]), ()
+    key = ".".join(map(str, (*section, *name)))
     if first["type"] == "extra_forbidden":
-        *section, name = _path(root, first["loc"])
         # Of the other kind of a section that has kinds it may be a key, but not of this one.
-        names = sorted(set(_field_names(root, section)) - {str(name)})
-        near = did_you_mean(str(name), names)
+        names = sorted(set(_field_names(root, section)) - {str(name[0])})
+        near = did_you_mean(str(name[0]), names)
         what = f"unknown key; {near or 'known here: ' + ', '.join(names)}"
     elif first["type"] == "missing":
         what = "is missing"
@@ -34,11 +36,11 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
 def _path(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[int | str]:
     """The place of an error as its author wrote it: without pydantic's tags of union members."""
     path: list[int | str] = []
-    for part in loc[:-1]:
+    for part in loc:
         names = set(_field_names(root, path))
         if isinstance(part, int) or part in names or _ANY in names:
             path.append(part)
-    return [*path, *loc[-1:]]
+    return path
 
 
 def _field_names(model: Any, section: Sequence[int | str]) -> Iterator[str]:

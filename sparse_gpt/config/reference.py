@@ -51,6 +51,9 @@ def _schema() -> dict[str, Any]:
     ffn = schema["$defs"]["ModelConfig"]["properties"]["ffn"]
     ffn |= {"anyOf": [{"enum": [*FFN_PRESETS]}, *ffn.pop("oneOf")], "default": "dense"}
     del ffn["discriminator"]
+    spectral = schema["$defs"]["SparseFFNConfig"]["properties"]["spectral"]
+    kinds, nothing = spectral["anyOf"]
+    spectral["anyOf"] = [*kinds["oneOf"], nothing]
     presets = {"ModelConfig": [*SIZES]}
     for name, config in FFN_PRESETS.items():
         presets.setdefault(type(config).__name__, []).append(name)

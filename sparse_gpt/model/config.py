@@ -168,6 +168,7 @@ class SparseFFNConfig(Part):
     spectral: Annotated[SpectralConfig | DictionaryConfig | None, Field(discriminator="kind")] = (
         SpectralConfig()
     )
+    """Fixed (`kind: dct`) or learned (`kind: dictionary`)."""
     polynomial: PolynomialConfig | None = PolynomialConfig()
     """Null with a dictionary, which has its own."""
     feedback: FeedbackConfig | None = None

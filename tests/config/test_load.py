@@ -47,10 +47,10 @@ def test_there_is_a_config_for_every_size():
 def test_base_is_inherited_and_overrides_win(file):
     file(GOOD, "base.yaml")
     child = file("base: base.yaml\noptimizer: {lr: 2e-3}\nmodel: {n_layer: 2}", "child.yaml")
-    config = load_config(child, ["optimizer.weight_decay=0", "model.ffn.spectral.keep=0.25"])
+    config = load_config(child, ["optimizer.weight_decay=0", "model.ffn.spectral.blocks=32"])
     assert (config.optimizer.lr, config.optimizer.weight_decay) == (2e-3, 0)
     assert (config.model.n_layer, config.model.d_model) == (2, 128)
-    assert config.model.ffn.spectral.keep == 0.25
+    assert config.model.ffn.spectral.blocks == 32
     assert load_config(child, ["duration.tokens=5000"]).duration.steps is None
 
 
@@ -82,7 +82,13 @@ def test_base_that_leads_back_to_itself(file):
         ("optimiser.lr=1", "optimiser: unknown key; did you mean 'optimizer'"),
         ("model.n_layr=1", "model.n_layr: unknown key; did you mean 'n_layer'"),
         ("model.ffn.spectral.kep=1", "model.ffn.spectral.kep: unknown key; did you mean 'keep'"),
-        ("model.ffn=papper", "no preset 'papper'; possible: dense, paper, default"),
+        ("model.ffn.spectral.block=1", "spectral.block: unknown key; did you mean 'blocks'"),
+        ("model.ffn.spectral.top_k=65", "ffn.spectral: top_k 65 is more than the 64 blocks"),
+        ("model.ffn.spectral.top_k=0", "top_k: input should be greater than 0, got 0"),
+        ("model.ffn.spectral.top_k=3", "ffn.spectral.top_k 3 does not divide d_model 128"),
+        ("model.ffn.norm_out=after", "norm_out must be null with a dictionary"),
+        ("model.ffn.polynomial={}", "polynomial must be null with a dictionary"),
+        ("model.ffn=papper", "no preset 'papper'; possible: dense, paper, light, default"),
         ("model.preset=125m", "no preset '125m'; possible: tiny, 124m"),
         ("model.n_head=3", "n_head 3 does not divide d_model 128"),
         ("optimizer.lr=fast", "optimizer.lr: input should be a valid number, got 'fast'"),

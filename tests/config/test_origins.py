@@ -76,7 +76,7 @@ def test_every_value_says_where_it_is_from(child):
 
 def test_an_override_takes_the_place_of_what_it_replaces(child):
     named = origins(child, "model.ffn=default", "data.path=c")
-    assert named["model.ffn.spectral.keep"] == (0.5, "preset default (override)")
+    assert named["model.ffn.spectral.top_k"] == (2, "preset default (override)")
     assert named["model.ffn.kind"] == ("sparse", "preset default (override)")
     assert named["data.path"] == ("c", "override")
     assert named["data.blend"] == (None, "default")

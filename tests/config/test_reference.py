@@ -151,6 +151,14 @@ def test_every_config_we_ship_is_valid_in_an_editor(path):
         ({"model": {"preset": "tiny", "ffn": {"kind": "sparse", "spectral": None}}}, True),
         ({"model": {"preset": "tiny", "ffn": {"spectral": {"keep": 0.25}}}}, False),
         ({"model": {"preset": "tiny", "ffn": {"preset": "paper", "spectral": {"kep": 1}}}}, False),
+        (
+            {"model": {"preset": "tiny", "ffn": {"preset": "default", "spectral": {"top_k": 1}}}},
+            True,
+        ),
+        (
+            {"model": {"preset": "tiny", "ffn": {"preset": "light", "spectral": {"kind": "x"}}}},
+            False,
+        ),
         ({"deepspeed": {"zero_optimization": {"stage": 2}}}, True),
         ({"precision": "fp8"}, False),
         ({"seed": None}, False),
