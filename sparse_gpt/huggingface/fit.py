@@ -34,7 +34,6 @@ def fit_to_dense(
     steps: int = 200,
     lr: float | None = None,
     calibration: int = 8,
-    move_balance: bool = True,
 ) -> dict[int, FitError]:
     """Start the model's sparse FFNs from the dense MLPs that they replaced, each layer by itself.
 
@@ -44,8 +43,8 @@ def fit_to_dense(
     (`closed_form.solve`; they are held in memory at once, and should have several times n_embd
     tokens, for a dictionary several times its atoms). Then come `steps` steps of Adam, a batch
     each, from the second on and again when they run out, at `lr` falling linearly to 0; None is
-    1e-3 for FFNs with a dictionary and 1e-2 for others. A dictionary's β moves after each step, as
-    in training, unless `move_balance` is off: it then fits closer (docs/drop-in.md).
+    1e-3 for FFNs with a dictionary and 1e-2 for others. A dictionary's β stays as it is: moved, the
+    distillation would gain nothing (docs/drop-in.md); in training, `balance` moves it.
 
     Returns the errors of every sparse layer on the first batch. Dropout is off meanwhile;
     train modes and dtypes are as before, gradients of the FFNs are None. Same input and device,
@@ -101,8 +100,6 @@ def fit_to_dense(
             solve(ffn, blocks[i].mlp, torch.cat(xs), torch.cat(ys))
         optimizer = torch.optim.Adam(_groups(ffns.values(), lr))
         rates = [group["lr"] for group in optimizer.param_groups]
-        for dictionary in _dictionaries(model):
-            dictionary.train()  # it then counts what its blocks are given, and drops nothing
         optimizer.zero_grad()  # of a caller's gradients
         for step, tokens in zip(range(steps), train, strict=False):
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
@@ -111,11 +108,6 @@ def fit_to_dense(
                 _error(ffns[i](x), y).backward()
             optimizer.step()
             optimizer.zero_grad()
-            if move_balance:
-                balance(model)
-        for dictionary in _dictionaries(model):
-            dictionary.eval()
-            dictionary.loads.zero_()
         after = errors()
     finally:
         for ffn in ffns.values():
