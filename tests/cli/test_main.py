@@ -167,11 +167,11 @@ def test_compare_puts_runs_side_by_side(command, refused, tmp_path):
         (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     done = command("compare", tmp_path / "dense", tmp_path / "sparse", "--json")
     found = list(json.loads(done.stdout).values())
-    assert [run["ffn_macs"] for run in found] == [131_072, 30_336]
+    assert [run["ffn_macs"] for run in found] == [131_072, 58_304]
     assert [run["validation_loss"] for run in found] == [7.0, 7.0]
     table = command("compare", tmp_path / "dense", tmp_path / "sparse").stdout
     assert "1.500" in table
-    assert "0.231" in table  # 30,336 over 131,072
+    assert "0.445" in table  # 58,304 over 131,072
     assert "holds no metrics.jsonl" in refused("compare", tmp_path)
 
 
