@@ -189,8 +189,8 @@ _NAMES: dict[LawKind, str] = {
 }
 # E, A, B, α and β, of one family.
 _COEFFICIENTS = 5
-# Of 14 made-up sweeps whose families do share E and β (5 sizes, 4 budgets, 2 seeds), a fit of each by
-# itself predicts the largest budget better by chance in 4 to 6, but in 0 or 1 by this factor.
+# Of 14 made-up sweeps whose families do share E and β (5 sizes, 4 budgets, 2 seeds), a fit of each
+# by itself predicts the largest budget better by chance in 4 to 6, but in 0 or 1 by this factor.
 _MARGIN = 0.95
 
 
