@@ -195,7 +195,10 @@ def _points(rows: list[dict[str, Any]]) -> Points:
 
 def _times(estimate: Estimate) -> str:
     value = float(estimate.value)
-    return f"{value:.2f} times fewer" if value >= 1 else f"{1 / value:.2f} times more"
+    if value >= 1:
+        return f"{value:.2f} times fewer"
+    # 0 where the family's own E is above the loss.
+    return f"{1 / value if value else math.inf:.2f} times more"
 
 
 def _range(interval: Any) -> str:
