@@ -222,7 +222,7 @@ FFNConfig = Annotated[DenseFFNConfig | SparseFFNConfig, Field(discriminator="kin
 
 # docs/sparse-ffn.md has the studies that they come from
 _DEFAULT = SparseFFNConfig(
-    spectral=DictionaryConfig(), polynomial=None, refine=None, norm_out=None, out_gain=0.08
+    spectral=DictionaryConfig(), polynomial=None, refine=None, norm_out=None, out_gain=0.3
 )
 _LIGHT = SparseFFNConfig(
     spectral=SpectralConfig(path="parallel", selection="soft", threshold="constant"),
