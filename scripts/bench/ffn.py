@@ -260,7 +260,7 @@ def main() -> None:
     parser.add_argument("--d-model", type=int, nargs="+", default=widths)
     parser.add_argument("--tokens", type=int, nargs="+", default=[4096, 16384, 65536])
     parser.add_argument("--dtype", choices=DTYPES, default="bf16" if cuda else "fp32")
-    parser.add_argument("--preset", default="default", help="default, light or paper")
+    parser.add_argument("--preset", default="default", help="of the sparse FFN")
     parser.add_argument("--only", nargs="+", choices=usual, default=usual, metavar="FFN")
     parser.add_argument("--rounds", type=int, default=10)
     parser.add_argument("--seconds", type=float, help="begin no other shape after so long")

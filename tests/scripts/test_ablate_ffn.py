@@ -29,8 +29,8 @@ def study(tmp_path: Path) -> dict:
         },
         "variants": {
             "dense": {"set": {"model.ffn": "dense"}},
-            "sparse one": {"set": {"model.ffn": "default"}, "seeds": [0, 1]},
-            "other": {"from": "sparse one", "set": {"model.ffn.feedback": {}}, "lr": {1e-2: [0]}},
+            "sparse one": {"set": {"model.ffn": "light"}, "seeds": [0, 1]},
+            "other": {"from": "sparse one", "set": {"model.ffn.refine": None}, "lr": {1e-2: [0]}},
         },
     }
 

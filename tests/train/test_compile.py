@@ -46,7 +46,8 @@ def test_a_compiled_run_is_the_eager_one(compiling, run_file, tmp_path):
     sampled, other = metrics(compiled)[1:3]
     for part in ("attention", "ffn.spectral", "ffn.projection"):
         assert sampled[f"time/block_09/{part}"] > 0
-    assert 0 < sampled["sparsity/block_00/ffn.feedback"] < 1
+    assert sampled["sparsity/block_00/ffn.spectral"] == 2 / 64
+    assert 0 <= sampled["sparsity/block_00/ffn.feedback"] < 1
     assert sampled["routing/block_09/energy_entropy"] > 0
     assert other["routing/block_09/load_max_over_mean"] > 1
     assert not any(tag.startswith("time/") for tag in other)
