@@ -13,8 +13,7 @@ import psutil
 import torch
 
 from sparse_gpt.model.ffn.grouped import chosen_product
-
-_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+from sparse_gpt.train.precision import DTYPES
 
 
 @dataclass(frozen=True)
@@ -73,7 +72,7 @@ def _devices() -> Iterator[Finding]:
 def _products() -> Finding:
     """Of rows with the blocks of a dictionary: at once, or block by block."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    found = {name: chosen_product(device, dtype) for name, dtype in _DTYPES.items()}
+    found = {name: chosen_product(device, DTYPES[name]) for name in ("fp32", "bf16")}
     text = ", ".join(f"{name} {product}" for name, product in found.items())
     fix = "ffn=default is slower here: bf16 wants a GPU of compute capability 9.0"
     return Finding("grouped product", "note" if found["bf16"] == "loop" else "ok", text, fix)

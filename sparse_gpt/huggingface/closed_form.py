@@ -11,7 +11,6 @@ from torch.nn import functional as F
 
 from sparse_gpt.model.ffn import BlockDictionary, SparseFactorLinear, UltraEfficientSparseFFN
 from sparse_gpt.model.ffn.dictionary import polynomial
-from sparse_gpt.model.ffn.routing import Route
 
 RIDGE = 1e-2  # of the mean variance of what enters a matrix
 SHARPNESS = 20.0  # of the energies: logits are so many times a cosine
@@ -63,9 +62,7 @@ def _take_neurons(spectral: BlockDictionary, weight: Tensor) -> None:
 
 def _solve_blocks(spectral: BlockDictionary, h: Tensor, y: Tensor) -> None:
     """Synthesis by least squares beside a linear map of h, one matrix after another."""
-    beta = spectral.config.balance_rate * spectral.moves
-    logits, k = spectral.router(h), spectral.config.top_k
-    energies, chosen = Route.apply(logits, beta, k)  # type: ignore[no-untyped-call]
+    energies, chosen = spectral.route(h)
     linear, rest = _Ridge(h), y
     blocks = []
     for b, analysis in enumerate(spectral.analysis):

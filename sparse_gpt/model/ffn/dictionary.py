@@ -101,14 +101,19 @@ class BlockDictionary(nn.Module):
     def forward(self, h: Tensor) -> Tensor:
         """The synthesised tokens, in h's dtype; in training mode loads are counted."""
         tokens = h.reshape(-1, self.d_model)
-        balance = self.config.balance_rate * self.moves
-        logits = self.router(tokens)
-        energies, chosen = Route.apply(logits, balance, self.config.top_k)  # type: ignore[no-untyped-call]
+        energies, chosen = self.route(tokens)
         places = Places.of(chosen, self.config.blocks)
         if self.training:
             self.loads.add_(places.loads())
         y: Tensor = Spectrum.apply(tokens, energies, self.analysis, self.synthesis, *places)  # type: ignore[no-untyped-call]
         return y.reshape(h.shape)
+
+    def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """Energies and numbers of the blocks that tokens `(tokens, d_model)` compute, each
+        `(tokens, top_k)`, float32 or wider and int64."""
+        balance = self.config.balance_rate * self.moves
+        routed: tuple[Tensor, Tensor] = Route.apply(self.router(tokens), balance, self.config.top_k)  # type: ignore[no-untyped-call]
+        return routed
 
     @torch.no_grad()
     def balance(self) -> None:
