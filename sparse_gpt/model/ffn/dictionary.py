@@ -36,7 +36,7 @@ class Spectrum(torch.autograd.Function):
         ends: Tensor,
     ) -> Tensor:
         gain = energies.flatten()[order].unsqueeze(1).to(h.dtype)
-        c = grouped_product(h[order // rows.shape[1]], analysis, ends)
+        c = grouped_product(h.index_select(0, order // rows.shape[1]), analysis, ends)
         ctx.save_for_backward(h, gain, analysis, synthesis, order, rows, ends, c)
         p = polynomial(c).mul_(gain)
         return F.embedding_bag(rows, grouped_product(p, synthesis, ends), mode="sum")
@@ -46,14 +46,14 @@ class Spectrum(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         h, gain, analysis, synthesis, order, rows, ends, c = ctx.saved_tensors
         token = order // rows.shape[1]
-        grad = grad[token]
+        grad = grad.index_select(0, token)
         p = polynomial(c)
         d_p = grouped_product(grad, synthesis.transpose(1, 2), ends)
         wide = torch.promote_types(c.dtype, torch.float32)
         d_energies = (d_p * p).sum(-1, dtype=wide)[rows]
         d_synthesis = grouped_outer(p.mul_(gain), grad, ends)
         d_c = torch.addcmul(d_p, d_p, c).mul_(gain)  # p' = 1 + c
-        d_analysis = grouped_outer(h[token], d_c, ends)
+        d_analysis = grouped_outer(h.index_select(0, token), d_c, ends)
         back = grouped_product(d_c, analysis.transpose(1, 2), ends)
         d_h = F.embedding_bag(rows, back, mode="sum")
         return d_h, d_energies, d_analysis, d_synthesis, None, None, None

@@ -13,18 +13,13 @@ class Route(torch.autograd.Function):
     """Energies e = softmax(logits) of the `top_k` blocks of largest e + balance.
 
     logits `(tokens, blocks)`, balance `(blocks,)` float32 without gradient. Energies `(tokens,
-    top_k)`, float32 or wider, and blocks int64 alike. The maximum is taken top_k times, three
-    times as fast on a CPU as torch's topk at 64 blocks. Backward nothing is added up by index.
+    top_k)`, float32 or wider, and blocks int64 alike. Backward nothing is added up by index.
     """
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, balance: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
         energies = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-        scores, found = energies + balance, []
-        for _ in range(top_k):
-            found.append(scores.argmax(-1, keepdim=True))
-            scores.scatter_(-1, found[-1], float("-inf"))
-        blocks = torch.cat(found, -1)
+        blocks = largest(energies + balance, top_k)
         ctx.save_for_backward(energies, blocks)
         ctx.mark_non_differentiable(blocks)
         ctx.dtype = logits.dtype
@@ -34,9 +29,33 @@ class Route(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor, None, None]:
         energies, blocks = ctx.saved_tensors
-        mean = (grad * energies.gather(-1, blocks)).sum(-1, keepdim=True)
-        grads = torch.zeros_like(energies).scatter(-1, blocks, grad)  # a token's blocks differ
-        return (energies * (grads - mean)).to(ctx.dtype), None, None
+        chosen = energies.gather(-1, blocks)
+        mean = (grad * chosen).sum(-1, keepdim=True)
+        grads = (energies * -mean).scatter_(-1, blocks, chosen * (grad - mean))
+        return grads.to(ctx.dtype), None, None
+
+
+def largest(scores: Tensor, top_k: int) -> Tensor:
+    """Places of the `top_k` largest of each row, int64 `(rows, top_k)`, of float `(rows, n)`,
+    which is overwritten.
+
+    A score's last log2 n bits are made its place, counted from the end, and a maximum, which is
+    vectorised, brings both: on a CPU three times as fast as argmax and eight times as topk at
+    n = 64. Scores that differ in those bits alone are ties; positive ones go to the first.
+    """
+    n = scores.shape[-1]
+    integer = torch.int64 if scores.dtype == torch.float64 else torch.int32
+    mask = (1 << (n - 1).bit_length()) - 1
+    places = mask - torch.arange(n, dtype=integer, device=scores.device)
+    scores.nan_to_num_()  # whose last bits would be no place
+    scores.view(integer).bitwise_and_(~mask).bitwise_or_(places)
+    found: list[Tensor] = []
+    for _ in range(top_k):
+        if found:
+            scores.scatter_(-1, found[-1], float("-inf"))
+        place = scores.amax(-1, keepdim=True).view(integer).bitwise_not().bitwise_and(mask)
+        found.append(place.long())
+    return torch.cat(found, -1)
 
 
 class Places(NamedTuple):
