@@ -32,6 +32,7 @@ class Limits(Section):
 
     # Of the parameters that a token uses (`active_parameters`).
     tokens_per_parameter: tuple[float, float] = Field((0.0, math.inf), strict=False)
+    training_flops: dict[str, float] = Field({})  # of a family's largest run
     epochs: float = Field(4.0, gt=0)  # Muennighoff et al. 2023: up to 4 are as good as new tokens
 
 
@@ -58,7 +59,7 @@ class SweepConfig(Section):
 
     @model_validator(mode="after")
     def _families_are_there(self) -> "SweepConfig":
-        named = {"baseline": [self.baseline]}
+        named = {"baseline": [self.baseline], "limits.training_flops": self.limits.training_flops}
         if isinstance(self.lr, dict):
             named["lr"] = list(self.lr)
             if missing := self.families.keys() - self.lr.keys():
@@ -153,7 +154,7 @@ class Sweep:
     out: Path
     config: SweepConfig
     chains: list[list[Cell]]
-    left_out: list[str]  # one line a shape and budget, saying why and how many runs
+    left_out: list[str]  # a line a shape and budget, or a family's limit: why, how many runs
 
     @property
     def cells(self) -> list[Cell]:
@@ -210,6 +211,9 @@ class _Grid:
             report = model_report(run.model)
             steps = max(1, round(budget / (report.training / report.seq) / run.batch.global_tokens))
             run = run.model_copy(update={"duration": DurationConfig(steps=steps)})
+            if budget > (most := self.config.limits.training_flops.get(family, math.inf)):
+                self.left_out[f"{family} above {short(most)} FLOPs, its limit"] += 1
+                continue
             if why := self._unfit(run, steps):
                 self.left_out[f"{family} {size} at {short(budget)} FLOPs: {why}"] += 1
                 continue

@@ -122,9 +122,27 @@ def test_a_limit_counts_the_parameters_that_a_token_uses(sweep_tree, tmp_path):
         assert sum(cell.family == "sparse" for cell in found.cells) == kept
 
 
+def test_a_family_has_a_largest_budget(sweep_tree, tmp_path):
+    most = sorted(sweep_tree["budgets"])[-2]
+    change = {"limits": {"training_flops": {"sparse": most}}}
+    whole = read_sweep(write(sweep_tree, tmp_path / "s.yaml"), tmp_path)
+    cut = read_sweep(write(sweep_tree | change, tmp_path / "s.yaml"), tmp_path)
+    keep = {cell.name for cell in whole.cells if cell.family != "sparse" or cell.budget <= most}
+    assert {cell.name for cell in cut.cells} == keep != {cell.name for cell in whole.cells}
+    [line] = [line for line in cut.left_out if "its limit" in line]
+    assert f"({len(whole.cells) - len(cut.cells)} runs)" in line
+    for chain in cut.chains:  # each with a trunk of its own
+        assert chain[0].fork_step is None
+        assert chain[0].config.checkpoint.at == tuple(fork.fork_step for fork in chain[1:])
+
+
 @pytest.mark.parametrize(
     ("change", "says"),
     [
+        (
+            {"limits": {"training_flops": {"moe": 1e9}}},
+            "limits.training_flops: there is no family 'moe'; there are dense, sparse",
+        ),
         ({"budget": [1]}, "budget: unknown key; did you mean 'budgets'?"),
         ({"baseline": "gelu"}, "baseline: there is no family 'gelu'; there are dense, sparse"),
         ({"lr": {"dense": [1e-3]}}, "lr: names no learning rates for family 'sparse'"),
