@@ -216,6 +216,34 @@ def compare(
         show(comparison(found))
 
 
+@app.command(epilog="Example: sparse-gpt evaluate runs/quickstart-dense runs/quickstart-sparse")
+def evaluate(
+    checkpoints: Annotated[
+        list[str], typer.Argument(help="Runs, each its newest whole checkpoint, or RUN@STEP.")
+    ],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="A folder of shards; give it again for more. The run's own if none."),
+    ] = None,
+    vocab: Annotated[
+        Path | None,
+        typer.Option(help="The rank file of the runs, for bits a byte; GPT-2's is known."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of each data set; else the run's, or all of --data.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss, perplexity and bits a byte of checkpoints, by data set."""
+    from sparse_gpt.trained.evaluate import evaluate_all, evaluation_json, evaluation_table
+
+    found = evaluate_all(checkpoints, data or [], vocab, max_tokens)
+    if as_json:
+        print(json.dumps(evaluation_json(found), indent=1))
+    else:
+        show(evaluation_table(found))
+
+
 @app.command(epilog="Example: sparse-gpt flops configs/tiny-paper.yaml model.d_model=256")
 def flops(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """FLOPs a token by block and component, dense beside sparse."""

@@ -156,6 +156,11 @@ class Tokenizer:
         return b"".join(pieces).decode(errors="replace")
 
     @property
+    def lengths(self) -> npt.NDArray[np.int64]:
+        """Bytes of each id's text, `(vocab_size,)`; end of text has none."""
+        return np.array([*map(len, self._tokens[: self.eot]), 0], np.int64)
+
+    @property
     def vocabulary(self) -> Vocabulary:
         """What the headers of shards say of it."""
         return Vocabulary(self.vocab_hash, dtype_for(self.vocab_size), self.eot)

@@ -7,7 +7,7 @@ what it would silently ignore or override is refused.
 import contextlib
 import io
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -113,20 +113,13 @@ class Engine:
         self.statistics.end(applied)
         return loss, lr, self.guard.norm
 
-    @torch.no_grad()
     def evaluate(self, batches: Iterable[Batch]) -> float:
         """Mean loss a target over all ranks' batches, padding left out.
 
         Every rank must bring the same number of batches (ZeRO-3 gathers weights in each).
         """
         self.deepspeed.eval()
-        total = torch.zeros(2, dtype=torch.float64, device=self.world.device)
-        for batch in batches:
-            batch = batch.to(self.world.device)
-            count = (batch.targets != -100).sum()
-            loss = self.deepspeed(batch.tokens, batch.targets, batch.documents)
-            # A batch that is all padding has no mean.
-            total += torch.stack((torch.where(count > 0, loss * count, 0), count))
+        total = summed_loss(self.deepspeed, batches, self.world.device)
         self.deepspeed.train()
         loss_sum, count = self.world.sum(total).tolist()
         return float(loss_sum / count)
@@ -146,6 +139,21 @@ class Engine:
     @property
     def _scales_loss(self) -> bool:
         return self.config.precision == "fp16"
+
+
+@torch.no_grad()
+def summed_loss(
+    model: Callable[..., torch.Tensor], batches: Iterable[Batch], device: torch.device
+) -> torch.Tensor:
+    """The loss of a model's targets, summed, and how many they are, float64 `(2,)` on `device`."""
+    total = torch.zeros(2, dtype=torch.float64, device=device)
+    for batch in batches:
+        batch = batch.to(device)
+        count = (batch.targets != -100).sum()
+        loss = model(batch.tokens, batch.targets, batch.documents)
+        # A batch that is all padding has no mean.
+        total += torch.stack((torch.where(count > 0, loss * count, 0), count))
+    return total
 
 
 def parameter_groups(model: GPT, settings: OptimizerConfig) -> list[dict[str, Any]]:

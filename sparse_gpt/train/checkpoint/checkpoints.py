@@ -20,12 +20,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.files import TEMPORARY, publish, publish_text, sync, temporary
 from sparse_gpt.train.checkpoint.manifest import (
     TrainState,
+    damage,
+    file_hash,
     read_manifest,
     step_of,
     tag_of,
@@ -152,11 +153,13 @@ class Checkpoints:
         while (tag := self.world.from_rank_0(self._newest)) is not None:
             folder = self.root / tag
             manifest = self.world.from_rank_0(partial(read_manifest, folder))
-            damage = "has no valid manifest" if manifest is None else self._damage(folder, manifest)
-            if self.votes.now(damage is not None) == [False]:
+            found: str | None = "has no valid manifest"
+            if manifest is not None:
+                found = damage(folder, manifest, self._own(manifest))
+            if self.votes.now(found is not None) == [False]:
                 return self._load(folder, manifest)
-            if damage and (manifest or self.world.rank == 0):
-                said = f"{folder}: {damage}; set aside, trying the one before"
+            if found and (manifest or self.world.rank == 0):
+                said = f"{folder}: {found}; set aside, trying the one before"
                 print(said, file=sys.stderr, flush=True)
             if self.world.rank == 0:
                 aside = self.root / f"damaged-{tag}"
@@ -209,15 +212,9 @@ class Checkpoints:
     def _newest(self) -> str | None:
         return next(iter(tags(self.root)), None)
 
-    def _damage(self, folder: Path, manifest: Mapping[str, Any]) -> str | None:
-        """What is wrong with this rank's share of a checkpoint's files."""
-        for name, expected in list(manifest["files"].items())[self.world.rank :: self.world.size]:
-            try:
-                if _hash(folder / name) != expected:
-                    return f"{name} is damaged"
-            except OSError as error:
-                return f"{name}: {error.strerror}"
-        return None
+    def _own(self, manifest: Mapping[str, Any]) -> list[str]:
+        """This rank's share of a checkpoint's files."""
+        return list(manifest["files"])[self.world.rank :: self.world.size]
 
 
 def _write_file(path: Path, content: Any) -> None:
@@ -225,12 +222,4 @@ def _write_file(path: Path, content: Any) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     torch.save(content, path)
     sync(path)
-    publish_text(path.with_name(f"{path.name}.xxh3"), _hash(path))
-
-
-def _hash(path: Path) -> str:
-    digest = xxhash.xxh3_128()
-    with path.open("rb") as file:
-        while block := file.read(1 << 22):
-            digest.update(block)
-    return digest.hexdigest()
+    publish_text(path.with_name(f"{path.name}.xxh3"), file_hash(path))

@@ -1,7 +1,7 @@
 """What a checkpoint says of itself: its name, its position, its files."""
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -47,6 +47,26 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
         return None
     except DataError:
         return _read_0_1(path)
+
+
+def damage(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> str | None:
+    """What is wrong with those of a checkpoint's files; None if they are as they were written."""
+    for name in names:
+        try:
+            if file_hash(folder / name) != manifest["files"][name]:
+                return f"{name} is damaged"
+        except OSError as error:
+            return f"{name}: {error.strerror}"
+    return None
+
+
+def file_hash(path: Path) -> str:
+    """What a manifest says of a file: xxh3_128, hex."""
+    digest = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while block := file.read(1 << 22):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def write_manifest(folder: Path, manifest: Mapping[str, Any]) -> None:

@@ -1,0 +1,186 @@
+"""Held-out loss of a trained model, by data set."""
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.table import Table
+
+from sparse_gpt.data import (
+    Batch,
+    Dataset,
+    Split,
+    Tokenizer,
+    evaluation,
+    load_tokenizer,
+    open_shards,
+)
+from sparse_gpt.data.batches.batches import IGNORED, count_windows
+from sparse_gpt.data.vocabulary import VOCAB_HASH
+from sparse_gpt.errors import ConfigError, DataError
+from sparse_gpt.progress import Progress
+from sparse_gpt.train.engine import summed_loss
+from sparse_gpt.train.feed import open_data
+from sparse_gpt.trained.checkpoint import Trained, load_trained
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """What a model loses on a held-out split.
+
+    loss: nats a token. tokens: that were predicted. bytes: of the text that they are, end of text
+    being none; None where the vocabulary is not at hand.
+    """
+
+    checkpoint: str
+    data: str
+    loss: float
+    tokens: int
+    bytes: int | None
+
+    @property
+    def perplexity(self) -> float:
+        """exp(loss)."""
+        return math.exp(self.loss)
+
+    @property
+    def bits_per_byte(self) -> float | None:
+        """Comparable over vocabularies."""
+        return self.bytes and self.loss * self.tokens / math.log(2) / self.bytes
+
+
+def evaluate_all(
+    names: Sequence[str], folders: Sequence[str], vocab: Path | None, max_tokens: int | None
+) -> list[HeldOutLoss]:
+    """`evaluate` of each checkpoint by its name, on a GPU if there is one.
+
+    vocab: a rank file; GPT-2's own needs none. Raises what `load_trained`, `load_tokenizer` and
+    `evaluate` do.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    found = []
+    for name in names:
+        trained = load_trained(name, device)
+        known = vocab is not None or trained.provenance.get("vocab_hash") == VOCAB_HASH
+        tokenizer = load_tokenizer(vocab) if known else None
+        found += evaluate(trained, folders, tokenizer, max_tokens)
+    return found
+
+
+def evaluate(
+    trained: Trained,
+    folders: Sequence[str] = (),
+    tokenizer: Tokenizer | None = None,
+    max_tokens: int | None = None,
+    progress: bool = True,
+) -> list[HeldOutLoss]:
+    """The loss on the held-out split of each folder of shards; of none, of the run's own sources.
+
+    Of those with the run's `eval.max_tokens` unless `max_tokens` is given: the numbers are those
+    of the run's record. tokenizer: what counts bytes. Raises DataError where `open_shards` does,
+    for a data set of another vocabulary than the run's or without a held-out split, and for another
+    tokenizer; ConfigError where the run's own data cannot be opened.
+    """
+    vocab_hash = trained.provenance.get("vocab_hash")
+    if tokenizer is not None and tokenizer.vocab_hash != vocab_hash:
+        raise DataError(
+            f"{tokenizer.name}: is not the vocabulary that {trained.run} was trained in"
+        )
+    if folders:
+        sources = {folder: open_shards(folder) for folder in folders}
+    else:
+        sources = _own_sources(trained)
+        max_tokens = max_tokens or trained.config.eval.max_tokens
+    for folder, dataset in sources.items():
+        if dataset.manifest.tokenizer["vocab_hash"] != vocab_hash:
+            raise DataError(
+                f"{folder}: has another vocabulary than {trained.run} was trained in; prepare it "
+                "with that one"
+            )
+        count_windows(dataset.held_out, trained.config.model.max_seq_len)
+    return [
+        _loss(trained, folder, dataset.held_out, tokenizer, max_tokens, progress)
+        for folder, dataset in sources.items()
+    ]
+
+
+def _own_sources(trained: Trained) -> dict[str, Dataset]:
+    try:
+        sources = open_data(trained.config.data).sources
+    except DataError as error:
+        raise ConfigError(f"the data of {trained.run}: {error}; name others with --data") from None
+    return {s.folder: s.dataset for s in sources if s.dataset.held_out.n_tokens} or {
+        s.folder: s.dataset for s in sources
+    }
+
+
+def _loss(
+    trained: Trained,
+    folder: str,
+    split: Split,
+    tokenizer: Tokenizer | None,
+    max_tokens: int | None,
+    progress: bool,
+) -> HeldOutLoss:
+    config, done, counted = trained.config, 0, 0
+    lengths = None if tokenizer is None else torch.from_numpy(tokenizer.lengths)
+    seq_len = config.model.max_seq_len
+    windows = count_windows(split, seq_len)
+    if max_tokens is not None:
+        windows = min(windows, max(1, max_tokens // seq_len))
+    read = evaluation(
+        split,
+        seq_len,
+        config.batch.micro_batch,
+        max_tokens=max_tokens,
+        documents=config.model.document_mask,
+    )
+
+    def batches(bar: Progress) -> Iterator[Batch]:
+        nonlocal done, counted
+        for batch in read:
+            targets = batch.targets[batch.targets != IGNORED]
+            if lengths is not None:
+                counted += int(lengths[targets].sum())
+            yield batch
+            done += len(targets)
+            bar.at(done)
+
+    with Progress(f"{trained.name} on {folder}", windows * seq_len, progress, False) as bar:
+        loss, tokens = summed_loss(trained.model, batches(bar), trained.device).tolist()
+    return HeldOutLoss(
+        checkpoint=trained.name,
+        data=folder,
+        loss=loss / tokens,
+        tokens=int(tokens),
+        bytes=None if tokenizer is None else counted,
+    )
+
+
+def evaluation_table(found: Sequence[HeldOutLoss]) -> Table:
+    """A row for each checkpoint and data set."""
+    table = Table("checkpoint", "held-out split of", box=None)
+    for column in ("tokens", "loss", "perplexity", "bits a byte"):
+        table.add_column(column, justify="right")
+    for one in found:
+        bits = one.bits_per_byte
+        table.add_row(
+            one.checkpoint,
+            one.data,
+            f"{one.tokens:,}",
+            f"{one.loss:.4f}",
+            f"{one.perplexity:.4g}",
+            "" if bits is None else f"{bits:.4f}",
+        )
+    return table
+
+
+def evaluation_json(found: Sequence[HeldOutLoss]) -> list[dict[str, Any]]:
+    """As `--json` prints it."""
+    return [
+        {**asdict(one), "perplexity": one.perplexity, "bits_per_byte": one.bits_per_byte}
+        for one in found
+    ]
