@@ -32,14 +32,16 @@ from torch import Tensor
 
 from sparse_gpt import GPT, ModelConfig
 from sparse_gpt.config.schema import OptimizerConfig
+from sparse_gpt.model.ffn import BlockDictionary
 from sparse_gpt.model.width import transfer_width
 from sparse_gpt.provenance import provenance
 from sparse_gpt.train.engine import parameter_groups
 
 FAMILIES: dict[str, Any] = {
     "dense": {"preset": "dense", "fan_in_init": True},
-    "sparse": "default",
-    "sparse, factored projection": {"preset": "default", "projection": {"kind": "factored"}},
+    "default": "default",
+    "light": "light",
+    "light, factored projection": {"preset": "light", "projection": {"kind": "factored"}},
 }
 COMPONENTS = ("attention", "ffn", "final hidden", "logits")
 TOLERANCE = 0.25  # of a slope, see above
@@ -100,6 +102,7 @@ def train(
     for group in groups:
         group["lr"] = settings.lr * group["lr_multiplier"]
     optimizer = torch.optim.AdamW(groups, betas=settings.betas, eps=settings.eps, fused=True)
+    dictionaries = [part for part in model.modules() if isinstance(part, BlockDictionary)]
     data = batches(seed, args.batch)
     held_back = next(data)[:, :-1]
     before = observe(model, held_back)
@@ -108,6 +111,9 @@ def train(
         model(tokens[:, :-1], tokens[:, 1:]).backward()
         optimizer.step()
         optimizer.zero_grad()
+        for part in dictionaries:
+            part.balance()
+            part.loads.zero_()
     after = observe(model, held_back)
     return {
         name: {"start": rms(before[name]), "change": rms(after[name] - before[name])}
