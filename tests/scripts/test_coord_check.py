@@ -6,7 +6,7 @@ import sys
 
 from ranks import ENVIRONMENT, ROOT
 
-SHORT = ["--d-model", "128", "512", "--seeds", "1", "--batch", "8", "--only", "dense", "sparse"]
+SHORT = ["--d-model", "128", "512", "--seeds", "1", "--batch", "8", "--only", "dense", "default"]
 BROKEN = """
 import sys
 sys.path.insert(0, "scripts/studies")
@@ -32,7 +32,7 @@ def test_the_change_by_training_is_equal_over_widths_with_transfer_alone(tmp_pat
     assert len(rows) == 2 * 4 * 2
     for row in rows:
         slope = row["change"]["slope"]
-        assert abs(slope) < 0.25 if row["transfer"] else slope > 0.35, row
+        assert abs(slope) < 0.25 if row["transfer"] else slope > 0.25, row
     assert (tmp_path / "check.png").stat().st_size > 10_000
 
 
