@@ -48,7 +48,12 @@ def publish(path: Path) -> None:
 
 def publish_text(path: Path, text: str) -> None:
     """Make `path` a file of this text, in UTF-8."""
-    temporary(path).write_bytes(text.encode())
+    publish_bytes(path, text.encode())
+
+
+def publish_bytes(path: Path, content: bytes) -> None:
+    """Make `path` a file of this content."""
+    temporary(path).write_bytes(content)
     publish(path)
 
 

@@ -216,8 +216,10 @@ def compare(
         show(comparison(found))
 
 
-@app.command(epilog="Example: sparse-gpt evaluate runs/quickstart-dense runs/quickstart-sparse")
-def evaluate(
+@app.command(
+    "evaluate", epilog="Example: sparse-gpt evaluate runs/quickstart-dense runs/quickstart-sparse"
+)
+def evaluate_checkpoints(
     checkpoints: Annotated[
         list[str], typer.Argument(help="Runs, each its newest whole checkpoint, or RUN@STEP.")
     ],
@@ -225,19 +227,18 @@ def evaluate(
         list[str] | None,
         typer.Option(help="A folder of shards; give it again for more. The run's own if none."),
     ] = None,
-    vocab: Annotated[
-        Path | None,
-        typer.Option(help="The rank file of the runs, for bits a byte; GPT-2's is known."),
-    ] = None,
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of each data set; else the run's, or all of --data.")
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Held-out loss, perplexity and bits a byte of checkpoints, by data set."""
-    from sparse_gpt.trained.evaluate import evaluate_all, evaluation_json, evaluation_table
+    from sparse_gpt.trained.checkpoint import load_trained
+    from sparse_gpt.trained.evaluate import evaluate, evaluation_json, evaluation_table
 
-    found = evaluate_all(checkpoints, data or [], vocab, max_tokens)
+    found = [
+        one for name in checkpoints for one in evaluate(load_trained(name), data or [], max_tokens)
+    ]
     if as_json:
         print(json.dumps(evaluation_json(found), indent=1))
     else:

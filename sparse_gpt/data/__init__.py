@@ -25,7 +25,7 @@ from sparse_gpt.data.preparation.parts import part_of_environment
 from sparse_gpt.data.preparation.prepare import prepare
 from sparse_gpt.data.shards.manifest import Manifest
 from sparse_gpt.data.shards.reader import Dataset, Split, open_shards, verify
-from sparse_gpt.data.tokenizer import Tokenizer, load_tokenizer
+from sparse_gpt.data.tokenizer import Tokenizer, load_tokenizer, tokenizer_beside
 from sparse_gpt.data.train_vocab import train_vocab
 from sparse_gpt.errors import DataError
 
@@ -52,6 +52,7 @@ __all__ = [
     "part_of_environment",
     "prefetched",
     "prepare",
+    "tokenizer_beside",
     "train_vocab",
     "verify",
 ]

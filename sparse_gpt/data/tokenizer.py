@@ -8,7 +8,7 @@ that tiktoken may refuse them, which must not depend on the engine.
 import binascii
 import hashlib
 import threading
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from functools import lru_cache
 from importlib.metadata import version
 from importlib.util import find_spec
@@ -21,6 +21,7 @@ import numpy.typing as npt
 
 from sparse_gpt.data.vocabulary import (
     PATTERNS,
+    VOCAB_FILE,
     VOCAB_HASH,
     VOCABULARY,
     Vocabulary,
@@ -28,6 +29,7 @@ from sparse_gpt.data.vocabulary import (
     dtype_for,
 )
 from sparse_gpt.errors import DataError
+from sparse_gpt.files import publish_bytes
 
 ENGINES = ("auto", "tiktoken", "gigatoken")
 _RENEW_AFTER = 125_000_000  # characters; gigatoken keeps every different word it has met
@@ -165,6 +167,18 @@ class Tokenizer:
         """What the headers of shards say of it."""
         return Vocabulary(self.vocab_hash, dtype_for(self.vocab_size), self.eot)
 
+    def publish(self, folder: Path) -> None:
+        """Put the rank file into `folder` as VOCAB_FILE, unless it is GPT-2's, which is everywhere.
+
+        Raises DataError if it is no longer what was loaded.
+        """
+        if self.vocab_hash == VOCAB_HASH:
+            return
+        content = _read(self._file)
+        if hashlib.sha256(content).hexdigest() != self.vocab_hash:
+            raise DataError(f"{self._file}: has changed since this began; run it again")
+        publish_bytes(folder / VOCAB_FILE, content)
+
     def identity(self) -> dict[str, str | int]:
         """What the tokens depend on; part of the manifest and of every work unit's name. The engine
         is not: all give the same ids."""
@@ -212,10 +226,7 @@ def load_tokenizer(
     if engine == "auto":
         engine = "gigatoken" if installed else "tiktoken"
     file = VOCABULARY if path is None else Path(path)
-    try:
-        content = file.read_bytes()
-    except OSError as error:
-        raise DataError(f"{file}: cannot read the vocabulary: {error.strerror}") from None
+    content = _read(file)
     found = hashlib.sha256(content).hexdigest()
     if path is None and found != VOCAB_HASH:
         raise DataError(
@@ -242,3 +253,28 @@ def load_tokenizer(
             f"{file}: {len(missing)} bytes have no rank, the first 0x{missing[0].hex()}"
         )
     return Tokenizer(file, "gpt2" if path is None else file.stem, ranks, found, pattern, engine)
+
+
+def tokenizer_beside(folder: str | Path, identity: Mapping[str, Any]) -> Tokenizer:
+    """The tokenizer of what lies in `folder`, shards or a run: GPT-2's, or the VOCAB_FILE's there.
+
+    identity: vocab_hash and pattern, as in a manifest. Raises DataError where the file is
+    missing or another.
+    """
+    if identity["vocab_hash"] == VOCAB_HASH:
+        return load_tokenizer(None, identity["pattern"])
+    path = Path(folder) / VOCAB_FILE
+    tokenizer = load_tokenizer(path, identity["pattern"])
+    if tokenizer.vocab_hash != identity["vocab_hash"]:
+        raise DataError(
+            f"{path}: is another vocabulary (sha256 {tokenizer.vocab_hash[:12]}…) than the tokens "
+            f"were made with ({identity['vocab_hash'][:12]}…); put that one there"
+        )
+    return tokenizer
+
+
+def _read(file: Path) -> bytes:
+    try:
+        return file.read_bytes()
+    except OSError as error:
+        raise DataError(f"{file}: cannot read the vocabulary: {error.strerror}") from None

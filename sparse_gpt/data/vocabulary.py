@@ -7,6 +7,7 @@ from sparse_gpt.errors import DataError
 
 VOCABULARY = Path(__file__).parent / "vocab" / "gpt2.tiktoken"
 VOCAB_HASH = "306cd27f03c1a714eca7108e03d66b7dc042abe8c258b44c199a7ed9838dd930"
+VOCAB_FILE = "vocab.tiktoken"  # beside what was made with another: shards, a run
 # How text is split before merging, as in tiktoken_ext.openai_public; copied so that an upgrade
 # cannot change our tokens silently.
 PATTERNS = {

@@ -1,6 +1,6 @@
 """The folder of a run: its resolved config and where it came from.
 
-config.yaml  provenance.json  metrics.jsonl  tensorboard/  checkpoints/  incidents/
+config.yaml  provenance.json  metrics.jsonl  vocab.tiktoken  tensorboard/  checkpoints/  incidents/
 """
 
 import json
@@ -15,8 +15,9 @@ import xxhash
 from sparse_gpt.config.load import to_yaml
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.data import Blend
+from sparse_gpt.data.vocabulary import VOCAB_FILE
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.files import lock, locked, publish, publish_text, temporary
+from sparse_gpt.files import lock, locked, publish, publish_bytes, publish_text, temporary
 from sparse_gpt.provenance import git_commit, provenance
 from sparse_gpt.train.checkpoint.manifest import read_manifest, tag_of, tags
 from sparse_gpt.train.distributed import World
@@ -80,10 +81,15 @@ def open_run_dir(
                 "from": came_from["data_manifest_hash"],
                 "to": blend.hash,
             }
+        made_with = blend.sources[0].dataset
+        beside = made_with.train.folder / VOCAB_FILE
+        if beside.exists():  # for who wants text of the model, wherever the shards are by then
+            publish_bytes(folder / VOCAB_FILE, beside.read_bytes())
         record = {
             **before,
             "data_manifest_hash": blend.hash,
             "vocab_hash": blend.vocab_hash,
+            "tokenizer": made_with.manifest.tokenizer,
             "starts": [*before.get("starts", []), start],
         }
         publish_text(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
@@ -133,6 +139,8 @@ def fork(trunk: Path, step: int, folder: Path) -> None:
     shutil.rmtree(aside, ignore_errors=True)
     shutil.copytree(checkpoint, aside / "checkpoints" / tag_of(step), copy_function=os.link)
     (aside / "checkpoints/latest").write_text(tag_of(step))
+    if (trunk / VOCAB_FILE).exists():
+        shutil.copy(trunk / VOCAB_FILE, aside)
     for name in ("config.yaml", "metrics.jsonl"):  # rows after the step go when it starts
         shutil.copy(trunk / name, aside / name)
     record = {**read_provenance(trunk), "forked_from": {"run": str(trunk), "step": step}}

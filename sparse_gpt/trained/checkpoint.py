@@ -1,6 +1,7 @@
 """A trained model by the name of its checkpoint: RUN, its newest whole one, or RUN@STEP."""
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -8,10 +9,12 @@ import torch
 
 from sparse_gpt.config.load import load_config
 from sparse_gpt.config.schema import RunConfig
+from sparse_gpt.data import Tokenizer, tokenizer_beside
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.gpt import GPT
 from sparse_gpt.train.checkpoint.manifest import damage, read_manifest, step_of, tag_of, tags
 from sparse_gpt.train.checkpoint.weights import load_weights
+from sparse_gpt.train.feed import open_data
 from sparse_gpt.train.precision import DTYPES
 from sparse_gpt.train.run_dir import read_provenance
 
@@ -31,14 +34,24 @@ class Trained:
         """RUN@STEP."""
         return f"{self.run}@{self.step}"
 
+    @cached_property
+    def tokenizer(self) -> Tokenizer:
+        """Of the run's vocabulary. Raises DataError where it is neither with the run nor with the
+        shards."""
+        identity = self.provenance.get("tokenizer")
+        if identity is not None:
+            return tokenizer_beside(self.run, identity)
+        dataset = open_data(self.config.data).sources[0].dataset  # a run of 0.1
+        return tokenizer_beside(dataset.train.folder, dataset.manifest.tokenizer)
+
     @property
     def device(self) -> torch.device:
         """Where the model is."""
         return self.model.wte.weight.device
 
 
-def load_trained(name: str, device: torch.device | str = "cpu") -> Trained:
-    """The model of checkpoint `name` on `device`.
+def load_trained(name: str) -> Trained:
+    """The model of checkpoint `name`, on a GPU if there is one.
 
     Raises ConfigError where there is no such run, or no whole checkpoint of it.
     """
@@ -60,6 +73,7 @@ def load_trained(name: str, device: torch.device | str = "cpu") -> Trained:
         raise ConfigError(
             f"{folder}: is not of the model in {run / 'config.yaml'}: {error}"
         ) from None
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model.to(device, DTYPES[config.precision]).eval()
     return Trained(run, step, config, read_provenance(run), model)
 

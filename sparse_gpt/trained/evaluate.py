@@ -3,28 +3,19 @@
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from rich.table import Table
+from torch import Tensor
 
-from sparse_gpt.data import (
-    Batch,
-    Dataset,
-    Split,
-    Tokenizer,
-    evaluation,
-    load_tokenizer,
-    open_shards,
-)
+from sparse_gpt.data import Batch, Dataset, Split, evaluation, open_shards
 from sparse_gpt.data.batches.batches import IGNORED, count_windows
-from sparse_gpt.data.vocabulary import VOCAB_HASH
 from sparse_gpt.errors import ConfigError, DataError
 from sparse_gpt.progress import Progress
 from sparse_gpt.train.engine import summed_loss
 from sparse_gpt.train.feed import open_data
-from sparse_gpt.trained.checkpoint import Trained, load_trained
+from sparse_gpt.trained.checkpoint import Trained
 
 
 @dataclass(frozen=True)
@@ -52,43 +43,20 @@ class HeldOutLoss:
         return self.bytes and self.loss * self.tokens / math.log(2) / self.bytes
 
 
-def evaluate_all(
-    names: Sequence[str], folders: Sequence[str], vocab: Path | None, max_tokens: int | None
-) -> list[HeldOutLoss]:
-    """`evaluate` of each checkpoint by its name, on a GPU if there is one.
-
-    vocab: a rank file; GPT-2's own needs none. Raises what `load_trained`, `load_tokenizer` and
-    `evaluate` do.
-    """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    found = []
-    for name in names:
-        trained = load_trained(name, device)
-        known = vocab is not None or trained.provenance.get("vocab_hash") == VOCAB_HASH
-        tokenizer = load_tokenizer(vocab) if known else None
-        found += evaluate(trained, folders, tokenizer, max_tokens)
-    return found
-
-
 def evaluate(
     trained: Trained,
     folders: Sequence[str] = (),
-    tokenizer: Tokenizer | None = None,
     max_tokens: int | None = None,
     progress: bool = True,
 ) -> list[HeldOutLoss]:
     """The loss on the held-out split of each folder of shards; of none, of the run's own sources.
 
     Of those with the run's `eval.max_tokens` unless `max_tokens` is given: the numbers are those
-    of the run's record. tokenizer: what counts bytes. Raises DataError where `open_shards` does,
-    for a data set of another vocabulary than the run's or without a held-out split, and for another
-    tokenizer; ConfigError where the run's own data cannot be opened.
+    of the run's record. Raises DataError where `open_shards` does, and for a data set of another
+    vocabulary than the run's or without a held-out split; ConfigError where the run's own data
+    cannot be opened.
     """
     vocab_hash = trained.provenance.get("vocab_hash")
-    if tokenizer is not None and tokenizer.vocab_hash != vocab_hash:
-        raise DataError(
-            f"{tokenizer.name}: is not the vocabulary that {trained.run} was trained in"
-        )
     if folders:
         sources = {folder: open_shards(folder) for folder in folders}
     else:
@@ -101,8 +69,12 @@ def evaluate(
                 "with that one"
             )
         count_windows(dataset.held_out, trained.config.model.max_seq_len)
+    try:
+        lengths = torch.from_numpy(trained.tokenizer.lengths)
+    except DataError:
+        lengths = None
     return [
-        _loss(trained, folder, dataset.held_out, tokenizer, max_tokens, progress)
+        _loss(trained, folder, dataset.held_out, lengths, max_tokens, progress)
         for folder, dataset in sources.items()
     ]
 
@@ -121,12 +93,11 @@ def _loss(
     trained: Trained,
     folder: str,
     split: Split,
-    tokenizer: Tokenizer | None,
+    lengths: Tensor | None,
     max_tokens: int | None,
     progress: bool,
 ) -> HeldOutLoss:
     config, done, counted = trained.config, 0, 0
-    lengths = None if tokenizer is None else torch.from_numpy(tokenizer.lengths)
     seq_len = config.model.max_seq_len
     windows = count_windows(split, seq_len)
     if max_tokens is not None:
@@ -156,7 +127,7 @@ def _loss(
         data=folder,
         loss=loss / tokens,
         tokens=int(tokens),
-        bytes=None if tokenizer is None else counted,
+        bytes=None if lengths is None else counted,
     )
 
 

@@ -6,9 +6,10 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from ranks import ROOT
 from tiktoken_ext import openai_public
 
-from sparse_gpt.data import load_tokenizer, prepare
+from sparse_gpt.data import load_tokenizer, open_shards, prepare, tokenizer_beside, train_vocab
 from sparse_gpt.data.shards.manifest import SPLITS
 from sparse_gpt.data.tokenizer import Tokenizer
 from sparse_gpt.data.vocabulary import PATTERNS, VOCABULARY
@@ -182,3 +183,43 @@ def test_engines_make_the_same_shards_and_a_wrong_one_is_found(
     ):
         prepare([source], tmp_path / "wrong", engine="gigatoken")
     assert not (tmp_path / "wrong").exists()
+
+
+def test_shards_bring_their_vocabulary_with_them(tmp_path: Path) -> None:
+    novel = ROOT / "data/novels/persuasion.txt"
+    split = {"separator": "\nChapter ", "held_out": 0.2}
+    train_vocab([str(novel)], tmp_path / "bpe", size=300, **split, progress=False)
+    prepare([novel], tmp_path / "own", vocab=tmp_path / "bpe", **split)
+    prepare([novel], tmp_path / "gpt2", **split)
+    manifest = open_shards(tmp_path / "own").manifest
+    (tmp_path / "bpe").rename(tmp_path / "gone")
+    tokenizer = tokenizer_beside(tmp_path / "own", manifest.tokenizer)
+    assert tokenizer.decode(tokenizer.encode("Anne Elliot")) == "Anne Elliot"
+    assert tokenizer.vocab_hash == manifest.tokenizer["vocab_hash"]
+    assert not (tmp_path / "gpt2/vocab.tiktoken").exists()
+    of_gpt2 = open_shards(tmp_path / "gpt2").manifest.tokenizer
+    assert tokenizer_beside(tmp_path / "gpt2", of_gpt2).vocab_size == 50257
+    for put, says in ((None, "cannot read the vocabulary"), (VOCABULARY, "is another vocabulary")):
+        (tmp_path / "own/vocab.tiktoken").unlink(missing_ok=True)
+        if put:
+            (tmp_path / "own/vocab.tiktoken").write_bytes(put.read_bytes())
+        load_tokenizer.cache_clear()
+        with pytest.raises(DataError, match=says):
+            tokenizer_beside(tmp_path / "own", manifest.tokenizer)
+
+
+def test_a_vocabulary_that_changes_meanwhile_is_not_passed_off(tmp_path: Path) -> None:
+    ranks = VOCABULARY.read_bytes()[:-20].rpartition(b"\n")[0] + b"\n"
+    (tmp_path / "bpe").write_bytes(ranks)
+    tokenizer = load_tokenizer(tmp_path / "bpe")
+    (tmp_path / "bpe").write_bytes(VOCABULARY.read_bytes())
+    with pytest.raises(DataError, match="has changed since"):
+        tokenizer.publish(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["bpe"]
+
+
+def test_the_lengths_are_those_of_the_bytes() -> None:
+    tokenizer = load_tokenizer()
+    text = "naïve 日本語 — fine"
+    assert tokenizer.lengths[tokenizer.encode(text)].sum() == len(text.encode())
+    assert (tokenizer.lengths[tokenizer.eot], len(tokenizer.lengths)) == (0, 50257)

@@ -120,6 +120,7 @@ def test_a_fork_is_the_trunk_as_it_was(train_here, run_file, tmp_path):
     for path in checkpoint.iterdir():
         assert path.samefile(trunk / "checkpoints" / tag_of(4) / path.name)  # it takes no room
     assert (folder / "checkpoints/latest").read_text() == tag_of(4)
+    assert (folder / "vocab.tiktoken").read_bytes() == (trunk / "vocab.tiktoken").read_bytes()
     assert read_provenance(folder)["forked_from"] == {"run": str(trunk), "step": 4}
     train_here("duration.steps=8", f"run_dir={folder}")
     assert exact(folder) == exact(trunk)

@@ -106,6 +106,7 @@ def import_shards(
                         writer.extend(batch.tokens, batch.lengths, hashes)
                         bar.advance(batch.tokens.nbytes)
                     shards[split] = writer.finish()
+        tokenizer.publish(aside)
         write_manifest(aside, identity, vocabulary, options, rows, shards)
     return read_manifest(out)
 

@@ -240,6 +240,7 @@ def _publish(
         tally.add(record.documents() + record.duplicates, record.rejected)
     tally.add(0, [], whole=True)
     _refuse_empty(splits, out, options)
+    tokenizer.publish(out)
     rejected = (reject for record in records(out, units) for reject in record.rejected)
     write_manifest(
         out,

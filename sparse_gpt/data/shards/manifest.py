@@ -1,5 +1,6 @@
 """`manifest.json`: which shards are a data set, and where they came from. Written last, so a folder
-without one is not a data set.
+without one is not a data set. Beside it lies the rank file, `vocab.tiktoken`, unless it is
+GPT-2's.
 
 A sealed JSON file is an object whose first key, "hash", is the sha256 of the file's own bytes
 with the 64 digits of that hash replaced by zeros. The manifest's other keys:

@@ -16,8 +16,9 @@ from typing import Any
 
 from sparse_gpt.data.shards.format import FileEntry, file_entry
 from sparse_gpt.data.shards.manifest import MANIFEST, SPLITS, Manifest, read_manifest
+from sparse_gpt.data.vocabulary import VOCAB_FILE
 from sparse_gpt.errors import DataError
-from sparse_gpt.files import locked, publish, temporary
+from sparse_gpt.files import locked, publish, publish_bytes, temporary
 from sparse_gpt.progress import Progress
 
 _EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # by scheme, what reads it
@@ -82,3 +83,5 @@ def _copy_all(url: str, storage: Any, root: str, manifest: Manifest, copy: Path)
                 raise DataError(f"{url}/{name}: is not what its manifest says; upload it again")
             publish(path)
             bar.advance(entry.bytes)
+    if storage.exists(f"{root}/{VOCAB_FILE}"):  # whoever needs it checks it
+        publish_bytes(copy / VOCAB_FILE, storage.cat_file(f"{root}/{VOCAB_FILE}"))
