@@ -5,6 +5,7 @@ The rooms, each of which imports only those below it:
     cli            the `sparse-gpt` command
     sweep          scaling experiments: grids of runs, planned, trained, fitted, drawn
     cluster, plan  where ranks run, and how they end; what a run costs
+    trained        what is done with a model once it is trained
     train          a run: the loop and what surrounds it on every rank
     config         one YAML file says everything about a run
     data, model    corpora become batches; GPT-2 with its feed-forward networks, and its FLOPs
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     )
     from sparse_gpt.model.flops import FlopCount, FlopReport, count_flops
     from sparse_gpt.model.gpt import GPT
+    from sparse_gpt.model.sampling import Sampling
 
 _ROOMS = {
     "huggingface": ("fit_to_dense", "replace_ffn"),
@@ -52,6 +54,7 @@ _ROOMS = {
     ),
     "model.flops": ("FlopCount", "FlopReport", "count_flops"),
     "model.gpt": ("GPT",),
+    "model.sampling": ("Sampling",),
 }
 _HOME = {name: room for room, names in _ROOMS.items() for name in names}
 
@@ -64,6 +67,7 @@ __all__ = [
     "FlopCount",
     "FlopReport",
     "ModelConfig",
+    "Sampling",
     "SparseBlock",
     "SparseFFNConfig",
     "SparseFactorLinear",

@@ -143,7 +143,7 @@ class Decoder:
     def tokens_per_second(self, steps: int) -> float:
         start = time.perf_counter()
         for _ in range(steps):
-            tokens = self.model.generate(self.prompt, self.new, temperature=0)
+            tokens = self.model.generate(self.prompt, self.new)
         tokens[0, -1].item()  # waits for the device
         return steps * self.batch * self.new / (time.perf_counter() - start)
 

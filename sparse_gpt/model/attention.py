@@ -82,6 +82,18 @@ def block_mask(documents: Tensor) -> BlockMask:
     return mask
 
 
+def padding_mask(padding: Tensor, start: int, end: int) -> Tensor:
+    """Which of the keys 0 to end the queries from start on see, bool `(batch, 1, queries, keys)`.
+
+    padding: int64 `(batch,)`, keys at each row's start that nothing sees but, lest a row of the
+    scores be empty, itself.
+    """
+    keys = torch.arange(end, device=padding.device)
+    queries = keys[start:, None]
+    seen = (keys <= queries) & ((keys >= padding[:, None, None]) | (keys == queries))
+    return seen[:, None]
+
+
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """`function` compiled; as it is inside of what is being compiled as a whole."""
     return function if torch.compiler.is_compiling() else _compile(function)

@@ -2,17 +2,26 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from sparse_gpt.model.attention import KVCache, document_mask, document_positions
+from sparse_gpt.model.attention import (
+    KVCache,
+    Mask,
+    document_mask,
+    document_positions,
+    padding_mask,
+)
 from sparse_gpt.model.block import DenseBlock, SparseBlock
 from sparse_gpt.model.config import ModelConfig
 from sparse_gpt.model.loss import head_cross_entropy
 from sparse_gpt.model.recompute import recomputed
+from sparse_gpt.model.sampling import Sampling
 
+GREEDY = Sampling(temperature=0)
 VOCAB_MULTIPLE = 64  # matrix units want the head's width a multiple of it
 
 
@@ -98,16 +107,23 @@ class GPT(nn.Module):
         tokens: Tensor,
         caches: list[KVCache] | None = None,
         documents: Tensor | None = None,
+        padding: Tensor | None = None,
     ) -> Tensor:
-        """What the head reads, `(batch, seq, d_model)`; tokens continue the cached ones."""
+        """What the head reads, `(batch, seq, d_model)`; tokens continue the cached ones.
+
+        padding: int64 `(batch,)`, tokens at each row's start that nothing sees.
+        """
         start = caches[0].length if caches else 0
         end = start + tokens.shape[1]
         if end > self.config.max_seq_len:
             raise ValueError(f"{end} tokens exceed max_seq_len {self.config.max_seq_len}")
-        if documents is None:
-            mask, positions = None, torch.arange(start, end, device=tokens.device)
-        else:
+        mask: Mask | None = None
+        positions = torch.arange(start, end, device=tokens.device)
+        if documents is not None:
             mask, positions = document_mask(documents, self.config), document_positions(documents)
+        elif padding is not None:
+            mask = padding_mask(padding, start, end)
+            positions = (positions - padding[:, None]).clamp(min=0)
         x = self.dropout(self.wte(tokens) + self.wpe(positions))
         for i, block in enumerate(self.blocks):
             cache = caches[i] if caches else None
@@ -118,50 +134,73 @@ class GPT(nn.Module):
         hidden: Tensor = self.ln_f(x)
         return hidden
 
-    @torch.no_grad()
     def generate(
         self,
         tokens: Tensor,
         max_new_tokens: int,
-        temperature: float = 1.0,
-        top_k: int | None = None,
+        sampling: Sampling = GREEDY,
+        *,
+        lengths: Tensor | None = None,
         generator: torch.Generator | None = None,
     ) -> Tensor:
         """Continue `(batch, seq)` int64 tokens; returns `(batch, seq + max_new_tokens)`.
 
-        Temperature 0 takes the likeliest token, otherwise one is drawn (by `generator`), of the
-        `top_k` likeliest if given. Runs in eval mode with a KV cache. A row is one document.
-        Raises ValueError when the result would exceed max_seq_len.
+        The rest is as in `stream`.
         """
-        total = tokens.shape[1] + max_new_tokens
-        if total > self.config.max_seq_len:
-            raise ValueError(
-                f"{tokens.shape[1]} tokens and {max_new_tokens} new ones exceed "
-                f"max_seq_len {self.config.max_seq_len}"
-            )
+        new = self.stream(tokens, max_new_tokens, sampling, lengths=lengths, generator=generator)
+        return torch.cat((tokens, *new), 1)
+
+    @torch.no_grad()
+    def stream(
+        self,
+        tokens: Tensor,
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        *,
+        lengths: Tensor | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Iterator[Tensor]:
+        """The tokens that follow `(batch, seq)` int64 ones, one at a time: `(batch, 1)` each.
+
+        lengths: int64 `(batch,)`, of how many tokens each row's prompt is, at its end; what stands
+        before it is padding, whatever it holds. generator: draws the tokens. Runs in eval mode; a
+        row is one document.
+
+        A token is computed once: keys and values are kept. Where they fill the context, the latter
+        half of it is read anew, from position 0, and it goes on.
+
+        Raises ValueError when there is no prompt, or one that fills the context.
+        """
+        (batch, seq), context = tokens.shape, self.config.max_seq_len
+        if not 0 < seq < context:
+            raise ValueError(f"a prompt of {seq} tokens; it must have 1 to {context - 1}")
+        padding = None if lengths is None else seq - lengths
+        if padding is not None:  # its ids must count for nothing
+            first = tokens.gather(1, padding[:, None])
+            places = torch.arange(seq, device=tokens.device)
+            tokens = torch.where(places < padding[:, None], first, tokens)
+        seen = torch.zeros(batch, self.config.vocab_size, dtype=torch.bool, device=tokens.device)
+        seen.scatter_(1, tokens, True)
         training = self.training
         self.eval()
         try:
-            caches = [KVCache(total) for _ in self.blocks]
-            new = tokens
+            new, caches = tokens, self._caches(seq + max_new_tokens)
             for _ in range(max_new_tokens):
-                hidden = self._hidden(new, caches)[:, -1]
+                if caches[0].length + new.shape[1] > context:
+                    keep = max(1, context // 2)
+                    new, caches = tokens[:, -keep:], self._caches(context)
+                    if padding is not None:
+                        padding = (padding - (tokens.shape[1] - keep)).clamp(min=0)
+                        padding = padding if bool(padding.any()) else None
+                    tokens = new
+                hidden = self._hidden(new, caches, padding=padding)[:, -1]
                 logits = self.lm_head(hidden)[:, : self.config.vocab_size]
-                new = _choose(logits, temperature, top_k, generator)
+                new = sampling.choose(logits, seen, generator)
+                seen.scatter_(1, new, True)
                 tokens = torch.cat((tokens, new), 1)
+                yield new
         finally:
             self.train(training)
-        return tokens
 
-
-def _choose(
-    logits: Tensor, temperature: float, top_k: int | None, generator: torch.Generator | None
-) -> Tensor:
-    """Next tokens `(batch, 1)` from logits `(batch, vocab_size)`."""
-    if temperature == 0:
-        return logits.argmax(-1, keepdim=True)
-    logits = logits.float() / temperature
-    if top_k is not None:
-        least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    return torch.multinomial(logits.softmax(-1), 1, generator=generator)
+    def _caches(self, length: int) -> list[KVCache]:
+        return [KVCache(min(length, self.config.max_seq_len)) for _ in self.blocks]

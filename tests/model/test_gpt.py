@@ -5,7 +5,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparse_gpt import GPT, DenseBlock, DenseFFN, DenseFFNConfig, ModelConfig, SparseBlock
+from sparse_gpt import GPT, DenseBlock, DenseFFN, DenseFFNConfig, ModelConfig, Sampling, SparseBlock
 
 FEEDBACK = {"preset": "light", "feedback": {}}
 
@@ -108,7 +108,7 @@ def test_one_document_is_an_ordinary_row(dtype):
     torch.testing.assert_close(
         masked(tokens, documents=torch.ones_like(tokens)), model(tokens), rtol=0, atol=tolerance
     )
-    assert torch.equal(masked.generate(tokens, 4, 0), model.generate(tokens, 4, 0))
+    assert torch.equal(masked.generate(tokens, 4), model.generate(tokens, 4))
 
 
 @pytest.mark.parametrize(
@@ -185,18 +185,91 @@ def test_only_matrices_have_two_dimensions():
     }
 
 
-@pytest.mark.parametrize("ffn", ["dense", FEEDBACK])
-def test_greedy_generation_equals_the_uncached(ffn):
+def uncached(model, tokens, new):
+    """`(1, seq)` and its `new` likeliest followers, each by a whole forward pass; where the context
+    is full, its latter half stays."""
+    every, window = tokens, tokens
+    for _ in range(new):
+        if window.shape[1] > model.config.max_seq_len:
+            window = window[:, -(model.config.max_seq_len // 2) :]
+        follower = model(window)[:, -1:].argmax(-1)
+        every, window = (torch.cat((part, follower), 1) for part in (every, window))
+    return every
+
+
+@pytest.mark.parametrize("ffn", ["dense", "default", FEEDBACK, "paper"])
+def test_greedy_generation_equals_the_uncached_up_to_the_context_and_beyond(ffn):
     model = tiny(ffn).double()
-    tokens = sample(seq=4)
-    expected = tokens
-    model.eval()
-    for _ in range(12):
-        expected = torch.cat((expected, model(expected)[:, -1:].argmax(-1)), 1)
+    tokens = sample(batch=1, seq=4)
+    expected = uncached(model.eval(), tokens, 30)
     model.train()
-    assert torch.equal(model.generate(tokens, 12, temperature=0), expected)
-    assert torch.equal(model.generate(tokens, 12, top_k=1), expected)
+    assert torch.equal(model.generate(tokens, 30), expected)
+    assert torch.equal(model.generate(tokens, 30, Sampling(top_k=1)), expected)
     assert model.training
+
+
+@settings(max_examples=15)
+@given(st.lists(st.integers(1, 15), min_size=1, max_size=5), st.integers(0, 2**31))
+@pytest.mark.parametrize("ffn", ["dense", "default"])
+def test_unequal_prompts_give_what_each_gives_alone(ffn, lengths, seed):
+    torch.manual_seed(seed)
+    model = tiny(ffn).double().eval()
+    prompts = [sample(batch=1, seq=n) for n in lengths]
+    tokens = sample(batch=len(lengths), seq=max(lengths))  # what stands before a prompt is anything
+    for row, prompt in zip(tokens, prompts, strict=True):
+        row[-prompt.shape[1] :] = prompt
+    for sampling in (Sampling(temperature=0), Sampling(temperature=0, repetition_penalty=1.5)):
+        found = model.generate(tokens, 8, sampling, lengths=torch.tensor(lengths))
+        for row, prompt in zip(found, prompts, strict=True):
+            alone = model.generate(prompt, 8, sampling)
+            if prompt.shape[1] + 8 <= 16 and max(lengths) + 8 <= 16:  # rows slide together
+                assert torch.equal(row[-8:], alone[0, -8:])
+
+
+def test_rows_of_unequal_length_slide_together():
+    model = tiny("default").double().eval()
+    tokens = sample(batch=2, seq=6)
+    found = model.generate(tokens, 40, lengths=torch.tensor([6, 2]))
+    assert torch.equal(found[:1], uncached(model, tokens[:1], 40))
+
+
+def test_top_p_draws_among_the_fewest_that_reach_it():
+    logits = torch.tensor([[0.5, 0.3, 0.15, 0.05]]).log().expand(4000, -1)
+    seen = torch.zeros_like(logits, dtype=torch.bool)
+    generator = torch.Generator().manual_seed(0)
+    for top_p, kept in ((0.5, 1), (0.51, 2), (0.8, 2), (0.81, 3), (1.0, 4)):
+        drawn = Sampling(top_p=top_p).choose(logits, seen, generator)
+        assert drawn.unique().tolist() == list(range(kept))
+    drawn = Sampling(top_p=0.8).choose(logits, seen, generator)
+    assert (drawn == 0).float().mean().item() == pytest.approx(0.5 / 0.8, abs=0.04)
+
+
+def test_a_penalty_keeps_from_repeating():
+    seen = torch.tensor([[True, False, True]])
+    for logits, penalty, expected in (
+        ([2.0, 1.5, 0.0], 1.0, 0),
+        ([2.0, 1.5, 0.0], 1.5, 1),
+        ([-1.0, -1.8, -1.0], 2.0, 1),  # of a negative logit the penalty makes more, not less
+    ):
+        sampling = Sampling(temperature=0, repetition_penalty=penalty)
+        assert sampling.choose(torch.tensor([logits]), seen, None).item() == expected
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"temperature": -1.0},
+        {"temperature": math.nan},
+        {"top_k": 0},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"repetition_penalty": 0.0},
+    ],
+)
+def test_a_sampling_that_makes_no_sense_is_named(wrong):
+    [(name, value)] = wrong.items()
+    with pytest.raises(ValueError, match=rf"^{name} is {value}; it must be "):
+        Sampling(**wrong)
 
 
 def test_sampling_follows_its_generator_and_top_k():
@@ -204,7 +277,8 @@ def test_sampling_follows_its_generator_and_top_k():
     tokens = sample(batch=64, seq=2)
 
     def draw(seed):
-        return model.generate(tokens, 1, top_k=3, generator=torch.Generator().manual_seed(seed))
+        generator = torch.Generator().manual_seed(seed)
+        return model.generate(tokens, 1, Sampling(top_k=3), generator=generator)
 
     assert torch.equal(draw(1), draw(1))
     assert not torch.equal(draw(1), draw(2))
@@ -217,7 +291,10 @@ def test_temperature_sharpens():
     tokens = sample(batch=1, seq=2).expand(500, -1)
     likeliest = model(tokens[:1])[0, -1].argmax()
     hits = [
-        (model.generate(tokens, 1, temperature=t)[:, -1] == likeliest).float().mean().item()
+        (model.generate(tokens, 1, Sampling(temperature=t))[:, -1] == likeliest)
+        .float()
+        .mean()
+        .item()
         for t in (100.0, 1e-3)
     ]
     assert hits[0] < 0.1
@@ -228,8 +305,8 @@ def test_too_long_a_sequence_is_named():
     model = tiny()
     with pytest.raises(ValueError, match=r"17 tokens exceed max_seq_len 16"):
         model(sample(seq=17))
-    with pytest.raises(ValueError, match=r"12 tokens and 5 new ones exceed max_seq_len 16"):
-        model.generate(sample(), 5)
+    with pytest.raises(ValueError, match=r"a prompt of 16 tokens; it must have 1 to 15"):
+        model.generate(sample(seq=16), 5)
 
 
 def test_blocks_refuse_the_other_kind_of_ffn():
