@@ -17,6 +17,7 @@ from sparse_gpt.cli.config_commands import config_app
 from sparse_gpt.cli.data_commands import prepare, shards_app, vocab_app
 from sparse_gpt.cli.sweep_commands import sweep_app
 from sparse_gpt.cli.terminal import Config, Json, Overrides, show
+from sparse_gpt.cli.trained_commands import evaluate, generate
 from sparse_gpt.errors import InputError
 
 if TYPE_CHECKING:
@@ -216,33 +217,10 @@ def compare(
         show(comparison(found))
 
 
-@app.command(
-    "evaluate", epilog="Example: sparse-gpt evaluate runs/quickstart-dense runs/quickstart-sparse"
+app.command(epilog="Example: sparse-gpt evaluate runs/quickstart-dense runs/quickstart-sparse")(
+    evaluate
 )
-def evaluate_checkpoints(
-    checkpoints: Annotated[
-        list[str], typer.Argument(help="Runs, each its newest whole checkpoint, or RUN@STEP.")
-    ],
-    data: Annotated[
-        list[str] | None,
-        typer.Option(help="A folder of shards; give it again for more. The run's own if none."),
-    ] = None,
-    max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of each data set; else the run's, or all of --data.")
-    ] = None,
-    as_json: Json = False,
-) -> None:
-    """Held-out loss, perplexity and bits a byte of checkpoints, by data set."""
-    from sparse_gpt.trained.checkpoint import load_trained
-    from sparse_gpt.trained.evaluate import evaluate, evaluation_json, evaluation_table
-
-    found = [
-        one for name in checkpoints for one in evaluate(load_trained(name), data or [], max_tokens)
-    ]
-    if as_json:
-        print(json.dumps(evaluation_json(found), indent=1))
-    else:
-        show(evaluation_table(found))
+app.command(epilog="Example: sparse-gpt generate runs/quickstart-sparse 'Elizabeth was'")(generate)
 
 
 @app.command(epilog="Example: sparse-gpt flops configs/tiny-paper.yaml model.d_model=256")

@@ -1,1 +1,1 @@
-"""What is done with a trained model: a checkpoint is found by its name, and measured."""
+"""What is done with a trained model: found by its checkpoint's name, measured, made to write."""

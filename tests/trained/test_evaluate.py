@@ -8,19 +8,12 @@ import numpy as np
 import pytest
 import torch
 import yaml
-from one_rank import engine, train_here, world  # noqa: F401 - fixtures
+from one_rank import train_here, world  # noqa: F401 - fixtures
 from ranks import ROOT
 
 from sparse_gpt.data import load_tokenizer, open_shards, prepare
 from sparse_gpt.train.metrics_file import read_metrics
 from sparse_gpt.trained.checkpoint import load_trained
-
-
-@pytest.fixture
-def run(train_here, tmp_path):  # noqa: F811
-    """Of 4 steps, with checkpoints after 2 and 4."""
-    train_here("duration.steps=4", "checkpoint.every=2", "eval.every=2")
-    return tmp_path / "run"
 
 
 def evaluated(command, *arguments):

@@ -1,0 +1,122 @@
+"""The commands about trained models: `evaluate` and `generate`, thin over the room `trained`."""
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from sparse_gpt.cli.terminal import Json, show
+from sparse_gpt.errors import ConfigError
+
+if TYPE_CHECKING:
+    from sparse_gpt.trained.generate import Continuation
+
+_NAMES = "a run (its newest whole checkpoint) or RUN@STEP."
+
+
+def evaluate(
+    checkpoints: Annotated[list[str], typer.Argument(help=f"Each {_NAMES}")],
+    data: Annotated[
+        list[str] | None,
+        typer.Option(help="A folder of shards; give it again for more. The run's own if none."),
+    ] = None,
+    max_tokens: Annotated[
+        int | None, typer.Option(min=1, help="Of each data set; else the run's, or all of --data.")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Held-out loss, perplexity and bits a byte of checkpoints, by data set."""
+    from sparse_gpt.trained.checkpoint import load_trained
+    from sparse_gpt.trained.evaluate import evaluate, evaluation_json, evaluation_table
+
+    found = [
+        one for name in checkpoints for one in evaluate(load_trained(name), data or [], max_tokens)
+    ]
+    if as_json:
+        print(json.dumps(evaluation_json(found), indent=1))
+    else:
+        show(evaluation_table(found))
+
+
+def generate(
+    checkpoint: Annotated[str, typer.Argument(help=f"{_NAMES[0].upper()}{_NAMES[1:]}")],
+    prompts: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[PROMPT]...", help="None: asked for, or all of standard input."),
+    ] = None,
+    file: Annotated[Path | None, typer.Option(help="More prompts, one a line.")] = None,
+    max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 256,
+    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
+    top_k: Annotated[int | None, typer.Option(help="Of so many likeliest tokens.")] = None,
+    top_p: Annotated[
+        float, typer.Option(help="Of the likeliest tokens that reach this probability together.")
+    ] = 0.95,
+    repetition_penalty: Annotated[
+        float, typer.Option(help="Above 1: tokens that came before are less likely.")
+    ] = 1.0,
+    stop: Annotated[
+        list[str] | None, typer.Option(help="Text that ends it; give it again for more.")
+    ] = None,
+    samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
+    seed: Annotated[int | None, typer.Option(help="The same text for the same seed.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Continue prompts with a trained model; without one, ask for them in turn.
+
+    Text comes as it is made. Past the context the model goes on from its latter half.
+    """
+    from dataclasses import asdict
+
+    from sparse_gpt.model.sampling import Sampling
+    from sparse_gpt.trained.checkpoint import load_trained
+    from sparse_gpt.trained.generate import generate
+
+    try:
+        sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
+    except ValueError as error:
+        raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from None
+    wanted = [*(prompts or []), *_lines(file)]
+    asked = not wanted and sys.stdin.isatty()
+    if not wanted and not asked:
+        wanted = [sys.stdin.read().removesuffix("\n")]
+    trained = load_trained(checkpoint)
+
+    def write(prompts: list[str]) -> "list[Continuation]":
+        live = len(prompts) == samples == 1 and not as_json
+        if live:
+            print(prompts[0], end="", flush=True)
+        every = [prompt for prompt in prompts for _ in range(samples)]
+        tell = (lambda text: print(text, end="", flush=True)) if live else None
+        found = generate(trained, every, max_new_tokens, sampling, stop or [], seed, tell)
+        if live:
+            print()
+        return found
+
+    if asked:
+        print("Type the beginning of a text; an empty line ends.", file=sys.stderr)
+        while prompt := _ask():
+            write([prompt])
+        return
+    found = write(wanted)
+    if as_json:
+        print(json.dumps([asdict(one) for one in found], indent=1))
+    elif len(found) > 1:
+        print("\n---\n".join(one.prompt + one.text for one in found))
+
+
+def _ask() -> str:
+    try:
+        return input("> ")
+    except EOFError:
+        return ""
+
+
+def _lines(file: Path | None) -> list[str]:
+    if file is None:
+        return []
+    try:
+        return [line for line in file.read_text().splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{file}: cannot be read as prompts: {error}") from None
