@@ -5,7 +5,7 @@ The rooms, each of which imports only those below it:
     cli            the `sparse-gpt` command
     sweep          scaling experiments: grids of runs, planned, trained, fitted, drawn
     cluster, plan  where ranks run, and how they end; what a run costs
-    trained        what is done with a model once it is trained
+    evaluate       trained models: measured, made to write
     train          a run: the loop and what surrounds it on every rank
     config         one YAML file says everything about a run
     data, model    corpora become batches; GPT-2 with its feed-forward networks, and its FLOPs

@@ -21,11 +21,11 @@ BELOW = {
     "config": {"data", "model"},
     "train": {"config", "data", "model"},
     "plan": {"train", "config", "data", "model"},
-    "trained": {"train", "config", "data", "model"},
+    "evaluate": {"train", "config", "data", "model"},
     "cluster": {"train", "config", "data", "model"},
     "sweep": {"cluster", "plan", "train", "config", "data", "model", "scaling"},
     "cli": {
-        *("sweep", "cluster", "plan", "trained", "train", "config", "data", "model", "scaling")
+        *("sweep", "cluster", "plan", "evaluate", "train", "config", "data", "model", "scaling")
     },
 }
 

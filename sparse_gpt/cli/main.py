@@ -15,9 +15,9 @@ from rich.table import Table
 
 from sparse_gpt.cli.config_commands import config_app
 from sparse_gpt.cli.data_commands import prepare, shards_app, vocab_app
+from sparse_gpt.cli.evaluate_commands import evaluate, generate
 from sparse_gpt.cli.sweep_commands import sweep_app
 from sparse_gpt.cli.terminal import Config, Json, Overrides, show
-from sparse_gpt.cli.trained_commands import evaluate, generate
 from sparse_gpt.errors import InputError
 
 if TYPE_CHECKING:

@@ -9,8 +9,8 @@ import torch
 
 from sparse_gpt.data import Tokenizer
 from sparse_gpt.errors import ConfigError
+from sparse_gpt.evaluate.checkpoint import Trained
 from sparse_gpt.model.sampling import Sampling
-from sparse_gpt.trained.checkpoint import Trained
 
 Finish = Literal["stop", "end of text", "length"]
 

@@ -12,8 +12,8 @@ from one_rank import train_here, world  # noqa: F401 - fixtures
 from ranks import ROOT
 
 from sparse_gpt.data import load_tokenizer, open_shards, prepare
+from sparse_gpt.evaluate.checkpoint import load_trained
 from sparse_gpt.train.metrics_file import read_metrics
-from sparse_gpt.trained.checkpoint import load_trained
 
 
 def evaluated(command, *arguments):

@@ -1,4 +1,4 @@
-"""Text from a checkpoint: whole characters, stops, seeds, many prompts; for a person, for a pipe."""
+"""Text from a checkpoint: whole characters, stops, seeds, many prompts; for people and pipes."""
 
 import json
 import os
@@ -14,8 +14,8 @@ from ranks import ENVIRONMENT, ROOT
 
 from sparse_gpt import Sampling
 from sparse_gpt.data import load_tokenizer
-from sparse_gpt.trained.checkpoint import load_trained
-from sparse_gpt.trained.generate import TextStream, generate
+from sparse_gpt.evaluate.checkpoint import load_trained
+from sparse_gpt.evaluate.generate import TextStream, generate
 
 TOKENIZER = load_tokenizer()
 EXOTIC = st.text(st.characters(codec="utf-8"), max_size=40)

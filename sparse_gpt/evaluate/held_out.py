@@ -12,10 +12,10 @@ from torch import Tensor
 from sparse_gpt.data import Batch, Dataset, Split, evaluation, open_shards
 from sparse_gpt.data.batches.batches import IGNORED, count_windows
 from sparse_gpt.errors import ConfigError, DataError
+from sparse_gpt.evaluate.checkpoint import Trained
 from sparse_gpt.progress import Progress
 from sparse_gpt.train.engine import summed_loss
 from sparse_gpt.train.feed import open_data
-from sparse_gpt.trained.checkpoint import Trained
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""The commands about trained models: `evaluate` and `generate`, thin over the room `trained`."""
+"""The commands about trained models: `evaluate` and `generate`, thin over the room `evaluate`."""
 
 import json
 import sys
@@ -11,7 +11,7 @@ from sparse_gpt.cli.terminal import Json, show
 from sparse_gpt.errors import ConfigError
 
 if TYPE_CHECKING:
-    from sparse_gpt.trained.generate import Continuation
+    from sparse_gpt.evaluate.generate import Continuation
 
 _NAMES = "a run (its newest whole checkpoint) or RUN@STEP."
 
@@ -28,8 +28,8 @@ def evaluate(
     as_json: Json = False,
 ) -> None:
     """Held-out loss, perplexity and bits a byte of checkpoints, by data set."""
-    from sparse_gpt.trained.checkpoint import load_trained
-    from sparse_gpt.trained.evaluate import evaluate, evaluation_json, evaluation_table
+    from sparse_gpt.evaluate.checkpoint import load_trained
+    from sparse_gpt.evaluate.held_out import evaluate, evaluation_json, evaluation_table
 
     found = [
         one for name in checkpoints for one in evaluate(load_trained(name), data or [], max_tokens)
@@ -69,9 +69,9 @@ def generate(
     """
     from dataclasses import asdict
 
+    from sparse_gpt.evaluate.checkpoint import load_trained
+    from sparse_gpt.evaluate.generate import generate
     from sparse_gpt.model.sampling import Sampling
-    from sparse_gpt.trained.checkpoint import load_trained
-    from sparse_gpt.trained.generate import generate
 
     try:
         sampling = Sampling(temperature, top_k, top_p, repetition_penalty)
