@@ -21,7 +21,7 @@ BELOW = {
     "config": {"data", "model"},
     "train": {"config", "data", "model"},
     "plan": {"train", "config", "data", "model"},
-    "evaluate": {"train", "config", "data", "model"},
+    "evaluate": {"train", "config", "data", "model", "huggingface"},
     "cluster": {"train", "config", "data", "model"},
     "sweep": {"cluster", "plan", "train", "config", "data", "model", "scaling"},
     "cli": {

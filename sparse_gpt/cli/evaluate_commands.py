@@ -1,9 +1,10 @@
-"""The commands about trained models: `evaluate` and `generate`, thin over the room `evaluate`."""
+"""The commands about trained models: `evaluate`, `generate`, `export`; thin."""
 
 import json
+import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
@@ -104,6 +105,27 @@ def generate(
         print(json.dumps([asdict(one) for one in found], indent=1))
     elif len(found) > 1:
         print("\n---\n".join(one.prompt + one.text for one in found))
+
+
+def export(
+    checkpoint: Annotated[str, typer.Argument(help=f"{_NAMES[0].upper()}{_NAMES[1:]}")],
+    out: Annotated[Path, typer.Option(help="A new folder.")],
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
+    shard_size: Annotated[str, typer.Option(help="Of a file of weights, at most.")] = "5GB",
+) -> None:
+    """Write a trained model as transformers reads it: safetensors, tokenizer, model card.
+
+    Dense models are plain GPT-2s; the code of sparse ones travels with them.
+    """
+    from sparse_gpt.evaluate.checkpoint import load_trained
+    from sparse_gpt.evaluate.export import export
+    from sparse_gpt.train.precision import DTYPES
+
+    if not re.fullmatch(r"[1-9]\d*(\.\d+)?[KMG]i?B", shard_size):
+        raise ConfigError(f"--shard-size is {shard_size!r}; it is a size as 500MB or 5GB")
+    trained = load_trained(checkpoint, DTYPES["fp32"])
+    export(trained, out, DTYPES[dtype], shard_size)
+    print(f"{out}: {trained.name} in {dtype}; see its README.md")
 
 
 def _ask() -> str:

@@ -164,6 +164,11 @@ class Tokenizer:
         return b"".join(b"".join(self._tokens[array[i : i + _JOINED]].tolist()) for i in starts)
 
     @property
+    def ranks(self) -> dict[bytes, int]:
+        """Of each token's bytes its id; end of text is none of them."""
+        return {token: rank for rank, token in enumerate(self._tokens[: self.eot].tolist())}
+
+    @property
     def lengths(self) -> npt.NDArray[np.int64]:
         """Bytes of each id's text, `(vocab_size,)`; end of text has none."""
         return np.array([*map(len, self._tokens[: self.eot]), 0], np.int64)

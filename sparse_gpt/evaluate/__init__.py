@@ -1,1 +1,1 @@
-"""What is done with a trained model: found by its checkpoint's name, measured, made to write."""
+"""Trained models, found by their checkpoints' names: measured, made to write, exported."""

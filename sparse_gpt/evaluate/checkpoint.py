@@ -50,8 +50,8 @@ class Trained:
         return self.model.wte.weight.device
 
 
-def load_trained(name: str) -> Trained:
-    """The model of checkpoint `name`, on a GPU if there is one.
+def load_trained(name: str, dtype: torch.dtype | None = None) -> Trained:
+    """The model of checkpoint `name`, on a GPU if there is one; in `dtype`, or that of the run.
 
     Raises ConfigError where there is no such run, or no whole checkpoint of it.
     """
@@ -74,7 +74,7 @@ def load_trained(name: str) -> Trained:
             f"{folder}: is not of the model in {run / 'config.yaml'}: {error}"
         ) from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device, DTYPES[config.precision]).eval()
+    model.to(device, dtype or DTYPES[config.precision]).eval()
     return Trained(run, step, config, read_provenance(run), model)
 
 

@@ -1,4 +1,5 @@
-"""The sparse FFN in the GPT-2s of Hugging Face transformers (extra `hf`): drop in, fit, save, load.
+"""The sparse FFN in the GPT-2s of Hugging Face transformers (extra `hf`): drop in, fit, save,
+load; and a whole GPT of ours as one of them.
 
 Importing this room, which needs transformers 5, tells its Auto classes of the model type
 `sparse_gpt2`. Without that they refuse a saved model, and so do transformers' own GPT-2 classes.
