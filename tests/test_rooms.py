@@ -19,7 +19,7 @@ BELOW = {
     "scaling": set(),
     "huggingface": {"model"},
     "config": {"data", "model"},
-    "train": {"config", "data", "model"},
+    "train": {"config", "data", "model", "huggingface"},
     "plan": {"train", "config", "data", "model"},
     "evaluate": {"train", "config", "data", "model", "huggingface"},
     "cluster": {"train", "config", "data", "model"},

@@ -194,6 +194,10 @@ class RunConfig(Section):
     """`torch.compile` each block: equal but for rounding and dropout's draws."""
     activation_checkpointing: Literal["none", "selective", "full"] = "none"
     """What the backward computes again to save memory: nothing, each block's FFN, each block."""
+    start_from: str | None = None
+    """Whose weights the run begins with: RUN (its newest whole checkpoint), RUN@STEP, or the
+    folder of a GPT-2 of transformers. The optimizer is new and the first step is 0; sparse FFNs are
+    fitted to dense ones. null: new weights."""
     deepspeed: dict[str, Any] = Field({})
     """Native DeepSpeed keys, merged last; what contradicts the run is refused."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -1,4 +1,4 @@
-"""A trained model by the name of its checkpoint: RUN, its newest whole one, or RUN@STEP."""
+"""A trained model by the name of its checkpoint."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,10 +10,8 @@ import torch
 from sparse_gpt.config.load import load_config
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.data import Tokenizer, tokenizer_beside
-from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.gpt import GPT
-from sparse_gpt.train.checkpoint.manifest import damage, read_manifest, step_of, tag_of, tags
-from sparse_gpt.train.checkpoint.weights import load_weights
+from sparse_gpt.train.checkpoint.named import find, load_model
 from sparse_gpt.train.feed import open_data
 from sparse_gpt.train.precision import DTYPES
 from sparse_gpt.train.run_dir import read_provenance
@@ -56,45 +54,7 @@ def load_trained(name: str, dtype: torch.dtype | None = None) -> Trained:
     Raises ConfigError where there is no such run, or no whole checkpoint of it.
     """
     run, step = find(name)
-    folder = run / "checkpoints" / tag_of(step)
     config = load_config(run / "config.yaml")
-    model = GPT(config.model)
-    try:
-        weights = load_weights(folder)
-        first = torch.load(folder / "rank-0.pt", map_location="cpu", weights_only=True, mmap=True)
-        statistics = first["engine"]["statistics"]
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                parameter.copy_(weights[key].view_as(parameter))
-            for key, buffer in model.named_buffers():
-                if key in statistics:
-                    buffer.copy_(statistics[key])
-    except (KeyError, RuntimeError) as error:
-        raise ConfigError(
-            f"{folder}: is not of the model in {run / 'config.yaml'}: {error}"
-        ) from None
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model.to(device, dtype or DTYPES[config.precision]).eval()
+    model = load_model(run, step).to(device, dtype or DTYPES[config.precision]).eval()
     return Trained(run, step, config, read_provenance(run), model)
-
-
-def find(name: str) -> tuple[Path, int]:
-    """The run's folder and the step of checkpoint `name`; a folder may have an @ in its name.
-
-    Raises ConfigError where there is no such run, or no whole checkpoint of it.
-    """
-    run, _, wanted = name.rpartition("@") if not Path(name).is_dir() else (name, "", "")
-    root = Path(run or name) / "checkpoints"
-    if not (Path(run or name) / "config.yaml").exists():
-        raise ConfigError(f"{name}: is no run; give the folder of one, or FOLDER@STEP")
-    there = tags(root)
-    steps = ", ".join(str(step_of(tag)) for tag in reversed(there)) or "none"
-    if wanted:
-        if not wanted.isdigit() or tag_of(int(wanted)) not in there:
-            raise ConfigError(f"{run}: has no checkpoint of step {wanted}; there are: {steps}")
-        there = [tag_of(int(wanted))]
-    for tag in there:
-        manifest = read_manifest(root / tag)
-        if manifest is not None and damage(root / tag, manifest, manifest["files"]) is None:
-            return root.parent, step_of(tag)
-    raise ConfigError(f"{name}: has no whole checkpoint (steps tried: {wanted or steps})")

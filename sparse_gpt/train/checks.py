@@ -21,6 +21,7 @@ from sparse_gpt.model.attention import has_flex
 from sparse_gpt.train.deepspeed_config import NATIVE_KEYS, deepspeed_config, own_settings
 from sparse_gpt.train.feed import held_out, open_data, train_batches
 from sparse_gpt.train.run_dir import MAY_CHANGE, read_provenance, what_computes
+from sparse_gpt.train.start_from import check_start
 
 _OFFLOADS = ("offload_optimizer", "offload_param")
 
@@ -37,6 +38,7 @@ def check(config: RunConfig, world_size: int, here: bool = True) -> Blend:
     blend = open_data(config.data)
     check_data(config, blend, world_size)
     check_run_dir(config, blend)
+    check_start(config, blend.vocab_hash)
     return blend
 
 

@@ -28,9 +28,14 @@ from sparse_gpt.train.statistics import RunningStatistics
 
 
 class Engine:
-    """A new model under DeepSpeed with its optimizer: takes steps, knows their learning rate."""
+    """A model under DeepSpeed with its optimizer: takes steps, knows their learning rate.
 
-    def __init__(self, config: RunConfig, model: GPT, world: World, total_steps: int) -> None:
+    new: whether the model's weights are new, so that `width_transfer` scales them.
+    """
+
+    def __init__(
+        self, config: RunConfig, model: GPT, world: World, total_steps: int, new: bool = True
+    ) -> None:
         if world.device.type == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others
         import deepspeed
@@ -47,7 +52,7 @@ class Engine:
         if whole:
             deepspeed.utils.set_z3_leaf_modules(model, [UltraEfficientSparseFFN])
         saved = model.state_dict().keys()
-        if config.optimizer.width_transfer:
+        if config.optimizer.width_transfer and new:
             transfer_width(model)
         model.recompute(config.activation_checkpointing)
         groups = parameter_groups(model, config.optimizer)

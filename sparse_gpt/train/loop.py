@@ -26,6 +26,7 @@ from sparse_gpt.train.incident import write_incident
 from sparse_gpt.train.preemption import Preempted, Preemption
 from sparse_gpt.train.preflight import preflight
 from sparse_gpt.train.run_dir import hold, open_run_dir, origin
+from sparse_gpt.train.start_from import begins_anew, origin_of, starting_model
 from sparse_gpt.train.telemetry import Telemetry
 
 
@@ -42,13 +43,14 @@ def train(config: RunConfig) -> None:
     world = join_world(config.fault.timeout_seconds)
 
     torch.manual_seed(config.seed)
-    model = GPT(config.model)
+    new = not begins_anew(config)
+    model = GPT(config.model) if new else starting_model(config, blend, world)
     parameters = sum(p.numel() for p in model.parameters())
     found = preflight(config, world, blend.hash, parameters)
     report = count_flops(model, batch=1, seq=config.model.max_seq_len)
     total_steps = config.total_steps
     profile = ComponentProfile(model, report, world.device)
-    engine = Engine(config, model, world, total_steps)
+    engine = Engine(config, model, world, total_steps, new)
     torch.manual_seed(config.seed * 1_000_003 + world.rank + 1)  # dropout differs between ranks
 
     checkpoints = Checkpoints(
@@ -58,7 +60,8 @@ def train(config: RunConfig) -> None:
     state = checkpoints.load_newest()
     if state.guard:
         engine.guard.load(state.guard)
-    run_dir = open_run_dir(config, world, blend, state.step, found)
+    source = None if new or world.rank else origin_of(config)
+    run_dir = open_run_dir(config, world, blend, state.step, found, source)
     batches = read_from(config, blend, world, state.samples)
     with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
         if state.step == 0:

@@ -66,9 +66,17 @@ def finished(config: RunConfig) -> bool:
 
 
 def open_run_dir(
-    config: RunConfig, world: World, blend: Blend, step: int, preflight: dict[str, Any]
+    config: RunConfig,
+    world: World,
+    blend: Blend,
+    step: int,
+    preflight: dict[str, Any],
+    started_from: dict[str, Any] | None = None,
 ) -> Path:
-    """Make the folder, or enter it again, and record this start after `step` completed steps."""
+    """Make the folder, or enter it again, and record this start after `step` completed steps.
+
+    started_from: where the weights of its first step came from, if they are not new.
+    """
     folder = Path(config.run_dir)
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
@@ -92,6 +100,8 @@ def open_run_dir(
             "tokenizer": made_with.manifest.tokenizer,
             "starts": [*before.get("starts", []), start],
         }
+        if started_from:
+            record["started_from"] = started_from
         publish_text(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
         publish_text(folder / "config.yaml", to_yaml(config))
     return folder
