@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import GPT2Config, GPT2LMHeadModel
+from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
 from sparse_gpt.huggingface.modelling import SparseGPT2Config, SparseGPT2LMHeadModel
 from sparse_gpt.model.config import DenseFFNConfig, ModelConfig, SparseFFNConfig
@@ -100,6 +100,23 @@ def model_config(config: GPT2Config) -> ModelConfig:
         n_head=config.n_head,
         ffn=ffn,
     )
+
+
+def read_config(folder: str) -> ModelConfig:
+    """The shape of the GPT-2 in a folder. Raises OSError or ValueError where there is none that
+    `from_transformers` takes."""
+    found = AutoConfig.from_pretrained(folder)
+    if not isinstance(found, GPT2Config):
+        raise ValueError(f"it is a {found.model_type}, not a GPT-2")
+    return model_config(found)
+
+
+def read_model(folder: str) -> GPT:
+    """The GPT-2 in a folder, of safetensors files, in fp32."""
+    found: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, use_safetensors=True
+    )
+    return from_transformers(found)
 
 
 def _names(config: ModelConfig, ours: dict[str, Tensor]) -> Iterator[tuple[str, str]]:

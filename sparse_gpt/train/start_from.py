@@ -94,18 +94,13 @@ def _is_folder_of_transformers(name: str) -> bool:
 
 def _transformers_config(folder: str) -> ModelConfig:
     try:
-        from transformers import AutoConfig, GPT2Config
-
-        from sparse_gpt.huggingface.convert import model_config
+        from sparse_gpt.huggingface.convert import read_config
     except ImportError:
         raise ConfigError(
             f"start_from: reading {folder} needs: pip install 'sparse-gpt[hf]'"
         ) from None
     try:
-        found = AutoConfig.from_pretrained(folder)
-        if not isinstance(found, GPT2Config):
-            raise ValueError(f"it is a {found.model_type}, not a GPT-2")
-        return model_config(found)
+        return read_config(folder)
     except (OSError, ValueError) as error:
         raise ConfigError(f"start_from: {folder}: {str(error).splitlines()[0]}") from None
 
@@ -114,14 +109,9 @@ def _source(config: RunConfig) -> GPT:
     assert config.start_from
     if not _is_folder_of_transformers(config.start_from):
         return load_model(*find(config.start_from))
-    from transformers import AutoModelForCausalLM, GPT2LMHeadModel
+    from sparse_gpt.huggingface.convert import read_model
 
-    from sparse_gpt.huggingface.convert import from_transformers
-
-    found: GPT2LMHeadModel = AutoModelForCausalLM.from_pretrained(
-        config.start_from, dtype=torch.float32, use_safetensors=True
-    )
-    return from_transformers(found)
+    return read_model(config.start_from)
 
 
 def _fitted(source: GPT, config: RunConfig, blend: Blend) -> GPT:
