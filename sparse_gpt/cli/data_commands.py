@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from sparse_gpt.cli.terminal import Json, show
+from sparse_gpt.cli.terminal import Json, show, unescaped
 
 shards_app = typer.Typer(no_args_is_help=True, help="Look at tokenized data, check and convert it.")
 vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a corpus.")
@@ -21,10 +21,6 @@ Pattern = Annotated[
     str, typer.Option(help="How text is split before merging: r50k, cl100k or o200k.")
 ]
 Format = Annotated[Literal["megatron", "llmc", "nanogpt"], typer.Option(help="Whose files.")]
-
-
-def _unescaped(separator: str | None) -> str | None:
-    return separator and separator.replace("\\n", "\n")
 
 
 def _conditions(texts: list[str]) -> dict[str, str]:
@@ -89,7 +85,7 @@ def prepare(
         workers=workers,
         held_out=held_out,
         shard_tokens=shard_tokens,
-        separator=_unescaped(separator),
+        separator=unescaped(separator),
         text_field=text_field,
         min_chars=min_chars,
         where=_conditions(where or []),
@@ -133,7 +129,7 @@ def train_vocab(
         out,
         size=size,
         held_out=held_out,
-        separator=_unescaped(separator),
+        separator=unescaped(separator),
         text_field=text_field,
         min_chars=min_chars,
         where=_conditions(where or []),

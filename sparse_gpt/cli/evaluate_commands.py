@@ -1,4 +1,4 @@
-"""The commands about trained models: `evaluate`, `generate`, `export`; thin."""
+"""The commands about trained models, thin over the room `evaluate`."""
 
 import json
 import re
@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from sparse_gpt.cli.terminal import Json, show
+from sparse_gpt.cli.terminal import Json, show, unescaped
 from sparse_gpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -79,6 +79,7 @@ def generate(
     except ValueError as error:
         raise ConfigError(f"--{str(error).replace('_', '-', 1)}") from None
     wanted = [*(prompts or []), *_lines(file)]
+    ends = [text for one in stop or [] if (text := unescaped(one))]
     asked = not wanted and sys.stdin.isatty()
     if not wanted and not asked:
         wanted = [sys.stdin.read().removesuffix("\n")]
@@ -90,7 +91,7 @@ def generate(
             print(prompts[0], end="", flush=True)
         every = [prompt for prompt in prompts for _ in range(samples)]
         tell = (lambda text: print(text, end="", flush=True)) if live else None
-        found = generate(trained, every, max_new_tokens, sampling, stop or [], seed, tell)
+        found = generate(trained, every, max_new_tokens, sampling, ends, seed, tell)
         if live:
             print()
         return found
@@ -126,6 +127,44 @@ def export(
     trained = load_trained(checkpoint, DTYPES["fp32"])
     export(trained, out, DTYPES[dtype], shard_size)
     print(f"{out}: {trained.name} in {dtype}; see its README.md")
+
+
+def inspect(
+    checkpoint: Annotated[str, typer.Argument(help=f"{_NAMES[0].upper()}{_NAMES[1:]}")],
+    out: Annotated[Path | None, typer.Option(help="The page; else it lies in the run.")] = None,
+    data: Annotated[str | None, typer.Option(help="Shards; else the run's first source.")] = None,
+    max_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to look at.")] = 65_536,
+    as_json: Json = False,
+) -> None:
+    """What each block of a sparse model's dictionaries does, as one HTML page.
+
+    For every block: the tokens and contexts that use it, what it writes, what goes with it.
+    """
+    from dataclasses import asdict
+
+    from sparse_gpt.data import open_shards
+    from sparse_gpt.evaluate.checkpoint import load_trained
+    from sparse_gpt.evaluate.inspect import inspect
+    from sparse_gpt.evaluate.inspect_page import page
+    from sparse_gpt.files import publish_text
+    from sparse_gpt.train.feed import open_data
+
+    trained = load_trained(checkpoint)
+    if data is None:
+        source = open_data(trained.config.data).sources[0]
+        folder, dataset = source.folder, source.dataset
+    else:
+        folder, dataset = data, open_shards(data)
+    found = inspect(trained, folder, dataset.held_out, max_tokens)
+    if as_json:
+        print(json.dumps(asdict(found), indent=1))
+        return
+    out = out or trained.run / f"inspect-{trained.step}.html"
+    try:
+        publish_text(out, page(found))
+    except OSError as error:
+        raise ConfigError(f"{out}: cannot be written: {error.strerror}") from None
+    print(f"{out}: open it in a browser")
 
 
 def _ask() -> str:

@@ -15,7 +15,7 @@ from rich.table import Table
 
 from sparse_gpt.cli.config_commands import config_app
 from sparse_gpt.cli.data_commands import prepare, shards_app, vocab_app
-from sparse_gpt.cli.evaluate_commands import evaluate, export, generate
+from sparse_gpt.cli.evaluate_commands import evaluate, export, generate, inspect
 from sparse_gpt.cli.sweep_commands import sweep_app
 from sparse_gpt.cli.terminal import Config, Json, Overrides, show
 from sparse_gpt.errors import InputError
@@ -221,6 +221,7 @@ app.command(epilog="Example: sparse-gpt evaluate runs/quickstart-dense runs/quic
     evaluate
 )
 app.command(epilog="Example: sparse-gpt generate runs/quickstart-sparse 'Elizabeth was'")(generate)
+app.command(epilog="Example: sparse-gpt inspect runs/quickstart-sparse")(inspect)
 app.command(epilog="Example: sparse-gpt export runs/quickstart-dense --out quickstart-gpt2")(export)
 
 

@@ -19,3 +19,8 @@ Overrides = Annotated[
 def show(table: Table) -> None:
     """Print a table; into a file or a pipe, too wide for 80 columns, it keeps its lines whole."""
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def unescaped(text: str | None) -> str | None:
+    """Text of an option in which \\n stands for a new line."""
+    return text and text.replace("\\n", "\n")

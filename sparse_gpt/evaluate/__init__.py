@@ -1,1 +1,1 @@
-"""Trained models, found by their checkpoints' names: measured, made to write, exported."""
+"""Trained models, by their checkpoints' names: measured, made to write, inspected, exported."""

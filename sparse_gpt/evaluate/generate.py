@@ -89,16 +89,16 @@ def generate(
     """Continue each prompt as the beginning of a document, all in one batch.
 
     seed: the same text for the same one; None: another each time. tell: is given the text of a
-    single prompt as it comes. Raises ConfigError for a prompt that fills the context, naming it,
+    single prompt as it comes. Raises ConfigError for a prompt that exceeds the context, naming it,
     and DataError where the vocabulary is not at hand.
     """
     tokenizer, context = trained.tokenizer, trained.config.model.max_seq_len
     ids = [[tokenizer.eot, *tokenizer.encode(prompt).tolist()] for prompt in prompts]
     for prompt, row in zip(prompts, ids, strict=True):
-        if len(row) >= context:
+        if len(row) > context:
             raise ConfigError(
                 f"the prompt {prompt[:30]!r}… is {len(row):,} tokens with the one that opens a "
-                f"document, the context of {trained.run} {context:,}; leave room for one"
+                f"document, the context of {trained.run} {context:,}; shorten it"
             )
     longest = max(map(len, ids))
     tokens = torch.tensor([[tokenizer.eot] * (longest - len(row)) + row for row in ids])

@@ -169,11 +169,11 @@ class GPT(nn.Module):
         A token is computed once: keys and values are kept. Where they fill the context, the latter
         half of it is read anew, from position 0, and it goes on.
 
-        Raises ValueError when there is no prompt, or one that fills the context.
+        Raises ValueError when there is no prompt, or one longer than the context.
         """
         (batch, seq), context = tokens.shape, self.config.max_seq_len
-        if not 0 < seq < context:
-            raise ValueError(f"a prompt of {seq} tokens; it must have 1 to {context - 1}")
+        if not 0 < seq <= context:
+            raise ValueError(f"a prompt of {seq} tokens; it must have 1 to {context}")
         padding = None if lengths is None else seq - lengths
         if padding is not None:  # its ids must count for nothing
             first = tokens.gather(1, padding[:, None])

@@ -200,11 +200,12 @@ def uncached(model, tokens, new):
 @pytest.mark.parametrize("ffn", ["dense", "default", FEEDBACK, "paper"])
 def test_greedy_generation_equals_the_uncached_up_to_the_context_and_beyond(ffn):
     model = tiny(ffn).double()
-    tokens = sample(batch=1, seq=4)
-    expected = uncached(model.eval(), tokens, 30)
-    model.train()
-    assert torch.equal(model.generate(tokens, 30), expected)
-    assert torch.equal(model.generate(tokens, 30, Sampling(top_k=1)), expected)
+    for length in (1, 4, 16):
+        tokens = sample(batch=1, seq=length)
+        expected = uncached(model.eval(), tokens, 30)
+        model.train()
+        assert torch.equal(model.generate(tokens, 30), expected)
+        assert torch.equal(model.generate(tokens, 30, Sampling(top_k=1)), expected)
     assert model.training
 
 
@@ -305,8 +306,8 @@ def test_too_long_a_sequence_is_named():
     model = tiny()
     with pytest.raises(ValueError, match=r"17 tokens exceed max_seq_len 16"):
         model(sample(seq=17))
-    with pytest.raises(ValueError, match=r"a prompt of 16 tokens; it must have 1 to 15"):
-        model.generate(sample(seq=16), 5)
+    with pytest.raises(ValueError, match=r"a prompt of 17 tokens; it must have 1 to 16"):
+        model.generate(sample(seq=17), 5)
 
 
 def test_blocks_refuse_the_other_kind_of_ffn():
