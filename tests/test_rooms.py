@@ -96,6 +96,7 @@ def test_no_imports_run_in_a_circle():
     [
         *((room, "deepspeed") for room in BELOW if room not in ("train", "cluster")),
         *((room, "datasets") for room in BELOW if room != "data"),
+        *((room, "lm_eval") for room in BELOW if room != "evaluate"),
         *((room, "transformers") for room in BELOW if room != "huggingface"),
         ("data", "torch"),
     ],

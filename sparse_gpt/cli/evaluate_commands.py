@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
+from rich.table import Table
 
 from sparse_gpt.cli.terminal import Json, show, unescaped
 from sparse_gpt.errors import ConfigError
@@ -26,19 +27,57 @@ def evaluate(
     max_tokens: Annotated[
         int | None, typer.Option(min=1, help="Of each data set; else the run's, or all of --data.")
     ] = None,
+    tasks: Annotated[
+        str | None, typer.Option(help="Of lm-eval, with commas between: hellaswag,lambada_openai.")
+    ] = None,
+    include_path: Annotated[
+        Path | None, typer.Option(help="A folder of task files of your own.")
+    ] = None,
+    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples of a task.")] = None,
+    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Held-out loss, perplexity and bits a byte of checkpoints, by data set."""
+    """Held-out loss, perplexity and bits a byte of checkpoints, by data set; or scores of tasks.
+
+    They are kept in the run, and drawn in TensorBoard.
+    """
     from sparse_gpt.evaluate.checkpoint import load_trained
     from sparse_gpt.evaluate.held_out import evaluate, evaluation_json, evaluation_table
+    from sparse_gpt.evaluate.record import record
 
-    found = [
-        one for name in checkpoints for one in evaluate(load_trained(name), data or [], max_tokens)
-    ]
+    held_out, scores = [], {}
+    for name in checkpoints:
+        trained = load_trained(name)
+        if data or not tasks:
+            found = evaluate(trained, data or [], max_tokens)
+            held_out += found
+            record(trained, {one.data: one.scores for one in found})
+        if tasks:
+            try:
+                from sparse_gpt.evaluate.benchmarks import run_tasks
+            except ImportError:
+                raise ConfigError("--tasks needs: pip install 'sparse-gpt[eval]'") from None
+
+            wanted = [task for task in tasks.split(",") if task]
+            scores[trained.name] = run_tasks(trained, wanted, include_path, num_fewshot, limit)
+            record(trained, scores[trained.name])
     if as_json:
-        print(json.dumps(evaluation_json(found), indent=1))
-    else:
-        show(evaluation_table(found))
+        print(json.dumps({"held_out": evaluation_json(held_out), "tasks": scores}, indent=1))
+        return
+    if held_out:
+        show(evaluation_table(held_out))
+    if scores:
+        show(_score_table(scores))
+
+
+def _score_table(scores: "dict[str, dict[str, dict[str, float]]]") -> Table:
+    """A row a task and metric, a column a checkpoint."""
+    table = Table("task", "metric", *scores, box=None)
+    rows = {(task, metric) for of in scores.values() for task in of for metric in of[task]}
+    for task, metric in sorted(rows):
+        values = [of.get(task, {}).get(metric) for of in scores.values()]
+        table.add_row(task, metric, *("" if value is None else f"{value:.4f}" for value in values))
+    return table
 
 
 def generate(

@@ -42,6 +42,13 @@ class HeldOutLoss:
         """Comparable over vocabularies."""
         return self.bytes and self.loss * self.tokens / math.log(2) / self.bytes
 
+    @property
+    def scores(self) -> dict[str, float]:
+        """By the names of the metrics."""
+        found = {"loss": self.loss, "perplexity": self.perplexity}
+        bits = self.bits_per_byte
+        return found if bits is None else {**found, "bits_per_byte": bits}
+
 
 def evaluate(
     trained: Trained,

@@ -19,7 +19,7 @@ from sparse_gpt.train.metrics_file import read_metrics
 def evaluated(command, *arguments):
     done = command("evaluate", *map(str, arguments), "--json")
     assert done.returncode == 0, done.stderr
-    return json.loads(done.stdout)
+    return json.loads(done.stdout)["held_out"]
 
 
 def recorded(run, step):
