@@ -19,7 +19,7 @@ from sparse_gpt.evaluate.checkpoint import load_trained
 from sparse_gpt.huggingface.convert import from_transformers
 from sparse_gpt.huggingface.tokenizer import fast_tokenizer
 
-FFNS = ["dense", "default", "light", "paper"]
+FFNS = ["dense", "default", "light", pytest.param("paper", marks=pytest.mark.long)]
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ print(json.dumps({"ids": found[0].tolist(), "type": type(model).__name__}))
 """
 
 
-@pytest.mark.parametrize("ffn", ["dense", "default", "paper"])
+@pytest.mark.parametrize("ffn", ["dense", "default", pytest.param("paper", marks=pytest.mark.long)])
 def test_it_loads_where_our_code_is_not_and_writes_the_same(exported, ffn, tmp_path):
     trained, folder = exported(ffn)
     done = subprocess.run(

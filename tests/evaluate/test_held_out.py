@@ -26,7 +26,9 @@ def recorded(run, step):
     return next(row["val/loss"] for row in read_metrics(run) if row["step"] == step)
 
 
-@pytest.mark.parametrize("ffn", ["dense", "default", "light", "paper"])
+@pytest.mark.parametrize(
+    "ffn", ["dense", "default", "light", pytest.param("paper", marks=pytest.mark.long)]
+)
 def test_the_loss_is_the_runs_own(command, train_here, tmp_path, ffn):  # noqa: F811
     train_here("duration.steps=2", f"model.ffn={ffn}")
     run = tmp_path / "run"

@@ -114,7 +114,7 @@ def test_the_page_has_every_block_and_needs_nothing_else(command, run, tmp_path)
     assert [len(layer["blocks"]) for layer in found["layers"]] == [64, 64]
 
 
-@pytest.mark.parametrize("ffn", ["light", "paper"])
+@pytest.mark.parametrize("ffn", ["light", pytest.param("paper", marks=pytest.mark.long)])
 def test_fixed_parts_have_their_sizes(command, train_here, tmp_path, ffn):  # noqa: F811
     train_here("duration.steps=1", f"model.ffn={ffn}")
     found = json.loads(command("inspect", str(tmp_path / "run"), "--json").stdout)

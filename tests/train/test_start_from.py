@@ -55,7 +55,7 @@ def test_width_transfer_does_not_scale_what_was_learned(train_here, again, tmp_p
     assert losses(out)[0] == pytest.approx(losses(tmp_path / "run")[8], rel=1e-6)
 
 
-@pytest.mark.parametrize("ffn", ["default", "light"])
+@pytest.mark.parametrize("ffn", ["default", pytest.param("light", marks=pytest.mark.long)])
 def test_a_sparse_run_from_a_dense_one_is_fitted_first(source, again, ffn):
     out = again(source, f"model.ffn={ffn}")
     fitted, dense, new = losses(out)[0], losses(source)[8], losses(source)[0]
@@ -70,6 +70,7 @@ def test_a_resumed_run_does_not_start_again(source, again, tmp_path):
     assert read_provenance(out)["started_from"]["step"] == 8
 
 
+@pytest.mark.long
 def test_two_ranks_start_from_what_one_fits(source, again, run_file, tmp_path):
     alone = again(source, "model.ffn=default", "duration.steps=1")
     out = tmp_path / "on-2"
