@@ -198,6 +198,7 @@ def test_a_run_learns_leaves_its_files_and_goes_on_bit_equal(train_here, tmp_pat
     assert [row["step"] for row in rows if "val/loss" in row] == [0, 8, 12]
     assert [row["step"] for row in rows if "time/block_00/attention" in row] == [1, 5, 9]
     names = {"config.yaml", "provenance.json", "metrics.jsonl", "tensorboard", "checkpoints"}
+    names.add("vocab.tiktoken")
     assert {path.name for path in whole.iterdir()} == names
     assert (whole / "checkpoints/latest").read_text() == "step-00000012"
 
