@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from sparse_gpt.evaluate.generate import Continuation
 
 _NAMES = "a run (its newest whole checkpoint) or RUN@STEP."
+Checkpoint = Annotated[str, typer.Argument(help=f"{_NAMES[0].upper()}{_NAMES[1:]}")]
 
 
 def evaluate(
@@ -81,7 +82,7 @@ def _score_table(scores: "dict[str, dict[str, dict[str, float]]]") -> Table:
 
 
 def generate(
-    checkpoint: Annotated[str, typer.Argument(help=f"{_NAMES[0].upper()}{_NAMES[1:]}")],
+    checkpoint: Checkpoint,
     prompts: Annotated[
         list[str] | None,
         typer.Argument(metavar="[PROMPT]...", help="None: asked for, or all of standard input."),
@@ -148,7 +149,7 @@ def generate(
 
 
 def export(
-    checkpoint: Annotated[str, typer.Argument(help=f"{_NAMES[0].upper()}{_NAMES[1:]}")],
+    checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="A new folder.")],
     dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
     shard_size: Annotated[str, typer.Option(help="Of a file of weights, at most.")] = "5GB",
@@ -169,7 +170,7 @@ def export(
 
 
 def inspect(
-    checkpoint: Annotated[str, typer.Argument(help=f"{_NAMES[0].upper()}{_NAMES[1:]}")],
+    checkpoint: Checkpoint,
     out: Annotated[Path | None, typer.Option(help="The page; else it lies in the run.")] = None,
     data: Annotated[str | None, typer.Option(help="Shards; else the run's first source.")] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to look at.")] = 65_536,

@@ -9,13 +9,13 @@ import torch
 from rich.table import Table
 from torch import Tensor
 
-from sparse_gpt.data import Batch, Dataset, Split, evaluation, open_shards
+from sparse_gpt.data import Batch, Dataset, Split, open_shards
 from sparse_gpt.data.batches.batches import IGNORED, count_windows
 from sparse_gpt.errors import ConfigError, DataError
 from sparse_gpt.evaluate.checkpoint import Trained
 from sparse_gpt.progress import Progress
 from sparse_gpt.train.engine import summed_loss
-from sparse_gpt.train.feed import open_data
+from sparse_gpt.train.feed import held_out_of, open_data
 
 
 @dataclass(frozen=True)
@@ -109,13 +109,7 @@ def _loss(
     windows = count_windows(split, seq_len)
     if max_tokens is not None:
         windows = min(windows, max(1, max_tokens // seq_len))
-    read = evaluation(
-        split,
-        seq_len,
-        config.batch.micro_batch,
-        max_tokens=max_tokens,
-        documents=config.model.document_mask,
-    )
+    read = held_out_of(config, split, max_tokens)
 
     def batches(bar: Progress) -> Iterator[Batch]:
         nonlocal done, counted

@@ -8,14 +8,14 @@ layers may do otherwise); and by the blocks that are chosen with it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
 
 import torch
 from torch import Tensor, nn
 
-from sparse_gpt.data import Batch, Split, Tokenizer, evaluation
+from sparse_gpt.data import Split, Tokenizer
 from sparse_gpt.data.batches.batches import count_windows
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.evaluate.checkpoint import Trained
@@ -24,6 +24,7 @@ from sparse_gpt.model.ffn.dictionary import polynomial
 from sparse_gpt.model.ffn.grouped import grouped_product
 from sparse_gpt.model.ffn.routing import Places
 from sparse_gpt.model.gpt import GPT
+from sparse_gpt.train.feed import held_out_of
 
 _SHOWN = 8  # tokens, contexts and neighbours of a block
 _BEFORE, _AFTER = 16, 6  # tokens of a context
@@ -162,7 +163,7 @@ def inspect(trained: Trained, folder: str, split: Split, max_tokens: int = 65_53
     seen = 0
     try:
         with torch.no_grad():
-            for batch in _batches(trained, split, max_tokens):
+            for batch in held_out_of(trained.config, split, max_tokens):
                 tokens = batch.tokens[batch.samples >= 0].to(trained.device)
                 documents = batch.documents
                 if documents is not None:
@@ -195,17 +196,6 @@ def inspect(trained: Trained, folder: str, split: Split, max_tokens: int = 65_53
             )
         )
     return Inspection(trained.name, folder, seen, layers)
-
-
-def _batches(trained: Trained, split: Split, max_tokens: int) -> Iterator[Batch]:
-    config = trained.config
-    return evaluation(
-        split,
-        config.model.max_seq_len,
-        config.batch.micro_batch,
-        max_tokens=max_tokens,
-        documents=config.model.document_mask,
-    )
 
 
 def _parts(ffn: UltraEfficientSparseFFN) -> list[tuple[str, nn.Module]]:

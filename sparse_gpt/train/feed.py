@@ -50,12 +50,19 @@ def read_from(config: RunConfig, blend: Blend, world: World, start: int) -> Iter
 
 def held_out(config: RunConfig, split: Split, world_size: int, rank: int = 0) -> Iterator[Batch]:
     """This rank's share of one pass over a held-out split: the same windows at any world size."""
+    return held_out_of(config, split, config.eval.max_tokens, world_size, rank)
+
+
+def held_out_of(
+    config: RunConfig, split: Split, max_tokens: int | None, world_size: int = 1, rank: int = 0
+) -> Iterator[Batch]:
+    """The same of `max_tokens` of the split, or of all."""
     return evaluation(
         split,
         config.model.max_seq_len,
         config.batch.micro_batch * world_size,
         rank,
         world_size,
-        max_tokens=config.eval.max_tokens,
+        max_tokens=max_tokens,
         documents=config.model.document_mask,
     )
