@@ -89,8 +89,8 @@ class DictionaryConfig(Part):
     """Atoms of a block; null: `d_model` / `top_k`, so that a token has `d_model` coefficients."""
     top_k: PositiveInt = 2
     """Blocks that a token computes; at most `blocks`."""
-    balance_rate: Annotated[float, Field(ge=0)] = 0.01
-    """How far a block's preference moves a step, up where it was given less than its share."""
+    balance_rate: Annotated[float, Field(ge=0)] = 0.05
+    """How far a block's logit moves a step, up where it was given less than its share."""
 
     def size(self, d_model: int) -> int:
         """Atoms of a block at a width in channels; ValueError where there is no such number."""

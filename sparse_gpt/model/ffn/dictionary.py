@@ -69,16 +69,18 @@ class BlockDictionary(nn.Module):
     """Σ_{b ∈ S} e_b V_b p(U_b h): a dictionary of `blocks` blocks of atoms stands for the
     frequencies of a spectrum, and only the coefficients that a token keeps are computed.
 
-        e = softmax(R h)                  the blocks' energies
-        S = the top_k blocks of e + β     β follows the load (Wang et al. 2024, arXiv 2408.15664)
+        e = softmax(R h + β)              the blocks' energies; β follows the load
+        S = the top_k blocks of e
         c_b = U_b h                       analysis
         p(c) = c + c²/2                   T₁ + (T₂ + T₀)/4, a polynomial of the spectrum
         V_b                               synthesis
 
     `(..., d_model) -> (..., d_model)`. Blocks are chosen for a token by itself, none is dropped.
     β is `balance_rate` times a whole number, `moves`; `loads` adds up what blocks were given in
-    training mode, and `balance` then moves β. Both are int64 buffers: exact in any precision, over
-    any number of ranks. Raises ValueError when the shapes do not suit d_model.
+    training mode, and `balance` then moves β, without a gradient. Wang et al. (2024, arXiv
+    2408.15664) add it for the choice alone: here the energies have it too, or at the start, where
+    tokens are all alike, blocks that it chooses have no energy to learn by (docs/sparse-ffn.md).
+    Both are int64 buffers: exact in any precision, over any number of ranks. Raises ValueError when the shapes do not suit d_model.
     """
 
     loads: Tensor
@@ -111,9 +113,13 @@ class BlockDictionary(nn.Module):
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Energies and numbers of the blocks that tokens `(tokens, d_model)` compute, each
         `(tokens, top_k)`, float32 or wider and int64."""
-        balance = self.config.balance_rate * self.moves
-        routed: tuple[Tensor, Tensor] = Route.apply(self.router(tokens), balance, self.config.top_k)  # type: ignore[no-untyped-call]
+        routed: tuple[Tensor, Tensor] = Route.apply(self.router(tokens), self.beta, self.config.top_k)  # type: ignore[no-untyped-call]
         return routed
+
+    @property
+    def beta(self) -> Tensor:
+        """What each block's logit is moved by, float32 `(blocks,)`."""
+        return self.config.balance_rate * self.moves
 
     @torch.no_grad()
     def balance(self) -> None:
@@ -124,9 +130,8 @@ class BlockDictionary(nn.Module):
     @torch.no_grad()
     def energy_entropy(self, h: Tensor) -> Tensor:
         """Mean entropy of the tokens' energies in nats, float32 `()`; ln(blocks) at most."""
-        logits = self.router(h.reshape(-1, self.d_model)).float()
-        probabilities = logits.softmax(-1)
-        entropy: Tensor = -(probabilities * logits.log_softmax(-1)).sum(-1).mean()
+        logits = self.router(h.reshape(-1, self.d_model)).float() + self.beta
+        entropy: Tensor = -(logits.softmax(-1) * logits.log_softmax(-1)).sum(-1).mean()
         return entropy
 
     def sparsity(self, h: Tensor) -> Tensor:

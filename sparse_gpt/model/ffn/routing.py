@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 
 class Route(torch.autograd.Function):
-    """Energies e = softmax(logits) of the `top_k` blocks of largest e + balance.
+    """The `top_k` largest of the energies e = softmax(logits + balance).
 
     logits `(tokens, blocks)`, balance `(blocks,)` float32 without gradient. Energies `(tokens,
     top_k)`, float32 or wider, and blocks int64 alike. Backward nothing is added up by index.
@@ -18,8 +18,9 @@ class Route(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, balance: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        energies = logits.to(torch.promote_types(logits.dtype, torch.float32)).softmax(-1)
-        blocks = largest(energies + balance, top_k)
+        balanced = logits.to(torch.promote_types(logits.dtype, torch.float32)) + balance
+        energies = balanced.softmax(-1)
+        blocks = largest(balanced, top_k)
         ctx.save_for_backward(energies, blocks)
         ctx.mark_non_differentiable(blocks)
         ctx.dtype = logits.dtype

@@ -34,10 +34,9 @@ def by_definition(part, h):
     """Token by token, block by block."""
     rate, out = part.config.balance_rate, []
     for token in h:
-        e = (part.router.weight @ token).softmax(-1)
-        scores = e.detach() + rate * part.moves
+        e = (part.router.weight @ token + rate * part.moves).softmax(-1)
         y = torch.zeros_like(token)
-        for b in scores.argsort(descending=True)[: part.config.top_k]:
+        for b in e.argsort(descending=True)[: part.config.top_k]:
             c = part.analysis[b].T @ token
             p = c + (2 * c**2 - 1 + 1) / 4  # T_1, and T_2 with T_0
             y = y + e[b] * (part.synthesis[b].T @ p)
@@ -191,12 +190,13 @@ def test_whole_numbers_stay_exact_in_any_precision(change):
 
 
 def test_entropy_is_that_of_the_energies():
-    part = BlockDictionary(8, DictionaryConfig(blocks=4))
+    part = dictionary(8, blocks=4)
     h = torch.randn(2, 9, 8)
-    expected = torch.distributions.Categorical(logits=part.router(h)).entropy().mean()
+    expected = torch.distributions.Categorical(logits=part.router(h) + part.beta).entropy().mean()
     torch.testing.assert_close(part.energy_entropy(h), expected.detach())
     with torch.no_grad():
         part.router.weight.zero_()
+        part.moves.zero_()
     assert part.energy_entropy(h).item() == pytest.approx(torch.tensor(4.0).log().item())
     assert part.sparsity(h) == 0.5
 

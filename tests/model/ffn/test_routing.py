@@ -28,16 +28,16 @@ def test_route_is_softmax_and_the_largest_with_their_gradient(blocks, tokens, da
     k = data.draw(st.integers(1, min(blocks, 8)))
     torch.manual_seed(data.draw(st.integers(0, 2**31)))
     logits = (3 * torch.randn(tokens, blocks)).to(dtype).requires_grad_()
-    balance = 0.1 * torch.randn(blocks)
+    balance = torch.randn(blocks)
     energies, chosen = Route.apply(logits, balance, k)
 
     twin = logits.detach().clone().requires_grad_()
     wide = torch.promote_types(dtype, torch.float32)
-    every = twin.to(wide).softmax(-1)
-    best = (every + balance).topk(k, -1)
+    every = (twin.to(wide) + balance).softmax(-1)
+    best = every.topk(k, -1)
     assert (energies.dtype, chosen.dtype) == (wide, torch.int64)
-    found = (every + balance).gather(-1, chosen)
-    torch.testing.assert_close(found, best.values, rtol=2**-15, atol=0)  # ties: either block
+    found = every.gather(-1, chosen)
+    torch.testing.assert_close(found, best.values, rtol=2**-12, atol=0)  # ties: either block
     assert all(len(set(token)) == k for token in chosen.tolist())
     assert torch.equal(energies, every.gather(-1, chosen))
     assert not chosen.requires_grad
@@ -49,11 +49,11 @@ def test_route_is_softmax_and_the_largest_with_their_gradient(blocks, tokens, da
     torch.testing.assert_close(logits.grad, twin.grad, **tolerance)
 
 
-def test_the_balance_chooses_and_weighs_nothing():
+def test_the_balance_chooses_and_weighs():
     logits = torch.tensor([[2.0, 1.0, 0.0]])
-    energies, chosen = Route.apply(logits, torch.tensor([0.0, 0.0, 1.0]), 2)
+    energies, chosen = Route.apply(logits, torch.tensor([0.0, 0.0, 3.0]), 2)
     assert chosen.tolist() == [[2, 0]]
-    assert torch.equal(energies[0], logits.softmax(-1)[0, [2, 0]])
+    assert torch.equal(energies[0], torch.tensor([2.0, 1.0, 3.0]).softmax(-1)[[2, 0]])
 
 
 @pytest.mark.parametrize("k", [1, 3])
