@@ -173,6 +173,9 @@ def info(folder: Folder, as_json: Json = False) -> None:
     for split, counts in found.items():
         table.add_row(split, *(f"{count:,}" for count in counts.values()))
     show(table)
+    if manifest.options.get("cut_last"):
+        share = f"{manifest.options['held_out']:g}"
+        print(f"one text without a separator: about the last {share} of it is held out")
     if manifest.rejected:
         named_in = f"{folder.rstrip('/')}/rejected.jsonl"  # of a URL there: it is not copied
         print(f"broken documents set aside: {manifest.rejected:,}, named in {named_in}")

@@ -3,6 +3,7 @@
 import base64
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -54,7 +55,7 @@ def train_vocab(
     if not out.parent.is_dir():
         raise DataError(f"{out.parent}: no such folder; make it first")
     files = find_files(sources, rows=bool(conditions))
-    bpe = learn(_texts(files, options), size, pattern, progress)
+    bpe = learn(_texts(files, options.of(files)), size, pattern, progress)
     alphabet = byte_alphabet()
     learned = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     if len(learned) != size - 1:
@@ -97,14 +98,15 @@ def learn(
 def _texts(files: list[SourceFile], options: Options) -> Iterator[str]:
     """The training documents' texts."""
     tally = Tally(MAX_REJECTED)
-    for file in files:
-        for document in read(cut(file, options.separator)[0], options.reading):
-            if isinstance(document, Reject):
-                tally.add(0, [document])
-                continue
-            tally.add(1, [])
-            if content_hash(document.text) >= held_out_below(options.held_out):
-                yield document.text
+    slices = (part for file in files for part in cut(file, options.separator)[0])
+    below = 0 if options.cut_last else held_out_below(options.held_out)
+    for document in islice(read(slices, options.reading), 1 if options.cut_last else None):
+        if isinstance(document, Reject):
+            tally.add(0, [document])
+            continue
+        tally.add(1, [])
+        if content_hash(document.text) >= below:
+            yield document.text
     tally.add(0, [], whole=True)
 
 

@@ -133,6 +133,13 @@ def test_held_out_documents_are_not_learned_from(tmp_path: Path) -> None:
     assert np.mean(lengths["held_out"]) > 2 * np.mean(lengths["train"])
 
 
+def test_of_one_text_the_part_held_out_is_not_learned_from(tmp_path: Path) -> None:
+    (tmp_path / "a.txt").write_text("zzzz yyyy\n" * 90 + "qqqq wwww\n" * 10)
+    train_vocab([tmp_path / "a.txt"], tmp_path / "v", size=262, held_out=0.1)
+    tokenizer = load_tokenizer(tmp_path / "v")
+    assert [len(tokenizer.encode(text)) for text in ("zzzz", "qqqq")] == [1, 4]
+
+
 def test_documents_that_prepare_leaves_out_are_not_learned_from(tmp_path: Path) -> None:
     rows = [
         *({"text": f"zzzz {n} wanted", "lang": "en"} for n in range(100)),

@@ -59,12 +59,14 @@ class Document(NamedTuple):
 @dataclass(frozen=True)
 class Reading:
     """How documents are taken from files: rows count if each key of `where` has its value, and
-    documents from `min_chars` characters on."""
+    documents from `min_chars` characters on. Of a text without a separator `cut_last`, a share of
+    it, is a document by itself."""
 
     separator: str | None
     text_field: str
     min_chars: int = 0
     where: tuple[tuple[str, str], ...] = ()
+    cut_last: float = 0.0
 
 
 def read(slices: Iterable[Slice], reading: Reading) -> Iterator[Document | Reject]:
@@ -96,7 +98,7 @@ def documents(block: Block, reading: Reading) -> Iterator[Document | Reject]:
     elif block.file.kind == "jsonl":
         found = _json_lines(block, reading)
     else:
-        found = _texts(block, reading.separator)
+        found = _texts(block, reading)
     for document in found:
         if isinstance(document, Reject) or _is_wanted(document.text, reading.min_chars):
             yield document
@@ -180,11 +182,14 @@ def _decoded(value: Any) -> str:
     return value.decode(errors="replace") if isinstance(value, bytes) else shown(value)
 
 
-def _texts(block: Block, separator: str | None) -> Iterator[Document | Reject]:
+def _texts(block: Block, reading: Reading) -> Iterator[Document | Reject]:
     """The content cut before each separator; the pieces together are the content."""
     pieces = [block.content]
-    if separator is not None:
-        mark = separator.encode()
+    if reading.cut_last:
+        at = _last(block.content, reading.cut_last)
+        pieces = [block.content[:at], block.content[at:]]
+    elif reading.separator is not None:
+        mark = reading.separator.encode()
         head, *tails = block.content.split(mark)
         pieces = [head, *(mark + tail for tail in tails)]
     line = block.line
@@ -195,6 +200,20 @@ def _texts(block: Block, separator: str | None) -> Iterator[Document | Reject]:
             at = line + piece.count(b"\n", 0, error.start)
             yield Reject(block.file.name, line, f"{_not_utf8(error)}, in line {at}")
         line += piece.count(b"\n")
+
+
+def _last(content: bytes, share: float) -> int:
+    """Where the last share of a text begins: behind a line's end, or a space, where there is one
+    within as much again, so that no character is cut."""
+    size = max(1, round(share * len(content)))
+    latest = len(content) - size
+    earliest = max(0, latest - size)
+    for end in (b"\n", b" "):
+        if (found := content.rfind(end, earliest, latest)) >= 0:
+            return found + 1
+    while latest > 0 and content[latest] & 0xC0 == 0x80:  # within a character of UTF-8
+        latest -= 1
+    return latest
 
 
 def _json_lines(block: Block, reading: Reading) -> Iterator[Document | Reject]:

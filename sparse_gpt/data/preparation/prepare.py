@@ -6,7 +6,7 @@
 Where units are many each worker does whole ones; else workers tokenize chunks, and the parent
 writes what comes back in the order of the input. A document is held out if its content hash lies
 under held_out · 2^64: the same text always falls on the same side, whatever else is in the corpus,
-so exact duplicates cannot cross.
+so exact duplicates cannot cross. Of a corpus that is one text the last part is held out.
 
 Input or options that turn out to be bad take with them whatever this run has written; a crash, an
 interrupt, a full disk or too many rejected documents leave the finished units for the next run.
@@ -19,7 +19,7 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from functools import partial
 from itertools import groupby
 from pathlib import Path
@@ -77,7 +77,8 @@ def prepare(
 
     workers       processes that tokenize; with more than one, a calling script needs the usual
                   `if __name__ == "__main__":`, for they are spawned
-    held_out      fraction of the documents for validation, chosen by hash; 0 for none
+    held_out      fraction of the documents for validation, chosen by hash; 0 for none. One text
+                  file without a separator is one document: that share of its end is cut off
     shard_tokens  tokens a shard at most, unless one document is longer
     separator     where text files are split into documents; None: one document a file
     text_field    the key of the text in JSON Lines, or its column in parquet and hub data sets
@@ -116,6 +117,7 @@ def prepare(
         if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
             raise DataError(f"{out}: lies in the source {source}; write the shards elsewhere")
     files = find_files(sources, rows=bool(conditions))
+    options = options.of(files)
     with claim(out, share), _disk_full(out):
         cuts = cut_all(files, separator, out, (share.number, share.count), workers, progress)
         slices = [part for of_file in cuts for part in of_file.slices]
@@ -246,7 +248,7 @@ def _publish(
         out,
         {**tokenizer.identity(), "engines": sorted(engines)},
         tokenizer.vocabulary,
-        asdict(options),
+        options.fields(),
         rows,
         splits,
         rejected=write_rejects(out, rejected),

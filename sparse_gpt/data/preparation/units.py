@@ -11,9 +11,10 @@ The records of all units together are the manifest's shards; nothing is merged o
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -21,6 +22,7 @@ import numpy.typing as npt
 from sparse_gpt.data.corpus.documents import Reading
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import SLICE_BYTES, Slice
+from sparse_gpt.data.corpus.sources import SourceFile
 from sparse_gpt.data.shards.format import INDEX, ShardEntry
 from sparse_gpt.data.shards.manifest import FORMAT, SPLITS, shards_from_json, shards_to_json
 from sparse_gpt.data.shards.reader import damages
@@ -77,7 +79,8 @@ class Record:
 
 @dataclass(frozen=True)
 class Options:
-    """What changes the shards, besides the input and the tokenizer; see `prepare`."""
+    """What changes the shards, besides the input and the tokenizer; see `prepare`. `cut_last`: the
+    corpus is one text, whose last part is held out."""
 
     held_out: float
     shard_tokens: int
@@ -86,6 +89,7 @@ class Options:
     min_chars: int = 0
     where: tuple[tuple[str, str], ...] = ()
     dedup: bool = False
+    cut_last: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -98,7 +102,18 @@ class Options:
     @property
     def reading(self) -> Reading:
         """The part that says how documents are taken from files."""
-        return Reading(self.separator, self.text_field, self.min_chars, self.where)
+        share = self.held_out if self.cut_last else 0.0
+        return Reading(self.separator, self.text_field, self.min_chars, self.where, share)
+
+    def of(self, files: Sequence[SourceFile]) -> "Options":
+        """These options for a corpus of these files."""
+        one = len(files) == 1 and files[0].kind == "text" and self.separator is None
+        return replace(self, cut_last=one and self.held_out > 0)
+
+    def fields(self) -> dict[str, Any]:
+        """What is said of them in manifests and keys; what came later only where it is set."""
+        fields = asdict(self)
+        return fields if self.cut_last else {k: v for k, v in fields.items() if k != "cut_last"}
 
 
 @dataclass(frozen=True)
@@ -130,7 +145,7 @@ def plan(slices: list[Slice], options: Options, tokenizer: Tokenizer) -> list[Un
     for group in _grouped(slices, options.shard_tokens * BYTES_PER_TOKEN):
         content = [(part.file.kind, part.file.codec, part.hash) for part in group]
         before = key if options.dedup else ""
-        identity = json.dumps([FORMAT, tokenizer.identity(), asdict(options), content, before])
+        identity = json.dumps([FORMAT, tokenizer.identity(), options.fields(), content, before])
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
         units.append(Unit(len(units), key, list(_grouped(group, SLICE_BYTES))))
     return units
@@ -235,6 +250,7 @@ class UnitWriter:
     def __init__(self, out: Path, unit: Unit, tokenizer: Tokenizer, options: Options) -> None:
         self._out, self._unit = out, unit
         self._below = np.uint64(held_out_below(options.held_out))
+        self._cut_last = options.cut_last
         self._shards = {
             split: Shards(
                 out,
@@ -258,7 +274,8 @@ class UnitWriter:
     def add(self, found: Tokenized) -> None:
         """Append documents to their splits' shards."""
         self._rejected.extend(found.rejects)
-        held_out = found.hashes < self._below
+        hashes = found.hashes
+        held_out = np.arange(len(hashes)) > 0 if self._cut_last else hashes < self._below
         for split, rows in zip(SPLITS, (~held_out, held_out), strict=True):
             of_split = found.only(rows)
             self._shards[split].extend(of_split.tokens, of_split.lengths, of_split.hashes)

@@ -77,10 +77,12 @@ class BlockDictionary(nn.Module):
 
     `(..., d_model) -> (..., d_model)`. Blocks are chosen for a token by itself, none is dropped.
     β is `balance_rate` times a whole number, `moves`; `loads` adds up what blocks were given in
-    training mode, and `balance` then moves β, without a gradient. Wang et al. (2024, arXiv
-    2408.15664) add it for the choice alone: here the energies have it too, or at the start, where
-    tokens are all alike, blocks that it chooses have no energy to learn by (docs/sparse-ffn.md).
-    Both are int64 buffers: exact in any precision, over any number of ranks. Raises ValueError when the shapes do not suit d_model.
+    training mode, and `balance` then moves β, without a gradient. Both are int64 buffers: exact in
+    any precision, over any number of ranks. Wang et al. (2024, arXiv 2408.15664) have β in the
+    choice alone; in the energies too, blocks that it chooses at the start, where tokens are all
+    alike, have energy to learn by (docs/sparse-ffn.md).
+
+    Raises ValueError when the shapes do not suit d_model.
     """
 
     loads: Tensor
@@ -113,7 +115,8 @@ class BlockDictionary(nn.Module):
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Energies and numbers of the blocks that tokens `(tokens, d_model)` compute, each
         `(tokens, top_k)`, float32 or wider and int64."""
-        routed: tuple[Tensor, Tensor] = Route.apply(self.router(tokens), self.beta, self.config.top_k)  # type: ignore[no-untyped-call]
+        k = self.config.top_k
+        routed: tuple[Tensor, Tensor] = Route.apply(self.router(tokens), self.beta, k)  # type: ignore[no-untyped-call]
         return routed
 
     @property

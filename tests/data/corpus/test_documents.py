@@ -71,6 +71,27 @@ def test_slices_change_nothing(
     assert texts(path, separator, slice_bytes=slice_bytes) == [p for p in pieces if p.strip()]
 
 
+@settings(max_examples=100)
+@given(
+    text=st.text(st.sampled_from("ab \n\té☃\U0001f600"), max_size=200),
+    share=st.floats(0.001, 0.999),
+)
+def test_a_last_part_is_cut_off_between_characters(
+    tmp_path_factory: pytest.TempPathFactory, text: str, share: float
+) -> None:
+    path = write(tmp_path_factory.getbasetemp() / "last.txt", text)
+    (file,) = find_files([path])
+    found = list(good(read(cut(file, None)[0], Reading(None, "text", cut_last=share))))
+    assert len(found) <= 2
+    if len(found) == 2:
+        assert "".join(document.text for document in found) == text
+        assert found[1].line == 1 + found[0].text.count("\n")
+        size = len(text.encode())
+        assert share * size - 1 <= len(found[1].text.encode()) <= 2 * share * size + 4
+    else:  # nothing but white space before the cut, or behind it
+        assert all(document.text.strip() == text.strip() for document in found)
+
+
 def test_json_lines_in_slices_keep_their_numbers(tmp_path: Path) -> None:
     path = write(tmp_path / "a.jsonl", "".join(f'{{"text": "{i}"}}\n' for i in range(100)))
     (file,) = find_files([path])

@@ -1,3 +1,4 @@
+import gzip
 import json
 import os
 import re
@@ -15,7 +16,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_gpt.data import open_shards, part_of_environment, prepare, verify
+from sparse_gpt.data import load_tokenizer, open_shards, part_of_environment, prepare, verify
 from sparse_gpt.data.content_hash import content_hash
 from sparse_gpt.data.corpus.slices import NOTES
 from sparse_gpt.data.preparation.dedup import Seen
@@ -406,6 +407,31 @@ def test_grown_input_extends_a_folder(corpus: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
+def test_of_one_text_the_last_part_is_held_out(tmp_path: Path) -> None:
+    lines = [f"line {n} of a text\n" for n in range(1000)]
+    (tmp_path / "a.txt").write_text("".join(lines))
+    with gzip.open(tmp_path / "b.txt.gz", "wt") as file:
+        file.writelines(lines)
+    tokenizer = load_tokenizer()
+    for name in ("a.txt", "b.txt.gz"):
+        prepare([tmp_path / name], tmp_path / f"{name}-out", held_out=0.1)
+        dataset = open_shards(tmp_path / f"{name}-out")
+        texts = []
+        for split in (dataset.train, dataset.held_out):
+            tokens = np.empty((1, split.n_tokens), np.uint16)
+            split.read(np.zeros(1, np.int64), tokens)
+            assert tokens[0, 0] == tokenizer.eot
+            assert split.n_documents == 1
+            texts.append(tokenizer.decode(tokens[0, 1:].tolist()))
+        assert "".join(texts) == "".join(lines)
+        assert texts[1].startswith("line 9")
+        assert 0.1 <= len(texts[1]) / len("".join(lines)) < 0.102
+        assert dataset.manifest.options["cut_last"] is True
+    both = prepare([tmp_path / "a.txt", tmp_path / "b.txt.gz"], tmp_path / "both", held_out=0)
+    assert both is not None
+    assert "cut_last" not in both.options
+
+
 GOOD = '{"text": "good"}\n'
 
 
@@ -415,7 +441,8 @@ GOOD = '{"text": "good"}\n'
         ({}, {}, "in: the folder holds no"),
         ({"a.txt": "", "b.jsonl": ""}, {}, r"the corpus is empty: 2 file\(s\)"),
         ({"a.txt": " \n", "b.jsonl": '\n{"text": ""}\n'}, {}, "the corpus holds no text"),
-        ({"a.txt": "one document"}, {}, "the corpus is one document"),
+        ({"a.txt": "x"}, {}, "the corpus is one document"),
+        ({"a.txt": "xayaz"}, {"separator": "b"}, "the corpus is one document"),
         ({"a.txt": "xayaz"}, {"separator": "a", "held_out": 1e-9}, "none of the 3 documents is he"),
         ({"a.txt": "xayaz"}, {"separator": "a", "held_out": 0.9999}, "all 3 documents are held"),
         ({"a.jsonl": GOOD * 3 + "{"}, {}, r"a\.jsonl:4: not JSON.*1 of 4 documents .* than 1.00%"),
