@@ -15,7 +15,7 @@ from sparse_gpt.errors import ConfigError
 if TYPE_CHECKING:
     from sparse_gpt.evaluate.generate import Continuation
 
-_NAMES = "a run (its newest whole checkpoint) or RUN@STEP."
+_NAMES = "a run (its newest whole checkpoint), RUN@STEP, or an exported folder."
 Checkpoint = Annotated[str, typer.Argument(help=f"{_NAMES[0].upper()}{_NAMES[1:]}")]
 
 

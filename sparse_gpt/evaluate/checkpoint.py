@@ -1,4 +1,4 @@
-"""A trained model by the name of its checkpoint."""
+"""A trained model by the name of its checkpoint: RUN, RUN@STEP, or the folder of an export."""
 
 from dataclasses import dataclass
 from functools import cached_property
@@ -10,6 +10,7 @@ import torch
 from sparse_gpt.config.load import load_config
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.data import Tokenizer, tokenizer_beside
+from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.gpt import GPT
 from sparse_gpt.train.checkpoint.named import find, load_model
 from sparse_gpt.train.feed import open_data
@@ -19,7 +20,10 @@ from sparse_gpt.train.run_dir import read_provenance
 
 @dataclass(frozen=True)
 class Trained:
-    """A model as its run evaluates it: in evaluation mode, in the run's precision."""
+    """A model as its run evaluates it: in evaluation mode, in the run's precision.
+
+    run: its folder, or that of its export.
+    """
 
     run: Path
     step: int
@@ -53,8 +57,30 @@ def load_trained(name: str, dtype: torch.dtype | None = None) -> Trained:
 
     Raises ConfigError where there is no such run, or no whole checkpoint of it.
     """
-    run, step = find(name)
+    if (Path(name) / "config.json").exists():
+        run, step, model = _exported(Path(name))
+    else:
+        run, step = find(name)
+        model = load_model(run, step)
     config = load_config(run / "config.yaml")
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    model = load_model(run, step).to(device, dtype or DTYPES[config.precision]).eval()
+    model = model.to(device, dtype or DTYPES[config.precision]).eval()
     return Trained(run, step, config, read_provenance(run), model)
+
+
+def _exported(folder: Path) -> tuple[Path, int, GPT]:
+    """The folder, the checkpoint's step, and the model in fp32."""
+    if not (folder / "config.yaml").exists():
+        raise ConfigError(
+            f"{folder}: was not exported by sparse-gpt; a run may begin from it (start_from)"
+        )
+    try:
+        from sparse_gpt.huggingface.convert import read_model
+    except ImportError:
+        raise ConfigError(f"reading {folder} needs: pip install 'sparse-gpt[hf]'") from None
+    try:
+        model = read_model(str(folder))
+        step: int = read_provenance(folder)["exported"]["step"]
+    except (KeyError, OSError, RuntimeError, ValueError) as error:
+        raise ConfigError(f"{folder}: is damaged: {str(error).splitlines()[0]}") from None
+    return folder, step, model

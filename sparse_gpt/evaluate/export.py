@@ -1,10 +1,12 @@
 """A trained model as a folder that transformers, and what reads its files, loads."""
 
+import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 
+from sparse_gpt.config.load import to_yaml
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.evaluate.checkpoint import Trained
@@ -24,7 +26,8 @@ def export(
     model card to the new folder `out`.
 
     Dense: a plain GPT-2 of transformers. Sparse: a SparseGPT2LMHeadModel, whose code lies beside
-    it for `trust_remote_code=True` where sparse_gpt is not installed. Raises ConfigError without
+    it for `trust_remote_code=True` where sparse_gpt is not installed. With the run's configuration
+    and provenance the folder is a checkpoint for `load_trained`. Raises ConfigError without
     transformers, and DataError where `out` is there already or cannot be written, or where the
     vocabulary is not at hand.
     """
@@ -46,6 +49,17 @@ def export(
         made.save_pretrained(aside, max_shard_size=shard_size)
         fast_tokenizer(tokenizer.ranks, tokenizer.pattern, model.max_seq_len).save_pretrained(aside)
         (aside / "README.md").write_text(_card(trained, out.name))
+        _write_origin(trained, aside)
+
+
+def _write_origin(trained: Trained, aside: Path) -> None:
+    """What makes the folder a checkpoint for our own commands."""
+    origin = {"exported": {"run": str(trained.run), "step": trained.step}}
+    (aside / "config.yaml").write_text(to_yaml(trained.config))
+    (aside / "provenance.json").write_text(
+        json.dumps({**trained.provenance, **origin}, indent=1) + "\n"
+    )
+    trained.tokenizer.publish(aside)
 
 
 def _card(trained: Trained, name: str) -> str:

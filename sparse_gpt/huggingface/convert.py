@@ -6,6 +6,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 from transformers import AutoConfig, AutoModelForCausalLM, GPT2Config, GPT2LMHeadModel
 
@@ -112,10 +113,16 @@ def read_config(folder: str) -> ModelConfig:
 
 
 def read_model(folder: str) -> GPT:
-    """The GPT-2 in a folder, of safetensors files, in fp32."""
-    found: Any = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=torch.float32, use_safetensors=True
-    )
+    """The GPT-2 in a folder, of safetensors files, in fp32.
+
+    Raises OSError or ValueError where there is none that `from_transformers` takes.
+    """
+    try:
+        found: Any = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=torch.float32, use_safetensors=True
+        )
+    except SafetensorError as error:
+        raise ValueError(f"its weights are damaged: {error}") from None
     return from_transformers(found)
 
 

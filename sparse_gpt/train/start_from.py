@@ -111,7 +111,12 @@ def _source(config: RunConfig) -> GPT:
         return load_model(*find(config.start_from))
     from sparse_gpt.huggingface.convert import read_model
 
-    return read_model(config.start_from)
+    try:
+        return read_model(config.start_from)
+    except (OSError, ValueError) as error:
+        raise ConfigError(
+            f"start_from: {config.start_from}: {str(error).splitlines()[0]}"
+        ) from None
 
 
 def _fitted(source: GPT, config: RunConfig, blend: Blend) -> GPT:

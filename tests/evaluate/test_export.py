@@ -59,6 +59,22 @@ def test_logits_are_ours_and_a_round_trip_is_bit_equal(exported, ffn):
         assert torch.equal(found, value), name
 
 
+@pytest.mark.parametrize("ffn", ["dense", "default"])
+def test_an_exported_folder_is_a_checkpoint(exported, command, ffn):
+    trained, folder = exported(ffn)
+    again = load_trained(str(folder), torch.float32)
+    assert (again.step, again.config) == (2, trained.config)
+    assert again.tokenizer.vocab_hash == trained.tokenizer.vocab_hash
+    with torch.no_grad():
+        logits = [one.model(prompt(trained)) for one in (trained, again)]
+    assert torch.equal(*logits)
+    found = [command("evaluate", str(name), "--json") for name in (folder, trained.run)]
+    assert [done.returncode for done in found] == [0, 0], found[0].stderr
+    of_folder, of_run = (json.loads(done.stdout)["held_out"][0] for done in found)
+    assert of_folder == {**of_run, "checkpoint": f"{folder}@2"}
+    assert (folder / "evaluations" / "step-00000002.json").exists()
+
+
 ALONE = """
 import importlib.abc, json, sys
 class Absent(importlib.abc.MetaPathFinder):
@@ -127,6 +143,18 @@ def test_bad_input_is_one_line_and_writes_nothing(command, run, tmp_path):
         assert says in done.stderr
     assert [path.name for path in full.iterdir()] == ["note"]
     assert not (tmp_path / "x").exists()
+
+
+def test_what_was_exported_elsewhere_is_refused_in_one_line(exported, command, tmp_path):
+    _, folder = exported("dense")
+    (folder / "model.safetensors").write_bytes(b"no weights")
+    done = command("generate", str(folder), "Anne")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"{folder}: is damaged" in done.stderr
+    (folder / "config.yaml").unlink()
+    done = command("generate", str(folder), "Anne")
+    assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
+    assert f"{folder}: was not exported by sparse-gpt" in done.stderr
 
 
 @pytest.fixture(scope="module")
