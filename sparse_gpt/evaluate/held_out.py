@@ -1,7 +1,9 @@
 """Held-out loss of a trained model, by data set."""
 
+import copy
 import math
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -13,6 +15,7 @@ from sparse_gpt.data import Batch, Dataset, Split, open_shards
 from sparse_gpt.data.batches.batches import IGNORED, count_windows
 from sparse_gpt.errors import ConfigError, DataError
 from sparse_gpt.evaluate.checkpoint import Trained
+from sparse_gpt.model.gpt import GPT
 from sparse_gpt.progress import Progress
 from sparse_gpt.train.engine import summed_loss
 from sparse_gpt.train.feed import held_out_of, open_data
@@ -55,13 +58,15 @@ def evaluate(
     folders: Sequence[str] = (),
     max_tokens: int | None = None,
     progress: bool = True,
+    devices: Sequence[torch.device] = (),
 ) -> list[HeldOutLoss]:
     """The loss on the held-out split of each folder of shards; of none, of the run's own sources.
 
     Of those with the run's `eval.max_tokens` unless `max_tokens` is given: the numbers are those
-    of the run's record. Raises DataError where `open_shards` does, and for a data set of another
-    vocabulary than the run's or without a held-out split; ConfigError where the run's own data
-    cannot be opened.
+    of the run's record. `devices` share the work, the model's first; by default all GPUs.
+
+    Raises DataError where `open_shards` does, and for a data set of another vocabulary than the
+    run's or without a held-out split; ConfigError where the run's own data cannot be opened.
     """
     vocab_hash = trained.provenance.get("vocab_hash")
     if folders:
@@ -80,8 +85,10 @@ def evaluate(
         lengths = torch.from_numpy(trained.tokenizer.lengths)
     except DataError:
         lengths = None
+    devices = devices or [torch.device("cuda", n) for n in range(torch.cuda.device_count())]
+    models = [trained.model, *(copy.deepcopy(trained.model).to(one) for one in devices[1:])]
     return [
-        _loss(trained, folder, dataset.held_out, lengths, max_tokens, progress)
+        _loss(trained, models, folder, dataset.held_out, lengths, max_tokens, progress)
         for folder, dataset in sources.items()
     ]
 
@@ -98,37 +105,46 @@ def _own_sources(trained: Trained) -> dict[str, Dataset]:
 
 def _loss(
     trained: Trained,
+    models: list[GPT],
     folder: str,
     split: Split,
     lengths: Tensor | None,
     max_tokens: int | None,
     progress: bool,
 ) -> HeldOutLoss:
-    config, done, counted = trained.config, 0, 0
+    """Of all models together, which are one on several devices: a thread and a share for each."""
+    config, world = trained.config, len(models)
     seq_len = config.model.max_seq_len
     windows = count_windows(split, seq_len)
     if max_tokens is not None:
         windows = min(windows, max(1, max_tokens // seq_len))
-    read = held_out_of(config, split, max_tokens)
+    done, counted = [0] * world, [0] * world
 
-    def batches(bar: Progress) -> Iterator[Batch]:
-        nonlocal done, counted
-        for batch in read:
-            targets = batch.targets[batch.targets != IGNORED]
-            if lengths is not None:
-                counted += int(lengths[targets].sum())
-            yield batch
-            done += len(targets)
-            bar.at(done)
+    def share(rank: int) -> list[float]:
+        def batches() -> Iterator[Batch]:
+            for batch in held_out_of(config, split, max_tokens, world, rank):
+                targets = batch.targets[batch.targets != IGNORED]
+                if lengths is not None:
+                    counted[rank] += int(lengths[targets].sum())
+                yield batch
+                done[rank] += len(targets)
+                bar.at(sum(done))
 
-    with Progress(f"{trained.name} on {folder}", windows * seq_len, progress, False) as bar:
-        loss, tokens = summed_loss(trained.model, batches(bar), trained.device).tolist()
+        model = models[rank]
+        found: list[float] = summed_loss(model, batches(), model.wte.weight.device).tolist()
+        return found
+
+    with (
+        Progress(f"{trained.name} on {folder}", windows * seq_len, progress, False) as bar,
+        ThreadPoolExecutor(world) as pool,
+    ):
+        loss, tokens = map(sum, zip(*pool.map(share, range(world)), strict=True))
     return HeldOutLoss(
         checkpoint=trained.name,
         data=folder,
         loss=loss / tokens,
         tokens=int(tokens),
-        bytes=None if lengths is None else counted,
+        bytes=None if lengths is None else sum(counted),
     )
 
 

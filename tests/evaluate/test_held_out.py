@@ -13,6 +13,7 @@ from ranks import ROOT
 
 from sparse_gpt.data import load_tokenizer, open_shards, prepare
 from sparse_gpt.evaluate.checkpoint import load_trained
+from sparse_gpt.evaluate.held_out import evaluate
 from sparse_gpt.train.metrics_file import read_metrics
 
 
@@ -59,6 +60,15 @@ def test_bits_a_byte_count_the_bytes_of_the_text(command, run, shards):
     assert found["bytes"] == len(text.encode())
     bits = found["loss"] * found["tokens"] / math.log(2)
     assert found["bits_per_byte"] == pytest.approx(bits / found["bytes"])
+
+
+@pytest.mark.parametrize("count", [2, 3])
+def test_devices_share_the_work_and_the_result_is_the_same(run, shards, count):
+    trained = load_trained(str(run))
+    [alone] = evaluate(trained, [str(shards)])
+    [shared] = evaluate(trained, [str(shards)], devices=[torch.device("cpu")] * count)
+    assert shared.loss == pytest.approx(alone.loss, rel=1e-6)
+    assert (shared.tokens, shared.bytes) == (alone.tokens, alone.bytes)
 
 
 def test_without_the_vocabulary_there_are_no_bits(command, run):
