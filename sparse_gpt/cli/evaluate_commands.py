@@ -178,7 +178,8 @@ def inspect(
 ) -> None:
     """What each block of a sparse model's dictionaries does, as one HTML page.
 
-    For every block: the tokens and contexts that use it, what it writes, what goes with it.
+    For every block: the tokens and contexts that use it, what it writes, what goes with it. In
+    TensorBoard, too: loads and a table of blocks for each layer.
     """
     from dataclasses import asdict
 
@@ -186,6 +187,7 @@ def inspect(
     from sparse_gpt.evaluate.checkpoint import load_trained
     from sparse_gpt.evaluate.inspect import inspect
     from sparse_gpt.evaluate.inspect_page import page
+    from sparse_gpt.evaluate.record import record_inspection
     from sparse_gpt.files import publish_text
     from sparse_gpt.train.feed import open_data
 
@@ -196,6 +198,7 @@ def inspect(
     else:
         folder, dataset = data, open_shards(data)
     found = inspect(trained, folder, dataset.held_out, max_tokens)
+    record_inspection(trained, found)
     if as_json:
         print(json.dumps(asdict(found), indent=1))
         return

@@ -1,11 +1,13 @@
 """What blocks do: counted as by hand, told by the words that use them, shown in a page."""
 
 import json
+import re
 from html.parser import HTMLParser
 
 import pytest
 import torch
 from one_rank import train_here, world  # noqa: F401 - fixtures
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sparse_gpt.data import open_shards
 from sparse_gpt.evaluate.checkpoint import load_trained
@@ -112,6 +114,17 @@ def test_the_page_has_every_block_and_needs_nothing_else(command, run, tmp_path)
     assert len(set(reader.rows)) == len(reader.rows) == reader.loads == 2 * 64
     found = json.loads(command("inspect", str(run), "--max-tokens", "1024", "--json").stdout)
     assert [len(layer["blocks"]) for layer in found["layers"]] == [64, 64]
+    board = EventAccumulator(str(run / "evaluations/tensorboard")).Reload()
+    for n, layer in enumerate(found["layers"]):
+        [branch] = board.Scalars(f"inspect/layer_{n:02d}/branch")
+        assert (branch.step, branch.value) == (4, pytest.approx(layer["branch"]))
+        [load] = board.Histograms(f"inspect/layer_{n:02d}/load")
+        assert load.histogram_value.num == 64
+        assert load.histogram_value.sum == pytest.approx(64, rel=1e-3)
+        [table] = board.Tensors(f"inspect/layer_{n:02d}/blocks/text_summary")
+        rows = table.tensor_proto.string_val[0].decode().splitlines()
+        assert len(rows) == 2 + 64
+        assert all(len(re.findall(r"(?<!\\)\|", row)) == 5 for row in rows)
 
 
 @pytest.mark.parametrize("ffn", ["light", pytest.param("paper", marks=pytest.mark.long)])
