@@ -1,12 +1,16 @@
 """Files that can only be read front to back, or a group of rows at a time: of compressed ones a
-slice is the whole file, of parquet a row group. pyarrow reads them."""
+slice is the whole file, of parquet a row group."""
 
+import gzip
 import io
 import json
+import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import zstandard
 
 from sparse_gpt.errors import DataError
 
@@ -14,6 +18,8 @@ if TYPE_CHECKING:
     import pyarrow as pa
 
 ROWS = 1024  # a table
+_WINDOW = 1 << 31  # bytes; the longest of `zstd --long=31`
+_READ = 1 << 14  # bytes of a file; what they hold at most, of zeros, is some 500 MB
 
 
 def shown(value: Any) -> str:
@@ -27,10 +33,47 @@ def open_compressed(
 ) -> Iterator[tuple[io.BufferedReader, Callable[[], int]]]:
     """The content of a compressed file, of one or several streams, and a function that tells how
     many bytes of the file are read; reading raises OSError where it is damaged or cut short."""
-    import pyarrow as pa
+    with open(path, "rb") as file:
+        raw: Any = gzip.GzipFile(fileobj=file) if codec == "gzip" else _Zstd(file)
+        try:
+            yield io.BufferedReader(raw), file.tell
+        except (EOFError, zlib.error, zstandard.ZstdError) as error:
+            raise OSError(str(error)) from None
 
-    with pa.OSFile(str(path)) as file, pa.CompressedInputStream(file, codec) as content:
-        yield io.BufferedReader(content), file.tell
+
+class _Zstd(io.RawIOBase):
+    """The content of frames of zstd one after another. zstandard's own reader takes a frame that is
+    cut short for its end, and pyarrow's refuses long windows."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._pieces = self._content(file)
+        self._rest = memoryview(b"")
+
+    def _content(self, file: BinaryIO) -> Iterator[bytes]:
+        engine = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
+        packed = file.read(_READ)
+        while packed:
+            frame = engine.decompressobj()
+            while not frame.eof:
+                if not packed:
+                    raise EOFError("the file ends within a frame")
+                yield frame.decompress(packed)
+                packed = frame.unused_data if frame.eof else file.read(_READ)
+            packed = packed or file.read(_READ)
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        while not self._rest:
+            piece = next(self._pieces, None)
+            if piece is None:
+                return 0
+            self._rest = memoryview(piece)
+        size = min(len(buffer), len(self._rest))
+        buffer[:size] = self._rest[:size]
+        self._rest = self._rest[size:]
+        return size
 
 
 def line_blocks(content: io.BufferedReader, size: int) -> Iterator[bytes]:

@@ -1,13 +1,15 @@
 """Which files the sources are.
 
-A source is a file, a folder (its files with a known suffix, recursively), a glob, or a data set of
-the hub (`hf:NAME[:SUBSET][:SPLIT]`). The suffixes .jsonl, .ndjson and .json mean JSON Lines,
-.parquet rows of columns, anything else UTF-8 text; .gz and .zst after any of them but .parquet are
-undone.
+A source is a file, a folder (its files with a known suffix, in its folders and linked ones too, but
+for hidden ones and `_SUCCESS`), a glob (of files and folders), or a data set of the hub
+(`hf:NAME[:SUBSET][:SPLIT]`). The suffixes .jsonl, .ndjson and .json mean JSON Lines, .parquet rows
+of columns, anything else UTF-8 text; .gz and .zst after any of them but .parquet are undone.
 """
 
 import glob
-from collections.abc import Sequence
+import os
+from collections import Counter
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +23,7 @@ SUFFIXES = {
     ".json": "jsonl",
     ".parquet": "parquet",
 }
+_LITTER = {"_SUCCESS"}  # of Spark
 CODECS = {".gz": "gzip", ".zst": "zstd"}
 
 
@@ -35,31 +38,41 @@ class SourceFile:
     codec: str | None = None
 
 
-def find_files(sources: Sequence[str | Path], rows: bool = False) -> list[SourceFile]:
-    """The files of all sources, each source's in sorted order; raises DataError if there is none,
-    a source does not exist, a file comes twice, or has no `rows` to choose from."""
+def find_files(
+    sources: Sequence[str | Path],
+    rows: bool = False,
+    tell: Callable[[str], None] | None = None,
+) -> list[SourceFile]:
+    """The files of all sources, each source's in sorted order; `tell` gets a line about a folder or
+    glob of which something is left out. Raises DataError if there is none, a source does not
+    exist or cannot be read, a file comes twice, or has no `rows` to choose from."""
     files: list[SourceFile] = []
     for source in sources:
         path = Path(source)
+        left_out: Counter[str] = Counter()
         if str(source).startswith(HUB):
             files.append(SourceFile(path, str(source), "hub"))
         elif path.is_dir():
-            found = sorted(p for p in path.rglob("*") if _is_known(p) and p.is_file())
+            found = _of_folder(path, left_out)
             if not found:
                 raise DataError(
                     f"{path}: the folder holds no {', '.join(SUFFIXES)} file, compressed or not"
+                    + _listed("; there are", left_out)
                 )
             files += [_source_file(p, p.relative_to(path).as_posix()) for p in found]
-        elif path.exists():
+        elif os.path.lexists(path):
+            if not path.exists():
+                raise DataError(f"{path}: is a link to {os.readlink(path)}, which is not there")
             files.append(_source_file(path, path.name))
         elif glob.has_magic(str(source)):
-            found = sorted(Path(p) for p in glob.glob(str(source), recursive=True))
-            found = [p for p in found if p.is_file()]
+            found = _of_pattern(str(source), left_out)
             if not found:
                 raise DataError(f"{source}: the pattern matches no file")
             files += [_source_file(p, p.name) for p in found]
         else:
             raise DataError(f"{source}: no such file or folder")
+        if tell and (told := _listed("left out:", left_out)):
+            tell(f"{source}: {told}")
     if not files:
         raise DataError("no source given: name a file, a folder or a pattern")
     seen: set[Path] = set()
@@ -70,6 +83,77 @@ def find_files(sources: Sequence[str | Path], rows: bool = False) -> list[Source
             raise DataError(f"{file.path}: where chooses among rows, but this file is plain text")
         seen.add(real)
     return files
+
+
+def _of_folder(folder: Path, left_out: Counter[str]) -> list[Path]:
+    """What to read of a folder, sorted; counts what not, by its kind.
+
+    Links to folders are followed last, and no folder is entered twice, by whatever names it has.
+    """
+    files: list[Path] = []
+    seen: set[str] = set()
+    pending = [str(folder)]
+    while pending:
+        links: list[str] = []
+        for top in pending:
+            for where, folders, names in os.walk(top, onerror=_refuse):
+                if (real := os.path.realpath(where)) in seen:
+                    folders.clear()
+                    continue
+                seen.add(real)
+                left_out["hidden folders"] += sum(map(_is_hidden, folders))
+                folders[:] = sorted(name for name in folders if not _is_hidden(name))
+                paths = [os.path.join(where, name) for name in folders]
+                links += [path for path in paths if os.path.islink(path)]
+                files += [Path(where, name) for name in names if _is_wanted(name, left_out)]
+        pending = links
+    for path in files:
+        if not path.exists():
+            raise DataError(f"{path}: is a link to {os.readlink(path)}, which is not there")
+    return _once([path for path in files if path.is_file()])
+
+
+def _of_pattern(pattern: str, left_out: Counter[str]) -> list[Path]:
+    found: list[Path] = []
+    for path in map(Path, glob.glob(pattern, recursive=True)):
+        if path.is_file() and path.name not in _LITTER:
+            found.append(path)
+        elif path.is_dir() and "**" not in pattern:
+            found += _of_folder(path, left_out)
+    return _once(found)
+
+
+def _once(paths: list[Path]) -> list[Path]:
+    """Sorted, and of several names of one file the first; what is no link goes before."""
+    by_file: dict[str, Path] = {}
+    for path in sorted(paths, key=lambda path: (path.is_symlink(), path)):
+        by_file.setdefault(os.path.realpath(path), path)
+    return sorted(by_file.values())
+
+
+def _is_wanted(name: str, left_out: Counter[str]) -> bool:
+    if _is_hidden(name) or name in _LITTER:
+        left_out["hidden"] += 1
+    elif _is_known(Path(name)):
+        return True
+    else:
+        suffix = Path(name).suffix
+        left_out[suffix or "without a suffix"] += 1
+    return False
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith(".")
+
+
+def _refuse(error: OSError) -> None:
+    raise DataError(f"{error.filename}: cannot be read: {error.strerror}")
+
+
+def _listed(head: str, left_out: Counter[str]) -> str:
+    """What was counted, most first; "" if nothing."""
+    counts = ", ".join(f"{n:,} {kind}" for kind, n in left_out.most_common() if n)
+    return f"{head} {counts}" if counts else ""
 
 
 def _suffix(path: Path) -> str:

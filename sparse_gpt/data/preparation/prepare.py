@@ -15,6 +15,7 @@ interrupt, a full disk or too many rejected documents leave the finished units f
 import errno
 import math
 import os
+import sys
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -95,7 +96,8 @@ def prepare(
                   `rejected.jsonl`; with 0, the first stops the run
     part          "i/n": do the i-th of n parts of the units; the parts may run at the same time, on
                   several machines that share `out`
-    progress      draw progress on stderr, if that is a terminal
+    progress      say on stderr what is left out of the sources, and draw progress if that is a
+                  terminal
 
     Returns the manifest, or None if other parts have units to do: the last to end writes it.
 
@@ -116,7 +118,8 @@ def prepare(
     for source in map(Path, sources):
         if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
             raise DataError(f"{out}: lies in the source {source}; write the shards elsewhere")
-    files = find_files(sources, rows=bool(conditions))
+    tell = partial(print, file=sys.stderr) if progress else None
+    files = find_files(sources, bool(conditions), tell)
     options = options.of(files)
     with claim(out, share), _disk_full(out):
         cuts = cut_all(files, separator, out, (share.number, share.count), workers, progress)

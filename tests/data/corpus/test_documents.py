@@ -1,4 +1,5 @@
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Iterable, Iterator
@@ -113,9 +114,57 @@ def test_folders_and_globs_are_sorted(tmp_path: Path) -> None:
         write(tmp_path / name, "x")
     assert [f.name for f in find_files([tmp_path])] == ["a.txt", "b.txt", "sub/c.jsonl"]
     assert [f.name for f in find_files([f"{tmp_path}/*.txt"])] == ["a.txt", "b.txt"]
+    assert [f.name for f in find_files([f"{tmp_path}/s*"])] == ["c.jsonl"]
     assert find_files([tmp_path / "notes.md"]) == [
         SourceFile(tmp_path / "notes.md", "notes.md", "text")
     ]
+
+
+def test_litter_is_left_out_and_told(tmp_path: Path) -> None:
+    for folder in (".cache", "sub/.ipynb_checkpoints"):
+        (tmp_path / folder).mkdir(parents=True)
+        write(tmp_path / folder / "copy.txt", "x")
+    for name in ("a.txt", "._a.txt", "_SUCCESS", "b.md", "c", "sub/d.txt"):
+        write(tmp_path / name, "x")
+    told: list[str] = []
+    assert [f.name for f in find_files([tmp_path], tell=told.append)] == ["a.txt", "sub/d.txt"]
+    [line] = told
+    assert line.startswith(f"{tmp_path}: left out: ")
+    kinds = "2 hidden, 2 hidden folders, 1 .md, 1 without a suffix"
+    assert set(line.partition("out: ")[2].split(", ")) == set(kinds.split(", "))
+    told.clear()
+    found = find_files([f"{tmp_path}/*.txt", f"{tmp_path}/sub"], tell=told.append)
+    assert [f.name for f in found] == ["a.txt", "d.txt"]
+    assert told == [f"{tmp_path}/sub: left out: 1 hidden folders"]
+
+
+def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:
+    inside, outside = tmp_path / "in", tmp_path / "out"
+    for folder in (inside / "a", inside / "b", outside / "deep"):
+        folder.mkdir(parents=True)
+    for path in (inside / "b/own.txt", outside / "one.txt", outside / "deep/two.txt"):
+        write(path, path.name)
+    (inside / "a/loop").symlink_to(inside)
+    (inside / "a/to_b").symlink_to(inside / "b")
+    (inside / "c").symlink_to(outside)
+    (outside / "back").symlink_to(outside)
+    (inside / "b/again.txt").symlink_to(outside / "one.txt")
+    (inside / "own2.txt").symlink_to(inside / "b/own.txt")
+    names = ["b/own.txt", "c/deep/two.txt", "c/one.txt"]
+    assert [file.name for file in find_files([inside])] == names
+    (inside / "dangling.txt").symlink_to(tmp_path / "nothing")
+    with pytest.raises(DataError, match=r"dangling\.txt: is a link to .*nothing, which is not"):
+        find_files([inside])
+    with pytest.raises(DataError, match=r"dangling\.txt: is a link to .*nothing, which is not"):
+        find_files([inside / "dangling.txt"])
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read anything")
+def test_a_folder_that_cannot_be_read_is_named(tmp_path: Path) -> None:
+    (tmp_path / "shut").mkdir(mode=0o000)
+    write(tmp_path / "a.txt", "x")
+    with pytest.raises(DataError, match=r"shut: cannot be read: Permission denied"):
+        find_files([tmp_path])
 
 
 @pytest.mark.parametrize(
