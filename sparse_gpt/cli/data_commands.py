@@ -41,6 +41,9 @@ def prepare(
         str | None,
         typer.Option(help=r"Split text files into documents before this text; \n is a line end."),
     ] = None,
+    drop_separator: Annotated[
+        bool, typer.Option("--drop-separator", help="It is no part of the text.")
+    ] = False,
     text_field: Annotated[
         str, typer.Option(help="Key of the text in JSON Lines, or its column.")
     ] = "text",
@@ -86,6 +89,7 @@ def prepare(
         held_out=held_out,
         shard_tokens=shard_tokens,
         separator=unescaped(separator),
+        keep_separator=not drop_separator,
         text_field=text_field,
         min_chars=min_chars,
         where=_conditions(where or []),
@@ -114,6 +118,9 @@ def train_vocab(
     size: Annotated[int, typer.Option(help="Ids, end of text included.")] = 4096,
     held_out: Annotated[float, typer.Option(help="As given to prepare: not learned from.")] = 0.01,
     separator: Annotated[str | None, typer.Option(help="As given to prepare.")] = None,
+    drop_separator: Annotated[
+        bool, typer.Option("--drop-separator", help="As given to prepare.")
+    ] = False,
     text_field: Annotated[str, typer.Option(help="As given to prepare.")] = "text",
     min_chars: Annotated[int, typer.Option(help="As given to prepare.")] = 0,
     where: Annotated[
@@ -130,6 +137,7 @@ def train_vocab(
         size=size,
         held_out=held_out,
         separator=unescaped(separator),
+        keep_separator=not drop_separator,
         text_field=text_field,
         min_chars=min_chars,
         where=_conditions(where or []),
@@ -143,6 +151,7 @@ def train_vocab(
 def info(folder: Folder, as_json: Json = False) -> None:
     """Documents, tokens and vocabulary of a folder of shards."""
     from sparse_gpt.data import open_shards
+    from sparse_gpt.data.tokenizer import END_OF_TEXT
 
     dataset = open_shards(folder)
     manifest = dataset.manifest
@@ -176,6 +185,12 @@ def info(folder: Folder, as_json: Json = False) -> None:
     if manifest.options.get("cut_last"):
         share = f"{manifest.options['held_out']:g}"
         print(f"one text without a separator: about the last {share} of it is held out")
+    if manifest.markers:
+        print(
+            f"documents with a literal {END_OF_TEXT} in their text: {manifest.markers:,}; it is "
+            "trained on as text. Where it stands between documents: --separator with it, and "
+            "--drop-separator"
+        )
     if manifest.rejected:
         named_in = f"{folder.rstrip('/')}/rejected.jsonl"  # of a URL there: it is not copied
         print(f"broken documents set aside: {manifest.rejected:,}, named in {named_in}")

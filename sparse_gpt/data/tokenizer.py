@@ -31,6 +31,7 @@ from sparse_gpt.data.vocabulary import (
 from sparse_gpt.errors import DataError
 from sparse_gpt.files import publish_bytes
 
+END_OF_TEXT = "<|endoftext|>"  # as it is written
 ENGINES = ("auto", "tiktoken", "gigatoken")
 _RENEW_AFTER = 125_000_000  # characters; gigatoken keeps every different word it has met
 _JOINED = 1 << 16  # tokens
@@ -65,9 +66,9 @@ class Tokenizer:
             explicit_n_vocab=self.vocab_size,
             pat_str=PATTERNS[pattern],
             mergeable_ranks=ranks,
-            special_tokens={"<|endoftext|>": self.eot},  # it wants one; encode() allows none
+            special_tokens={END_OF_TEXT: self.eot},  # it wants one; encode() allows none
         )
-        tokens = [*sorted(ranks, key=ranks.__getitem__), b"<|endoftext|>"]
+        tokens = [*sorted(ranks, key=ranks.__getitem__), END_OF_TEXT.encode()]
         self._tokens = np.array(tokens, object)  # of each id its bytes
         self._file = file
         self._one_at_a_time = threading.Lock()  # gigatoken refuses a second thread

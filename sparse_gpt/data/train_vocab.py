@@ -32,6 +32,7 @@ def train_vocab(
     pattern: str = "r50k",
     held_out: float = 0.01,
     separator: str | None = None,
+    keep_separator: bool = True,
     text_field: str = "text",
     min_chars: int = 0,
     where: Mapping[str, str] | None = None,
@@ -47,7 +48,9 @@ def train_vocab(
     text is too little for that many ids, or if `tokenizers` is not installed.
     """
     conditions = tuple((where or {}).items())
-    options = Options(held_out, 1, separator, text_field, min_chars, conditions)
+    options = Options(
+        held_out, 1, separator, text_field, min_chars, conditions, keep_separator=keep_separator
+    )
     if size <= 257:
         raise DataError(f"size is {size}; 256 bytes and end of text are 257 ids already")
     check_pattern(pattern)

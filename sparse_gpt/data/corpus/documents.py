@@ -3,9 +3,9 @@
     slices ──blocks──▶ blocks ──documents──▶ documents, and rejects
 
 JSON Lines have one object a line, and blank lines are skipped; text is one document a file, or
-split before each `separator`, which stays at the head of the document it opens. Text is taken
-exactly as it lies in the file (CRLF and a byte-order mark included; JSON Lines may begin with a
-mark, which is not part of any text). Documents of nothing but white space are dropped.
+split before each `separator`, which stays at the head of the document it opens, or is dropped. Text
+is taken exactly as it lies in the file (CRLF and a byte-order mark included; JSON Lines may begin
+with a mark, which is not part of any text). Documents of nothing but white space are dropped.
 
 What can only be read front to back, or takes more room than a slice should, comes in blocks of
 whole documents, which cost little to make: one process makes them, others take the documents out.
@@ -60,13 +60,14 @@ class Document(NamedTuple):
 class Reading:
     """How documents are taken from files: rows count if each key of `where` has its value, and
     documents from `min_chars` characters on. Of a text without a separator `cut_last`, a share of
-    it, is a document by itself."""
+    it, is a document by itself; `keep_separator`: it is part of the document it opens."""
 
     separator: str | None
     text_field: str
     min_chars: int = 0
     where: tuple[tuple[str, str], ...] = ()
     cut_last: float = 0.0
+    keep_separator: bool = True
 
 
 def read(slices: Iterable[Slice], reading: Reading) -> Iterator[Document | Reject]:
@@ -183,15 +184,18 @@ def _decoded(value: Any) -> str:
 
 
 def _texts(block: Block, reading: Reading) -> Iterator[Document | Reject]:
-    """The content cut before each separator; the pieces together are the content."""
-    pieces = [block.content]
+    """The content cut before each separator; the pieces together are the content, but for what is
+    dropped."""
+    pieces, dropped = [block.content], 0
     if reading.cut_last:
         at = _last(block.content, reading.cut_last)
         pieces = [block.content[:at], block.content[at:]]
     elif reading.separator is not None:
         mark = reading.separator.encode()
         head, *tails = block.content.split(mark)
-        pieces = [head, *(mark + tail for tail in tails)]
+        kept = mark if reading.keep_separator else b""
+        dropped = 0 if kept else mark.count(b"\n")
+        pieces = [head, *(kept + tail for tail in tails)]
     line = block.line
     for piece in pieces:
         try:
@@ -199,7 +203,7 @@ def _texts(block: Block, reading: Reading) -> Iterator[Document | Reject]:
         except UnicodeDecodeError as error:
             at = line + piece.count(b"\n", 0, error.start)
             yield Reject(block.file.name, line, f"{_not_utf8(error)}, in line {at}")
-        line += piece.count(b"\n")
+        line += piece.count(b"\n") + dropped
 
 
 def _last(content: bytes, share: float) -> int:

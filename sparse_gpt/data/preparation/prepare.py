@@ -62,6 +62,7 @@ def prepare(
     held_out: float = 0.01,
     shard_tokens: int = 100_000_000,
     separator: str | None = None,
+    keep_separator: bool = True,
     text_field: str = "text",
     min_chars: int = 0,
     where: Mapping[str, str] | None = None,
@@ -82,6 +83,7 @@ def prepare(
                   file without a separator is one document: that share of its end is cut off
     shard_tokens  tokens a shard at most, unless one document is longer
     separator     where text files are split into documents; None: one document a file
+    keep_separator  as the head of the document it opens; else it is no part of the text
     text_field    the key of the text in JSON Lines, or its column in parquet and hub data sets
     min_chars     documents of fewer characters are left out
     where         rows are left out unless each of these keys has this value (as JSON writes it, if
@@ -106,7 +108,10 @@ def prepare(
     a split that was asked for is empty.
     """
     conditions = tuple((where or {}).items())
-    options = Options(held_out, shard_tokens, separator, text_field, min_chars, conditions, dedup)
+    options = Options(
+        held_out, shard_tokens, separator, text_field, min_chars, conditions, dedup,
+        keep_separator=keep_separator,
+    )  # fmt: skip
     share = Part.parse(part or "1/1")
     if dedup and share.count > 1:
         raise DataError(f"dedup needs all documents, not part {share} of them; run it as one part")
@@ -236,12 +241,13 @@ def _publish(
 ) -> None:
     splits: Splits = {split: [] for split in SPLITS}
     engines: set[str] = set()
-    tally, duplicates = Tally(max_rejected), 0
+    tally, duplicates, markers = Tally(max_rejected), 0, 0
     for record in records(out, units):
         for split in SPLITS:
             splits[split] += record.splits[split]
         engines.add(record.engine)
         duplicates += record.duplicates
+        markers += record.markers
         tally.add(record.documents() + record.duplicates, record.rejected)
     tally.add(0, [], whole=True)
     _refuse_empty(splits, out, options)
@@ -256,6 +262,7 @@ def _publish(
         splits,
         rejected=write_rejects(out, rejected),
         duplicates=duplicates,
+        **({"markers": markers} if markers else {}),
     )
 
 

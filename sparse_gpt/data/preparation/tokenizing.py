@@ -14,7 +14,7 @@ from sparse_gpt.data.corpus.rejects import Reject, Tally
 from sparse_gpt.data.corpus.slices import SLICE_BYTES, Slice
 from sparse_gpt.data.preparation.units import Options, Tokenized, Unit, UnitWriter, input_bytes
 from sparse_gpt.data.shards.format import DTYPES
-from sparse_gpt.data.tokenizer import Tokenizer
+from sparse_gpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from sparse_gpt.data.workers import stopped
 from sparse_gpt.errors import DataError, Resumable
 
@@ -105,7 +105,9 @@ def tokenize(piece: Piece, options: Options, load: Callable[[], Tokenizer]) -> T
         start, end = end + 1, end + 1 + len(of_one)
         tokens[start - 1] = tokenizer.eot
         tokens[start:end] = of_one
-    return Tokenized(tokens, lengths, hashes, rejects, sum(len(text) for _, _, text in good))
+    characters = sum(len(text) for _, _, text in good)
+    markers = sum(END_OF_TEXT in text for _, _, text in good)
+    return Tokenized(tokens, lengths, hashes, rejects, characters, markers)
 
 
 def _audit(document: Document, ids: npt.NDArray[np.uint32], tokenizer: Tokenizer) -> None:

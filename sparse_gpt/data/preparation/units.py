@@ -2,9 +2,9 @@
 
 Unit UUUUU writes `SPLIT-UUUUU-PP-KEY.bin` and `.idx` (parts PP: more than one where it holds more
 than `shard_tokens`), and last its record, `unit-UUUUU-KEY.json`: a sealed JSON file with "splits"
-as in the manifest, "rejected", a list of {file, line, reason}, "duplicates" and "engine". KEY is a
-hash of the unit's bytes, the tokenizer and the options (with dedup of all units before it too), so
-a unit whose record is there and whose files match it need not be done again, by whatever process.
+as in the manifest, "rejected", a list of {file, line, reason}, and a Record's other fields. KEY is
+a hash of the unit's bytes, the tokenizer and the options (with dedup of all units before it too),
+so a unit whose record is there and whose files match it need not be done again, by any process.
 The records of all units together are the manifest's shards; nothing is merged or rewritten.
 """
 
@@ -46,6 +46,7 @@ class Tokenized:
     tokens   1-D, of the shards' dtype: the documents back to back, each opened by end of text
     lengths  int64, tokens of each document       hashes   uint64, its `content_hash`
     rejects  what is not among them               characters  of all texts
+    markers  documents that hold end of text as it is written
     """
 
     tokens: npt.NDArray[np.unsignedinteger]
@@ -53,6 +54,7 @@ class Tokenized:
     hashes: npt.NDArray[np.uint64]
     rejects: list[Reject]
     characters: int
+    markers: int
 
     def only(self, rows: npt.NDArray[np.bool_]) -> "Tokenized":
         """The documents of these rows (a mask); rejects are all kept."""
@@ -64,13 +66,14 @@ class Tokenized:
 
 @dataclass
 class Record:
-    """What a finished unit made: its shards, what it set aside, how many duplicates it left out,
-    and by which engine and version."""
+    """What a finished unit made: its shards, what it set aside, how many duplicates it left out, by
+    which engine and version, and how many documents hold end of text as it is written."""
 
     splits: Splits
     rejected: list[Reject]
     duplicates: int
     engine: str
+    markers: int = 0
 
     def documents(self) -> int:
         """Documents in the shards."""
@@ -80,7 +83,7 @@ class Record:
 @dataclass(frozen=True)
 class Options:
     """What changes the shards, besides the input and the tokenizer; see `prepare`. `cut_last`: the
-    corpus is one text, whose last part is held out."""
+    corpus is one text, whose last part is held out. `keep_separator`: in the document it opens."""
 
     held_out: float
     shard_tokens: int
@@ -90,6 +93,7 @@ class Options:
     where: tuple[tuple[str, str], ...] = ()
     dedup: bool = False
     cut_last: bool = False
+    keep_separator: bool = True
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -103,7 +107,9 @@ class Options:
     def reading(self) -> Reading:
         """The part that says how documents are taken from files."""
         share = self.held_out if self.cut_last else 0.0
-        return Reading(self.separator, self.text_field, self.min_chars, self.where, share)
+        return Reading(
+            self.separator, self.text_field, self.min_chars, self.where, share, self.keep_separator
+        )
 
     def of(self, files: Sequence[SourceFile]) -> "Options":
         """These options for a corpus of these files."""
@@ -111,9 +117,10 @@ class Options:
         return replace(self, cut_last=one and self.held_out > 0)
 
     def fields(self) -> dict[str, Any]:
-        """What is said of them in manifests and keys; what came later only where it is set."""
-        fields = asdict(self)
-        return fields if self.cut_last else {k: v for k, v in fields.items() if k != "cut_last"}
+        """What is said of them in manifests and keys; what came later only where it is set, so that
+        shards of before keep their names."""
+        usual = {"cut_last": False, "keep_separator": True}
+        return {k: v for k, v in asdict(self).items() if k not in usual or v != usual[k]}
 
 
 @dataclass(frozen=True)
@@ -222,7 +229,8 @@ def read_record(out: Path, unit: Unit) -> Record | None:
         return None
     rejected = [Reject(**row) for row in fields["rejected"]]
     shards = shards_from_json(fields["splits"])
-    return Record(shards, rejected, fields["duplicates"], fields["engine"])
+    markers = fields.get("markers", 0)
+    return Record(shards, rejected, fields["duplicates"], fields["engine"], markers)
 
 
 def records(out: Path, units: Iterable[Unit]) -> Iterator[Record]:
@@ -261,7 +269,7 @@ class UnitWriter:
             for split in SPLITS
         }
         self._rejected: list[Reject] = []
-        self._duplicates = 0
+        self._duplicates = self._markers = 0
         self._engine = tokenizer.engine
 
     def __enter__(self) -> "UnitWriter":
@@ -274,6 +282,7 @@ class UnitWriter:
     def add(self, found: Tokenized) -> None:
         """Append documents to their splits' shards."""
         self._rejected.extend(found.rejects)
+        self._markers += found.markers
         hashes = found.hashes
         held_out = np.arange(len(hashes)) > 0 if self._cut_last else hashes < self._below
         for split, rows in zip(SPLITS, (~held_out, held_out), strict=True):
@@ -292,6 +301,7 @@ class UnitWriter:
             "rejected": [asdict(reject) for reject in self._rejected],
             "duplicates": self._duplicates,
             "engine": self._engine,
+            "markers": self._markers,
         }
         write_sealed(self._unit.record(self._out), fields)
-        return Record(splits, self._rejected, self._duplicates, self._engine)
+        return Record(splits, self._rejected, self._duplicates, self._engine, self._markers)

@@ -15,6 +15,7 @@ with the 64 digits of that hash replaced by zeros. The manifest's other keys:
     sources     a list of {name, bytes, xxh3_128}; of hub data sets {name, shards, identity}
     rejected    documents that were set aside; `rejected.jsonl` beside it names them
     duplicates  documents that dedup left out
+    markers     documents that hold "<|endoftext|>" as text; left out where there is none
     splits      "train" and "held_out": a list of shards, in the order of their tokens, each
                 {name, tokens, documents, bin: {bytes, sha256, blocks}, idx: {the same}}
 """
@@ -58,7 +59,7 @@ def write_manifest(
     splits: dict[str, list[ShardEntry]],
     **counts: int,
 ) -> None:
-    """Publish the manifest of `folder`; the counts are `rejected` and `duplicates`."""
+    """Publish the manifest of `folder`; the counts are `rejected`, `duplicates`, `markers`."""
     fields = {
         "format": FORMAT,
         "tokenizer": tokenizer,
@@ -86,6 +87,7 @@ class Manifest:
     splits: dict[str, list[ShardEntry]]
     rejected: int = 0
     duplicates: int = 0
+    markers: int = 0
 
     @property
     def vocabulary(self) -> Vocabulary:

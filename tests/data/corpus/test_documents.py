@@ -65,11 +65,20 @@ def test_json_lines_are_taken_exactly(tmp_path: Path) -> None:
 def test_slices_change_nothing(
     tmp_path_factory: pytest.TempPathFactory, content: str, separator: str, slice_bytes: int
 ) -> None:
-    """However finely a text is cut, its documents are those of the whole: nothing lost."""
+    """However finely a text is cut, its documents are those of the whole: nothing lost, but for
+    separators that are dropped."""
     path = write(tmp_path_factory.getbasetemp() / "slices.txt", content)
     head, *tails = content.split(separator)
     pieces = [head, *(separator + tail for tail in tails)]
     assert texts(path, separator, slice_bytes=slice_bytes) == [p for p in pieces if p.strip()]
+    (file,) = find_files([path])
+    slices, _ = cut(file, separator, slice_bytes)
+    found = good(read(slices, Reading(separator, "text", keep_separator=False)))
+    lines, line = [], 1
+    for piece in content.split(separator):
+        lines.append((line, piece))
+        line += piece.count("\n") + separator.count("\n")
+    assert [d[1:] for d in found] == [(line, piece) for line, piece in lines if piece.strip()]
 
 
 @settings(max_examples=100)

@@ -407,6 +407,23 @@ def test_grown_input_extends_a_folder(corpus: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
+def test_a_literal_end_of_text_is_counted_and_can_be_dropped(tmp_path: Path) -> None:
+    mark = "<|endoftext|>"
+    (tmp_path / "a.txt").write_text(mark.join(f"text {n}\n" for n in range(200)))
+    (tmp_path / "b.jsonl").write_text(json.dumps({"text": f"of {mark} itself"}))
+    sources = [tmp_path / "a.txt", tmp_path / "b.jsonl"]
+    kept = prepare(sources, tmp_path / "kept", held_out=0.1, separator=mark)
+    dropped = prepare(
+        sources, tmp_path / "dropped", held_out=0.1, separator=mark, keep_separator=False
+    )
+    assert kept is not None
+    assert dropped is not None
+    assert (kept.markers, dropped.markers) == (200, 1)
+    assert kept.documents("train") + kept.documents("held_out") == 201
+    tokens = [sum(of.tokens(split) for split in SPLITS) for of in (kept, dropped)]
+    assert tokens[0] - tokens[1] == 199 * len(load_tokenizer().encode(mark))
+
+
 def test_of_one_text_the_last_part_is_held_out(tmp_path: Path) -> None:
     lines = [f"line {n} of a text\n" for n in range(1000)]
     (tmp_path / "a.txt").write_text("".join(lines))
