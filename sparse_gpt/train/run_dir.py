@@ -19,7 +19,7 @@ from sparse_gpt.data.vocabulary import VOCAB_FILE
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.files import lock, locked, publish, publish_bytes, publish_text, temporary
 from sparse_gpt.provenance import git_commit, provenance
-from sparse_gpt.train.checkpoint.manifest import read_manifest, tag_of, tags
+from sparse_gpt.train.checkpoint.manifest import damage, read_manifest, tag_of, tags
 from sparse_gpt.train.distributed import World
 
 # What says how long, how loudly or how fast a run goes on, not what a good step computes (but for
@@ -56,13 +56,14 @@ def origin(config: RunConfig, data_manifest_hash: str) -> dict[str, str | None]:
 
 
 def finished(config: RunConfig) -> bool:
-    """Whether the newest checkpoint in `run_dir` is the last that this configuration asks for."""
+    """Whether the newest checkpoint in `run_dir` is the last that this configuration asks for, and
+    whole. Raises ConfigError where it cannot be read."""
     checkpoints = Path(config.run_dir) / "checkpoints"
     newest = next(iter(tags(checkpoints)), None)
     manifest = read_manifest(checkpoints / newest) if newest else None
-    if manifest is None:
+    if newest is None or manifest is None or manifest["step"] < config.total_steps:
         return False
-    return bool(manifest["step"] >= config.total_steps)
+    return damage(checkpoints / newest, manifest, manifest["files"]) is None
 
 
 def open_run_dir(

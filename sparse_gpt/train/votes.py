@@ -1,5 +1,7 @@
 """Small yes-or-no questions that the ranks settle together, without holding up the step."""
 
+from typing import Any
+
 import torch
 import torch.distributed as dist
 
@@ -34,6 +36,15 @@ class Votes:
         box = torch.tensor(flags, dtype=torch.uint8)
         self._reduce(box, wait=True)
         return [bool(flag) for flag in box.tolist()]
+
+    def gather(self, value: Any) -> list[Any]:
+        """What each rank has, of any kind, in their order. What was open before is dropped."""
+        self._settle()
+        box = [value]
+        if self._group is not None:
+            box *= dist.get_world_size(self._group)
+            dist.all_gather_object(box, value, self._group)
+        return box
 
     def wait_for_all(self) -> None:
         """Return when every rank has come here; what was open before is dropped."""

@@ -8,7 +8,7 @@ from ranks import ROOT, exact
 from sparse_gpt.config.load import load_config
 from sparse_gpt.data import open_blend
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.train.checkpoint.manifest import tag_of, write_manifest
+from sparse_gpt.train.checkpoint.manifest import file_hash, tag_of, write_manifest
 from sparse_gpt.train.distributed import World
 from sparse_gpt.train.feed import open_data
 from sparse_gpt.train.run_dir import (
@@ -104,9 +104,15 @@ def test_a_run_is_finished_at_the_last_step_of_this_configuration(run_file):
     folder = run_file.parent / "run/checkpoints"
     for step in (8, 16):
         (folder / tag_of(step)).mkdir(parents=True)
-        write_manifest(folder / tag_of(step), {"step": step})
+        (folder / tag_of(step) / "rank-0.pt").touch()
+        files = {"rank-0.pt": file_hash(folder / tag_of(step) / "rank-0.pt")}
+        write_manifest(folder / tag_of(step), {"step": step, "files": files})
         assert finished(config) == (step == 16)
     assert not finished(load_config(run_file, ["duration.steps=17"]))
+    (folder / tag_of(16) / "rank-0.pt").write_bytes(b"other")
+    assert not finished(config)
+    (folder / tag_of(16) / "rank-0.pt").write_bytes(b"")
+    assert finished(config)
     (folder / tag_of(16) / "manifest.json").write_text("{}")
     assert not finished(config)
 

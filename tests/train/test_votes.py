@@ -20,6 +20,7 @@ print(json.dumps([
     votes.cast(False),  # what was open before `now` is dropped
     votes.wait_for_all(),
     votes.cast(second),
+    votes.gather({"rank": world.rank}),
 ]))
 os._exit(0)
 """
@@ -28,7 +29,9 @@ os._exit(0)
 def test_a_flag_of_any_rank_counts_on_all_at_the_step_after():
     first, second = (json.loads(output) for output in run_on_ranks(VOTING))
     assert first == second
-    assert first == [None, [True, False], [False, False], [False, True], [True], None, None, None]
+    *flags, gathered = first
+    assert flags == [None, [True, False], [False, False], [False, True], [True], None, None, None]
+    assert gathered == [{"rank": 0}, {"rank": 1}]
 
 
 def test_a_rank_alone_has_its_own_way(world):
@@ -37,3 +40,4 @@ def test_a_rank_alone_has_its_own_way(world):
     assert votes.cast(False, True) == [True, False]
     assert votes.now(True) == [True]
     assert votes.cast(False) is None
+    assert votes.gather("mine") == ["mine"]

@@ -146,16 +146,15 @@ class Checkpoints:
             )
 
     def load_newest(self) -> TrainState:
-        """Restore the newest whole checkpoint; TrainState() where there is none. Collective.
+        """Restore the newest whole checkpoint; TrainState() where there was never one. Collective.
 
-        Raises ConfigError for a checkpoint of another model.
+        Raises ConfigError for a checkpoint of another model, for one that cannot be read now, and
+        where there were checkpoints and none of them is whole.
         """
         while (tag := self.world.from_rank_0(self._newest)) is not None:
             folder = self.root / tag
             manifest = self.world.from_rank_0(partial(read_manifest, folder))
-            found: str | None = "has no valid manifest"
-            if manifest is not None:
-                found = damage(folder, manifest, self._own(manifest))
+            found = self._damage(folder, manifest)
             if self.votes.now(found is not None) == [False]:
                 return self._load(folder, manifest)
             if found and (manifest or self.world.rank == 0):
@@ -165,7 +164,30 @@ class Checkpoints:
                 aside = self.root / f"damaged-{tag}"
                 shutil.rmtree(aside, ignore_errors=True)  # an earlier one of the same step
                 folder.rename(aside)
+        if self.world.from_rank_0(self._had_any):
+            raise ConfigError(
+                f"{self.root}: there were checkpoints, and none of them is whole; put one back, or "
+                "choose another run_dir to begin anew"
+            )
         return TrainState()
+
+    def _damage(self, folder: Path, manifest: Mapping[str, Any] | None) -> str | None:
+        """What is wrong with this rank's share of a checkpoint. Collective: where a rank cannot
+        read its own, all raise its ConfigError."""
+        if manifest is None:
+            return "has no valid manifest"
+        found = unreadable = None
+        try:
+            found = damage(folder, manifest, self._own(manifest))
+        except ConfigError as error:
+            unreadable = str(error)
+        for problem in self.votes.gather(unreadable):
+            if problem is not None:
+                raise ConfigError(problem)
+        return found
+
+    def _had_any(self) -> bool:
+        return (self.root / "latest").exists() or any(self.root.glob("damaged-step-*"))
 
     def _load(self, folder: Path, manifest: Mapping[str, Any]) -> TrainState:
         files = [

@@ -1,6 +1,11 @@
-"""What a checkpoint says of itself: its name, its position, its files."""
+"""What a checkpoint says of itself: its name, its position, its files.
+
+What is not there and what is not as its hash says is damaged: another checkpoint may take its
+place. What cannot be read now may be whole: that is a ConfigError, and nothing is changed.
+"""
 
 import json
+import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -8,7 +13,7 @@ from typing import Any
 
 import xxhash
 
-from sparse_gpt.errors import DataError
+from sparse_gpt.errors import ConfigError, DataError
 from sparse_gpt.files import read_sealed, write_sealed
 
 
@@ -32,31 +37,58 @@ def step_of(tag: str) -> int:
 
 
 def tags(root: Path) -> list[str]:
-    """The checkpoints in a folder, newest first; what else lies there, a copy say, is none."""
-    return sorted((p.name for p in root.glob("step-*") if p.name[5:].isdigit()), reverse=True)
+    """The checkpoints in a folder, newest first; what else lies there, a copy say, is none.
+
+    Raises ConfigError where the folder cannot be read.
+    """
+    try:
+        names = os.listdir(root)
+    except OSError as error:
+        _refuse_unreadable(root, error)
+        return []
+    return sorted((n for n in names if n.startswith("step-") and n[5:].isdigit()), reverse=True)
+
+
+def _refuse_unreadable(path: Path, error: OSError) -> None:
+    """Raises ConfigError unless the error says that there is no such file."""
+    absent = isinstance(error, FileNotFoundError | IsADirectoryError | NotADirectoryError)
+    if absent and not any(p.is_symlink() and not p.exists() for p in (path, path.parent)):
+        return
+    raise ConfigError(
+        f"{path}: cannot be read now: {error.strerror}; mend that and start again, nothing was set "
+        "aside"
+    ) from None
 
 
 def read_manifest(folder: Path) -> dict[str, Any] | None:
-    """What a checkpoint's `manifest.json` says; None if it is not as `write_manifest` left it."""
+    """What a checkpoint's `manifest.json` says; None if it is not as `write_manifest` left it.
+
+    Raises ConfigError where it cannot be read.
+    """
     path = folder / "manifest.json"
     try:
         manifest = read_sealed(path)
         del manifest["hash"]
         return manifest
-    except OSError:
+    except OSError as error:
+        _refuse_unreadable(path, error)
         return None
     except DataError:
         return _read_0_1(path)
 
 
 def damage(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> str | None:
-    """What is wrong with those of a checkpoint's files; None if they are as they were written."""
+    """What is wrong with those of a checkpoint's files; None if they are as they were written.
+
+    Raises ConfigError for one that cannot be read.
+    """
     for name in names:
         try:
             if file_hash(folder / name) != manifest["files"][name]:
                 return f"{name} is damaged"
         except OSError as error:
-            return f"{name}: {error.strerror}"
+            _refuse_unreadable(folder / name, error)
+            return f"{name} is missing"
     return None
 
 

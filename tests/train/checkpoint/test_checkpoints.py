@@ -189,6 +189,45 @@ def test_the_newest_that_is_whole_is_loaded(checkpoints, batch, capsys, damage):
     assert "set aside, trying the one before" in capsys.readouterr().err
 
 
+def unreadable(path):
+    """A link to itself: what is there cannot be opened, by root neither."""
+    path.rename(path.with_name("kept"))
+    path.symlink_to(path)
+
+
+def gone(path):
+    """As where a link leads to a mount that is not there."""
+    path.rename(path.with_name("kept"))
+    path.symlink_to("nowhere")
+
+
+@pytest.mark.parametrize("hide", [unreadable, gone])
+@pytest.mark.parametrize("what", ["", "step-00000004", "step-00000004/manifest.json"])
+def test_what_cannot_be_read_now_stops_the_run_and_stays(checkpoints, batch, hide, what):
+    made = checkpoints("checkpoint={every: 2, keep_last: 3}")
+    train_to(made, batch, 0, 4)
+    hide(made.root / what)
+    with pytest.raises(
+        ConfigError, match=rf"{what}.*cannot be read now: \w.*nothing was set aside"
+    ):
+        checkpoints().load_newest()
+    assert not list(made.root.parent.rglob("damaged-*"))
+    path = made.root / what
+    path.unlink()
+    path.with_name("kept").rename(path)
+    assert checkpoints().load_newest().step == 4
+
+
+def test_a_run_that_had_checkpoints_does_not_begin_anew_by_itself(checkpoints, batch):
+    made = checkpoints("checkpoint={every: 2, keep_last: 1}")
+    train_to(made, batch, 0, 4)
+    (made.root / "step-00000004/rank-0.pt").write_bytes(b"")
+    for _ in range(2):  # as well when it was set aside before
+        with pytest.raises(ConfigError, match="there were checkpoints, and none of them is whole"):
+            checkpoints().load_newest()
+    assert (made.root / "damaged-step-00000004").is_dir()
+
+
 def test_that_of_another_model_is_refused(checkpoints, batch):
     train_to(checkpoints(), batch, 0, 4)
     with pytest.raises(ConfigError, match="step-00000004: is not of this model"):
