@@ -8,6 +8,7 @@ the 64 digits of that hash replaced by zeros.
 import fcntl
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterator, Mapping
@@ -57,9 +58,22 @@ def publish_bytes(path: Path, content: bytes) -> None:
     publish(path)
 
 
+def to_json(value: Any, indent: int | None = 1) -> str:
+    """JSON that readers in any language take: NaN and infinities, which it has not, are null."""
+    return json.dumps(_finite(value), indent=indent, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {key: _finite(one) for key, one in value.items()}
+    return [_finite(one) for one in value] if isinstance(value, list | tuple) else value
+
+
 def write_sealed(path: Path, fields: Mapping[str, Any]) -> str:
     """Publish `fields` as a sealed JSON file; the hash it got."""
-    content = json.dumps({"hash": _ZEROS, **fields}, indent=1) + "\n"
+    content = to_json({"hash": _ZEROS, **fields}) + "\n"
     digest = hashlib.sha256(content.encode()).hexdigest()
     publish_text(path, content.replace(_ZEROS, digest, 1))
     return digest

@@ -1,5 +1,7 @@
 """Files and folders that are whole or not there; locks."""
 
+import json
+import math
 import subprocess
 import sys
 
@@ -14,6 +16,7 @@ from sparse_gpt.files import (
     publish_text,
     read_sealed,
     replaced_folder,
+    to_json,
     write_sealed,
 )
 
@@ -35,6 +38,27 @@ def test_a_new_folder_is_whole_or_not_there(tmp_path):
     assert [path.name for path in out.iterdir()] == ["file"]
     with pytest.raises(DataError, match="is there already"), new_folder(out):
         pass
+
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(),
+    lambda inner: st.lists(inner) | st.dictionaries(st.text(), inner) | st.tuples(inner),
+)
+
+
+@given(JSON, st.sampled_from([None, 1]))
+def test_json_is_what_any_reader_takes(value, indent):
+    def refuse(name):
+        raise AssertionError(f"{name} is no JSON")
+
+    def as_read(value):
+        if isinstance(value, dict):
+            return {key: as_read(one) for key, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [as_read(one) for one in value]
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    assert json.loads(to_json(value, indent), parse_constant=refuse) == as_read(value)
 
 
 def test_the_reason_is_told_where_others_use_the_parent(tmp_path):

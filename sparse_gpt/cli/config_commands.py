@@ -1,10 +1,8 @@
 """`sparse-gpt config`: show, schema."""
 
-import json
-
 import typer
 
-from sparse_gpt.cli.terminal import Config, Json, Overrides
+from sparse_gpt.cli.terminal import Config, Json, Overrides, print_json
 
 config_app = typer.Typer(no_args_is_help=True, help="Run files: resolved, and what they may hold.")
 
@@ -17,7 +15,7 @@ def show(config: Config, overrides: Overrides = None, as_json: Json = False) -> 
     found = settings(config, overrides or [])
     if as_json:
         rows = {".".join(one.keys): {"value": one.value, "from": one.origin} for one in found}
-        print(json.dumps(rows, indent=1))
+        print_json(rows)
     else:
         print(to_commented_yaml(found), end="")
 
@@ -27,4 +25,4 @@ def schema() -> None:
     """The JSON schema of run files, with which editors check and complete them."""
     from sparse_gpt.config.reference import run_schema
 
-    print(json.dumps(run_schema(), indent=1))
+    print_json(run_schema())

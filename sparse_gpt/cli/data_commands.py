@@ -1,6 +1,5 @@
 """The commands about data: `prepare`, `vocab` and `shards`, thin over the room `data`."""
 
-import json
 import sys
 from pathlib import Path
 from typing import Annotated, Literal
@@ -8,7 +7,7 @@ from typing import Annotated, Literal
 import typer
 from rich.table import Table
 
-from sparse_gpt.cli.terminal import Json, show, unescaped
+from sparse_gpt.cli.terminal import Json, print_json, show, unescaped
 
 shards_app = typer.Typer(no_args_is_help=True, help="Look at tokenized data, check and convert it.")
 vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a corpus.")
@@ -104,7 +103,7 @@ def prepare(
     if made is not None:
         info(str(out), as_json)
     elif as_json:
-        print(json.dumps({"part": part, "finished": False}))
+        print_json({"part": part, "finished": False}, None)
     else:
         print(f"{out}: part {part} is done; the last part to end writes the manifest")
 
@@ -164,15 +163,14 @@ def info(folder: Folder, as_json: Json = False) -> None:
         for split in (dataset.train, dataset.held_out)
     }
     if as_json:
-        print(
-            json.dumps(
-                {
-                    **found,
-                    "rejected": manifest.rejected,
-                    "tokenizer": manifest.tokenizer,
-                    "hash": manifest.hash,
-                }
-            )
+        print_json(
+            {
+                **found,
+                "rejected": manifest.rejected,
+                "tokenizer": manifest.tokenizer,
+                "hash": manifest.hash,
+            },
+            None,
         )
         return
     vocabulary = f"{manifest.tokenizer['name']} ({manifest.tokenizer['vocab_size']:,} ids)"

@@ -1,6 +1,5 @@
 """The commands about trained models, thin over the room `evaluate`."""
 
-import json
 import re
 import sys
 from pathlib import Path
@@ -9,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 import typer
 from rich.table import Table
 
-from sparse_gpt.cli.terminal import Json, show, unescaped
+from sparse_gpt.cli.terminal import Json, print_json, show, unescaped
 from sparse_gpt.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -63,7 +62,7 @@ def evaluate(
             scores[trained.name] = run_tasks(trained, wanted, include_path, num_fewshot, limit)
             record(trained, scores[trained.name])
     if as_json:
-        print(json.dumps({"held_out": evaluation_json(held_out), "tasks": scores}, indent=1))
+        print_json({"held_out": evaluation_json(held_out), "tasks": scores})
         return
     if held_out:
         show(evaluation_table(held_out))
@@ -143,7 +142,7 @@ def generate(
         return
     found = write(wanted)
     if as_json:
-        print(json.dumps([asdict(one) for one in found], indent=1))
+        print_json([asdict(one) for one in found])
     elif len(found) > 1:
         print("\n---\n".join(one.prompt + one.text for one in found))
 
@@ -200,7 +199,7 @@ def inspect(
     found = inspect(trained, folder, dataset.held_out, max_tokens)
     record_inspection(trained, found)
     if as_json:
-        print(json.dumps(asdict(found), indent=1))
+        print_json(asdict(found))
         return
     out = out or trained.run / f"inspect-{trained.step}.html"
     try:

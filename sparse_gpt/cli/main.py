@@ -4,7 +4,6 @@ Exit codes: 0 done, 2 bad input (one clear line), 1 failure, 75 stopped by a sig
 checkpoint. What takes seconds to import is imported inside the command that needs it.
 """
 
-import json
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +16,7 @@ from sparse_gpt.cli.config_commands import config_app
 from sparse_gpt.cli.data_commands import prepare, shards_app, vocab_app
 from sparse_gpt.cli.evaluate_commands import evaluate, export, generate, inspect
 from sparse_gpt.cli.sweep_commands import sweep_app
-from sparse_gpt.cli.terminal import Config, Json, Overrides, show
+from sparse_gpt.cli.terminal import Config, Json, Overrides, print_json, show
 from sparse_gpt.errors import InputError
 
 if TYPE_CHECKING:
@@ -119,7 +118,7 @@ def train(
     check(run, launch.world_size)
     if dry_run:
         print(launch)
-        print(json.dumps(deepspeed_config(run, launch.world_size), indent=2))
+        print_json(deepspeed_config(run, launch.world_size))
         return
     if finished(run):
         print(f"{run.run_dir}: this run is finished; see it with sparse-gpt compare")
@@ -154,7 +153,7 @@ def replay(
 
     found = replay(incident)
     if as_json:
-        print(json.dumps(replay_json(found), indent=1))
+        print_json(replay_json(found))
         return
     show(replay_table(found))
     print(found.verdict)
@@ -212,7 +211,7 @@ def compare(
 
     found = summaries(runs)
     if as_json:
-        print(json.dumps({run: vars(summary) for run, summary in found.items()}, indent=1))
+        print_json({run: vars(summary) for run, summary in found.items()})
     else:
         show(comparison(found))
 
@@ -233,7 +232,7 @@ def flops(config: Config, overrides: Overrides = None, as_json: Json = False) ->
 
     model = load_config(config, overrides or []).model
     if as_json:
-        print(json.dumps(costs_json(model), indent=1))
+        print_json(costs_json(model))
     else:
         show(costs_table(model))
 
@@ -260,7 +259,7 @@ def plan(
     run = load_config(config, overrides or [])
     made = make_plan(run, gpus, gpu, mfu, gpus_per_node, network * 1e9)
     if as_json:
-        print(json.dumps(made.to_dict(), indent=1))
+        print_json(made.to_dict())
         return
     show(plan_table(made))
     if gpus > 1:
@@ -278,7 +277,7 @@ def doctor(as_json: Json = False) -> None:
 
     findings = examine()
     if as_json:
-        print(json.dumps([asdict(finding) for finding in findings], indent=1))
+        print_json([asdict(finding) for finding in findings])
     else:
         table = Table("", "what", "found", "fix", box=None)
         marks = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "problem": "[red]✗[/]"}

@@ -1,6 +1,5 @@
 """`sparse-gpt sweep`: plan, run, status, fit."""
 
-import json
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -8,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from sparse_gpt.cli.terminal import Json, show
+from sparse_gpt.cli.terminal import Json, print_json, show
 
 if TYPE_CHECKING:
     from sparse_gpt.sweep.grid import Sweep
@@ -50,25 +49,23 @@ def plan(
     seconds = calibration.estimate(sweep)
     total = None if seconds is None else sum(seconds.values()) / jobs
     if as_json:
-        print(
-            json.dumps(
-                {
-                    "runs": [
-                        {
-                            "name": cell.name,
-                            "steps": cell.steps,
-                            "fork_step": cell.fork_step,
-                            "tokens": cell.tokens,
-                            "training_flops": cell.training_flops,
-                            "own_flops": cell.own_flops,
-                            "seconds": seconds and seconds[cell.name],
-                        }
-                        for cell in sweep.cells
-                    ],
-                    "left_out": sweep.left_out,
-                    "seconds": total,
-                }
-            )
+        print_json(
+            {
+                "runs": [
+                    {
+                        "name": cell.name,
+                        "steps": cell.steps,
+                        "fork_step": cell.fork_step,
+                        "tokens": cell.tokens,
+                        "training_flops": cell.training_flops,
+                        "own_flops": cell.own_flops,
+                        "seconds": seconds and seconds[cell.name],
+                    }
+                    for cell in sweep.cells
+                ],
+                "left_out": sweep.left_out,
+                "seconds": total,
+            }
         )
         return
     show(_grid_table(sweep))
@@ -152,7 +149,7 @@ def status(file: File, out: Out = None, as_json: Json = False) -> None:
             }
         )
     if as_json:
-        print(json.dumps(found, indent=1))
+        print_json(found)
         return
     table = Table("run", "state")
     for column in ("step", "of", "validation loss"):
@@ -184,7 +181,7 @@ def fit(
     except ScalingError as error:
         raise ConfigError(f"{file}: {error}") from None
     if as_json:
-        print(json.dumps(report.record))
+        print_json(report.record, None)
         return
     for line in report.summary:
         print(line)

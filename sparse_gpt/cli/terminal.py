@@ -2,11 +2,13 @@
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 from rich.console import Console
 from rich.table import Table
+
+from sparse_gpt.files import to_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 Config = Annotated[Path, typer.Argument(help="A run file, as in configs/.")]
@@ -14,6 +16,11 @@ Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Override the file, e.g. optimizer.lr=1e-3."),
 ]
+
+
+def print_json(value: Any, indent: int | None = 1) -> None:
+    """Print JSON that any language reads."""
+    print(to_json(value, indent))
 
 
 def show(table: Table) -> None:

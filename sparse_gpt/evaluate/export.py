@@ -1,6 +1,5 @@
 """A trained model as a folder that transformers, and what reads its files, loads."""
 
-import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,7 +9,7 @@ from sparse_gpt.config.load import to_yaml
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.evaluate.checkpoint import Trained
-from sparse_gpt.files import new_folder
+from sparse_gpt.files import new_folder, to_json
 from sparse_gpt.model.config import SparseFFNConfig
 from sparse_gpt.model.costs import parameter_counts
 from sparse_gpt.train.metrics_file import read_metrics
@@ -56,9 +55,7 @@ def _write_origin(trained: Trained, aside: Path) -> None:
     """What makes the folder a checkpoint for our own commands."""
     origin = {"exported": {"run": str(trained.run), "step": trained.step}}
     (aside / "config.yaml").write_text(to_yaml(trained.config))
-    (aside / "provenance.json").write_text(
-        json.dumps({**trained.provenance, **origin}, indent=1) + "\n"
-    )
+    (aside / "provenance.json").write_text(to_json({**trained.provenance, **origin}) + "\n")
     trained.tokenizer.publish(aside)
 
 

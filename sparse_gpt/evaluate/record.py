@@ -19,7 +19,7 @@ from torch.utils.tensorboard import SummaryWriter
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.evaluate.checkpoint import Trained
 from sparse_gpt.evaluate.inspect import Inspection
-from sparse_gpt.files import locked, publish_text, replaced_folder
+from sparse_gpt.files import locked, publish_text, replaced_folder, to_json
 from sparse_gpt.provenance import provenance
 from sparse_gpt.train.checkpoint.manifest import step_of, tag_of
 
@@ -34,14 +34,14 @@ def record(trained: Trained, scores: Mapping[str, Mapping[str, float]]) -> None:
         before = json.loads(path.read_text()) if path.exists() else {}
         now = provenance(trained.device)
         own = {name: {"scores": dict(one), "provenance": now} for name, one in scores.items()}
-        publish_text(path, json.dumps({**before, **own}, indent=1) + "\n")
+        publish_text(path, to_json({**before, **own}) + "\n")
 
 
 def record_inspection(trained: Trained, found: Inspection) -> None:
     """Keep what a checkpoint's blocks do. Raises ConfigError where the run cannot be written."""
     with _to_draw(trained) as folder:
         path = folder / f"inspected-{tag_of(trained.step)}.json"
-        publish_text(path, json.dumps(asdict(found), indent=1) + "\n")
+        publish_text(path, to_json(asdict(found)) + "\n")
 
 
 @contextmanager
@@ -67,6 +67,8 @@ def _draw(folder: Path) -> None:
             found: dict[str, Any] = json.loads(path.read_text())
             for name, one in found.items():
                 for metric, value in one["scores"].items():
+                    if value is None:  # it was no finite number
+                        continue
                     tag = re.sub(r"[^\w/.-]+", "_", f"eval/{name}/{metric}")
                     board.add_scalar(tag, value, step_of(path.stem))
         board.close()

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass
 
 from sparse_gpt.config.load import to_yaml
 from sparse_gpt.config.schema import DurationConfig, LogConfig
-from sparse_gpt.files import publish_text
+from sparse_gpt.files import publish_text, to_json
 from sparse_gpt.provenance import provenance
 from sparse_gpt.sweep.execute import Trainer
 from sparse_gpt.sweep.grid import Cell, Sweep
@@ -39,7 +39,7 @@ def calibrate(sweep: Sweep, trainer: Trainer) -> None:
         if pace
     }
     record = {"jobs": trainer.jobs, "seconds": found, **provenance()}
-    publish_text(sweep.out / "calibration.json", json.dumps(record, indent=1) + "\n")
+    publish_text(sweep.out / "calibration.json", to_json(record) + "\n")
 
 
 def _measure(sweep: Sweep, cell: Cell, trainer: Trainer) -> Pace | None:

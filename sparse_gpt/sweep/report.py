@@ -4,7 +4,6 @@ fit/points.csv  fit.json  frontier.csv  multiplier.csv  multiplier_by_budget.csv
 fit/<family>/...      TensorBoard runs that overlay, with training GFLOPs for the step
 """
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ from numpy.typing import NDArray
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
-from sparse_gpt.files import replaced_folder
+from sparse_gpt.files import replaced_folder, to_json
 from sparse_gpt.provenance import provenance
 from sparse_gpt.scaling import (
     Comparison,
@@ -89,7 +88,7 @@ def fit_sweep(sweep: Sweep, resamples: int) -> Report:
     }
     with replaced_folder(sweep.out / "fit") as folder:
         write_csv(folder / "points.csv", rows)
-        (folder / "fit.json").write_text(json.dumps(record, indent=1) + "\n")
+        (folder / "fit.json").write_text(to_json(record) + "\n")
         write_curves(folder, comparison)
         figures = {
             name: getattr(plots, name)(comparison)

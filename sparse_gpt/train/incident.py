@@ -10,7 +10,6 @@
 The folder appears whole or not at all.
 """
 
-import json
 import shutil
 from pathlib import Path
 
@@ -19,7 +18,7 @@ import torch.distributed as dist
 
 from sparse_gpt.config.load import to_yaml
 from sparse_gpt.data import Batch
-from sparse_gpt.files import publish, temporary
+from sparse_gpt.files import publish, temporary, to_json
 from sparse_gpt.train.checkpoint.manifest import tag_of
 from sparse_gpt.train.engine import Engine
 
@@ -63,7 +62,7 @@ def write_incident(
             }
             torch.save(weights, aside / "weights.pt")
             (aside / "config.yaml").write_text(to_yaml(engine.config))
-            (aside / "incident.json").write_text(json.dumps(record, indent=1) + "\n")
+            (aside / "incident.json").write_text(to_json(record) + "\n")
     except (OSError, RuntimeError) as failure:  # torch.save says a full disk in a RuntimeError
         error = failure
     failed = world.sum(torch.tensor(int(error is not None), device=world.device))

@@ -7,6 +7,7 @@ twice. A full disk stops neither training nor the record: rows wait in memory un
 
 import errno
 import json
+import math
 import os
 import shutil
 import sys
@@ -16,7 +17,7 @@ from typing import Any
 
 from torch.utils.tensorboard import SummaryWriter
 
-from sparse_gpt.files import publish_text
+from sparse_gpt.files import publish_text, to_json
 
 Row = Mapping[str, Any]
 
@@ -42,7 +43,7 @@ class MetricsFile:
         before = read_metrics(self.run_dir) if resume_step else []
         rows = [row for row in before if row["step"] <= resume_step]
         path = self.run_dir / "metrics.jsonl"
-        publish_text(path, "".join(json.dumps(row) + "\n" for row in rows))
+        publish_text(path, "".join(to_json(row, None) + "\n" for row in rows))
         self._file = path.open("ab", buffering=0)
         self._waiting: list[Row] = []
         self._board: SummaryWriter | None = self._draw_all()
@@ -77,7 +78,7 @@ class MetricsFile:
             self._board.close()
 
     def _append(self) -> None:
-        lines = "".join(json.dumps(row) + "\n" for row in self._waiting).encode()
+        lines = "".join(to_json(row, None) + "\n" for row in self._waiting).encode()
         end = os.fstat(self._file.fileno()).st_size
         try:
             if self._file.write(lines) < len(lines):
@@ -97,12 +98,14 @@ class MetricsFile:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run, none without any; up to a line that is not written whole."""
+    """The logged steps of a run, none without any; up to a line that is not written whole. What was
+    not a finite number is NaN."""
     path = folder / "metrics.jsonl"
     rows: list[dict[str, Any]] = []
     for line in path.read_text().splitlines() if path.exists() else []:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            row = json.loads(line)
+            rows.append({key: math.nan if value is None else value for key, value in row.items()})
+        except (AttributeError, ValueError):
             break
     return rows

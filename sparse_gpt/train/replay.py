@@ -100,11 +100,16 @@ def replay(folder: Path) -> Replay:
     return Replay(
         step=record["step"],
         trouble=record["trouble"],
-        recorded=(record["loss"], record["grad_norm"]),
+        recorded=(_number(record["loss"]), _number(record["grad_norm"])),
         replayed=_as_the_ranks(model, weights, ranks, config.batch.micro_batch, device),
         samples=_one_by_one(model, weights, ranks, config.batch.micro_batch, device),
         config=config,
     )
+
+
+def _number(found: float | None) -> float:
+    """As it was before JSON had it, but that an infinity is NaN."""
+    return math.nan if found is None else found
 
 
 def _as_the_ranks(

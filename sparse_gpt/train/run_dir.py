@@ -17,7 +17,7 @@ from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.data import Blend
 from sparse_gpt.data.vocabulary import VOCAB_FILE
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.files import lock, locked, publish, publish_bytes, publish_text, temporary
+from sparse_gpt.files import lock, locked, publish, publish_bytes, publish_text, temporary, to_json
 from sparse_gpt.provenance import git_commit, provenance
 from sparse_gpt.train.checkpoint.manifest import damage, read_manifest, tag_of, tags
 from sparse_gpt.train.distributed import World
@@ -103,7 +103,7 @@ def open_run_dir(
         }
         if started_from:
             record["started_from"] = started_from
-        publish_text(folder / "provenance.json", json.dumps(record, indent=1) + "\n")
+        publish_text(folder / "provenance.json", to_json(record) + "\n")
         publish_text(folder / "config.yaml", to_yaml(config))
     return folder
 
@@ -155,7 +155,7 @@ def fork(trunk: Path, step: int, folder: Path) -> None:
     for name in ("config.yaml", "metrics.jsonl"):  # rows after the step go when it starts
         shutil.copy(trunk / name, aside / name)
     record = {**read_provenance(trunk), "forked_from": {"run": str(trunk), "step": step}}
-    publish_text(aside / "provenance.json", json.dumps(record, indent=1) + "\n")
+    publish_text(aside / "provenance.json", to_json(record) + "\n")
     publish(folder)
 
 
