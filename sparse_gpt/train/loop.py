@@ -3,7 +3,9 @@
 Started again on the same run directory it goes on from the newest whole checkpoint.
 """
 
+import math
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -23,6 +25,7 @@ from sparse_gpt.train.engine import Engine
 from sparse_gpt.train.feed import held_out, read_from
 from sparse_gpt.train.guard import RunStopped
 from sparse_gpt.train.incident import write_incident
+from sparse_gpt.train.metrics_file import final_loss
 from sparse_gpt.train.preemption import Preempted, Preemption
 from sparse_gpt.train.preflight import preflight
 from sparse_gpt.train.run_dir import hold, open_run_dir, origin
@@ -34,7 +37,7 @@ def train(config: RunConfig) -> None:
     """Train as `config` says, from the newest checkpoint of its run directory if there is one.
 
     Raises ConfigError or DataError, before anything is written, if it cannot be done, and
-    RunStopped if the guard finds that the run must not go on.
+    RunStopped if the guard finds that the run must not go on, or if it has ended in NaN.
     """
     blend = check(config, read_environment()[2])
     preemption = Preemption()
@@ -103,6 +106,9 @@ def train(config: RunConfig) -> None:
                     telemetry.log(state.step, metrics)
                 if checkpoints.after_step(state, last, preemption.requested):
                     raise Preempted(state.step)
+    loss = world.from_rank_0(partial(final_loss, run_dir))
+    if loss is not None and not math.isfinite(loss):
+        raise RunStopped(f"{run_dir}: ended with a loss of {loss}: is the learning rate too high?")
 
 
 def go_back(

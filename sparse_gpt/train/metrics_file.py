@@ -97,6 +97,15 @@ class MetricsFile:
         return board
 
 
+def final_loss(folder: Path) -> float | None:
+    """The last validation loss in a run's record, else the last training loss; None of no step."""
+    rows = read_metrics(folder)
+    for tag in ("val/loss", "train/loss"):
+        if losses := [row[tag] for row in rows if tag in row]:
+            return float(losses[-1])
+    return None
+
+
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The logged steps of a run, none without any; up to a line that is not written whole. What was
     not a finite number is NaN."""

@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from sparse_gpt.data import Batch, prepare
 from sparse_gpt.train import loop
 from sparse_gpt.train.feed import open_data
+from sparse_gpt.train.guard import RunStopped
 from sparse_gpt.train.loop import batch_hash, validate
 from sparse_gpt.train.metrics_file import read_metrics
 from sparse_gpt.train.preemption import Preempted
@@ -225,6 +226,14 @@ def test_a_signal_is_a_checkpoint_at_the_end_of_the_step(train_here, tmp_path, m
     last = metrics(run_dir)[-1]["step"]
     assert last in (3, 4)  # the votes are counted a step later
     assert (run_dir / "checkpoints/latest").read_text() == f"step-{last:08}"
+
+
+def test_a_run_that_ends_in_nan_has_failed(train_here, tmp_path):
+    wild = ("duration.steps=3", "optimizer.lr=1e30", "optimizer.grad_clip=0.0")
+    for _ in range(2):  # as well when it is started again at its end
+        with pytest.raises(RunStopped, match="run: ended with a loss of nan: is the learning rate"):
+            train_here(*wild)
+    assert [row["step"] for row in read_metrics(tmp_path / "run")][-1] == 3
 
 
 def test_validation_is_by_source_and_weighted_as_training_is(engine, blend_file, pair):

@@ -1,9 +1,10 @@
 import json
+import math
 
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sparse_gpt.train.metrics_file import MetricsFile, read_metrics
+from sparse_gpt.train.metrics_file import MetricsFile, final_loss, read_metrics
 
 
 @pytest.fixture
@@ -37,6 +38,18 @@ def test_rows_are_there_at_once_and_drawn(opened, tmp_path):
         assert read_metrics(tmp_path) == [row(each) for each in range(step + 1)]
     record.close()
     assert drawn(tmp_path) == [0, 1, 2]
+
+
+def test_what_is_no_number_comes_back_and_other_readers_take_the_file(opened, tmp_path):
+    record = opened(0)
+    record.add({"step": 0, "loss": math.nan, "val/loss": 4.0})
+    record.add({"step": 1, "loss": math.inf})
+    record.close()
+    for line in (tmp_path / "metrics.jsonl").read_text().splitlines():
+        json.loads(line, parse_constant=lambda name: pytest.fail(f"{name} is no JSON"))
+    assert [math.isnan(row["loss"]) for row in read_metrics(tmp_path)] == [True, True]
+    assert final_loss(tmp_path) == 4.0
+    assert final_loss(tmp_path / "none") is None
 
 
 def test_a_resumed_run_drops_what_came_after_its_checkpoint(opened, tmp_path):
