@@ -17,6 +17,7 @@ from sparse_gpt.model.gpt import GPT
 from sparse_gpt.train import loop
 from sparse_gpt.train.distributed import World, join_world
 from sparse_gpt.train.engine import Engine
+from sparse_gpt.train.preemption import stop_signals
 
 ALONE = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "DS_ACCELERATOR": "cpu"}
 
@@ -56,7 +57,7 @@ def train_here(
 ) -> Iterator[Callable[..., None]]:
     """Trains `run_file` with overrides in this process: the loop itself, on a group that is there,
     in a folder that other starts in this process may train in too."""
-    handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1)}
+    handlers = {number: signal.getsignal(number) for number in stop_signals()}
     monkeypatch.setattr(loop, "join_world", lambda timeout: world)
     monkeypatch.setattr(loop, "hold", lambda folder: None)
 

@@ -90,7 +90,7 @@ def train(
 ) -> None:
     """Train under the deepspeed launcher; run again to resume from the newest checkpoint.
 
-    SIGTERM or SIGUSR1 saves a checkpoint and ends with exit code 75.
+    SIGTERM, SIGUSR1 or a closed terminal saves a checkpoint and ends with exit code 75.
     """
     from sparse_gpt.cluster.hostfile import on_hosts
     from sparse_gpt.cluster.supervise import supervise

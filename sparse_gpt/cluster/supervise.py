@@ -22,6 +22,7 @@ import psutil
 from sparse_gpt.cluster.launcher import RANK, Launch
 from sparse_gpt.train.distributed import PREEMPTED
 from sparse_gpt.train.metrics_file import read_metrics
+from sparse_gpt.train.preemption import leave_terminal, stop_signals
 
 _POLL = 0.05  # seconds
 _LAST_WORDS = 10.0  # seconds in which the other ranks may say what they saw of one that failed
@@ -32,19 +33,21 @@ _UNKNOWN = 256  # no exit code: its parent has taken note of the end already
 def supervise(launch: Launch, run_dir: Path, restarts: int, patience: float) -> int:
     """Run `launch`, after a crash up to `restarts` times again; returns the exit code.
 
-    0 done, 1 failure, 2 bad input, 75 (PREEMPTED) stopped by SIGTERM or SIGUSR1 after a checkpoint,
-    for which ranks have `patience` seconds. A second SIGTERM raises KeyboardInterrupt, as Ctrl-C
-    does. Whatever happens, no process of the job outlives this call.
+    0 done, 1 failure, 2 bad input, 75 (PREEMPTED) stopped by one of `stop_signals` after a
+    checkpoint, for which ranks have `patience` seconds. A second SIGTERM raises KeyboardInterrupt,
+    as Ctrl-C does. Whatever happens, no process of the job outlives this call.
     """
     asked: list[signal.Signals] = []
 
     def take(number: int, _: object) -> None:
         if asked and number == signal.SIGTERM:
             raise KeyboardInterrupt
+        if number == signal.SIGHUP:
+            leave_terminal()
         asked.append(signal.Signals(number))
 
     reached: list[int | None] = []  # newest logged step at each crash
-    with _on((signal.SIGTERM, signal.SIGUSR1), take):
+    with _on(stop_signals(), take):
         while True:
             code, cause = _run(launch, asked, patience)
             if code != _FAILED:
@@ -198,7 +201,7 @@ def _cause(runner: int, failure: tuple[int, int] | None) -> str:
 
 def _end(process: subprocess.Popen[bytes]) -> None:
     """End every process of the job: checkpoints are whole or not there, so it may be abrupt."""
-    with _on((signal.SIGINT, signal.SIGTERM, signal.SIGUSR1), signal.SIG_IGN):
+    with _on((signal.SIGINT, *stop_signals()), signal.SIG_IGN):
         process.terminate()  # with a hostfile the runner ends the launchers of other hosts first
         with suppress(subprocess.TimeoutExpired):
             process.wait(10)

@@ -1,5 +1,7 @@
-"""Being told to stop: SIGTERM or SIGUSR1 becomes a checkpoint at the end of the step."""
+"""Being told to stop: SIGTERM, SIGUSR1 or SIGHUP becomes a checkpoint at the end of the step."""
 
+import errno
+import os
 import signal
 
 
@@ -10,16 +12,38 @@ class Preempted(Exception):
         super().__init__(f"stopped on a signal after step {step}; start it again to go on")
 
 
+def stop_signals() -> list[signal.Signals]:
+    """SIGTERM (schedulers, clouds), SIGUSR1 (Slurm, ahead of its time limit) and SIGHUP (a terminal
+    that is closed), unless that is ignored, as under nohup."""
+    numbers = [signal.SIGTERM, signal.SIGUSR1]
+    hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
+    return [*numbers, signal.SIGHUP] if hangs_up else numbers
+
+
+def leave_terminal() -> None:
+    """Write nothing more to a terminal that is gone: that would be an error in whatever prints."""
+    for stream in (1, 2):
+        try:
+            os.ttyname(stream)
+        except OSError as error:
+            if error.errno == errno.EIO:  # it hung up; of a file or pipe it is ENOTTY
+                nowhere = os.open(os.devnull, os.O_WRONLY)
+                os.dup2(nowhere, stream)
+                os.close(nowhere)
+
+
 class Preemption:
-    """Notes SIGTERM (schedulers, clouds) and SIGUSR1 (Slurm, ahead of its time limit).
+    """Notes the signals that ask to stop.
 
     requested: whether this rank got one. The ranks must agree on the step at which they stop.
     """
 
     def __init__(self) -> None:
         self.requested = False
-        for number in (signal.SIGTERM, signal.SIGUSR1):
+        for number in stop_signals():
             signal.signal(number, self._note)
 
-    def _note(self, *_: object) -> None:
+    def _note(self, number: int, _: object) -> None:
+        if number == signal.SIGHUP:
+            leave_terminal()
         self.requested = True

@@ -1,6 +1,8 @@
 """Signals, kills and hangs of a real job: how the command ends, what it says, what it leaves."""
 
 import json
+import os
+import pty
 import signal
 import subprocess
 import sys
@@ -64,6 +66,22 @@ def test_a_signal_saves_a_checkpoint_and_ends_with_75(run_file, number):
     code, errors = end(process, run_file)
     assert code == 75
     assert f"stopped by {number.name} after a checkpoint" in errors[-1]
+    last = metrics(run_file.parent / "run")[-1]["step"]
+    assert (run_file.parent / "run/checkpoints/latest").read_text() == f"step-{last:08}"
+
+
+@pytest.mark.long
+def test_a_closed_terminal_saves_a_checkpoint(run_file):
+    child, terminal = pty.fork()
+    if child == 0:
+        words = ["train", str(run_file), "--devices", "2", "checkpoint.every=9999"]
+        os.execv(sys.executable, [sys.executable, "-m", "sparse_gpt", *words])
+    said = b""
+    while b"step 2/" not in said:
+        said += os.read(terminal, 1000)
+    os.close(terminal)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 75
+    until_gone(run_file)
     last = metrics(run_file.parent / "run")[-1]["step"]
     assert (run_file.parent / "run/checkpoints/latest").read_text() == f"step-{last:08}"
 
