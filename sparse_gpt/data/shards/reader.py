@@ -6,12 +6,14 @@ memory that does not grow with the tokens. Shards are mapped when first read.
 
 import mmap
 import os
+import resource
 from bisect import bisect_left, bisect_right
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -34,7 +36,6 @@ from sparse_gpt.data.vocabulary import Vocabulary
 from sparse_gpt.errors import DataError
 from sparse_gpt.progress import Progress
 
-_MAX_MAPS = 256  # of all splits: a map holds a file descriptor, of which there often are 1,024
 _held: deque[tuple[dict[int, Any], int]] = deque()  # whose map of which shard, oldest first
 
 
@@ -136,12 +137,27 @@ def _mapped(path: Path, dtype: np.dtype[Any], count: int, offset: int) -> npt.ND
         with open(path, "rb") as file:
             mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return np.frombuffer(mapped, dtype, count, offset)
-    except (OSError, ValueError) as error:
+    except (FileNotFoundError, ValueError) as error:  # gone, or shorter than it was
         raise DataError(f"{path}: changed since it was opened: {error}") from None
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+@cache
+def _most_maps() -> int:
+    """How many shards of all splits are mapped at once: a map holds a file descriptor, of which
+    this process gets as many as the system allows, and half are left to others."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < hard:
+        wanted = hard if hard != resource.RLIM_INFINITY else 1 << 16
+        with suppress(OSError, ValueError):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (max(soft, min(wanted, 1 << 16)), hard))
+    soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+    return max(8, min(4096, soft // 2))
 
 
 def _hold(maps: dict[int, Any], shard: int, mapped: npt.NDArray[Any]) -> None:
-    if len(_held) >= _MAX_MAPS:
+    if len(_held) >= _most_maps():
         oldest, number = _held.popleft()
         oldest.pop(number, None)  # two threads may have mapped it at once
     _held.append((maps, shard))
@@ -179,8 +195,10 @@ def _check(folder: Path, shard: ShardEntry, vocabulary: Vocabulary) -> None:
         with open(f"{base}.bin", "rb", buffering=0) as file:
             size, head = os.fstat(file.fileno()).st_size, file.read(HEADER_BYTES)
         index_size = os.stat(f"{base}.idx").st_size
+    except FileNotFoundError as error:
+        raise DataError(f"{error.filename}: is missing; run the same prepare again") from None
     except OSError as error:
-        raise DataError(f"{error.filename}: {error.strerror}; run the same prepare again") from None
+        raise DataError(f"{error.filename}: cannot be read: {error.strerror}") from None
     for suffix, found, listed in (
         ("bin", size, shard.bin.bytes),
         ("idx", index_size, shard.idx.bytes),

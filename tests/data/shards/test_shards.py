@@ -1,8 +1,8 @@
 import json
 import random
-import resource
 import shutil
 import struct
+import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -142,16 +142,43 @@ def test_files_and_splits_beyond_4_gib(
 
 
 def test_more_shards_than_file_descriptors(tmp_path: Path, make_shards: MakeShards) -> None:
-    shards = [[np.array([number])] for number in range(320)]
-    split = open_shards(make_shards(tmp_path / "s", shards)).train
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (300, limits[1]))
-    try:
-        out = np.zeros((640, 3), np.uint16)
-        split.read(np.arange(640), out)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
-    assert np.array_equal(out, (np.arange(640)[:, None] + np.arange(3)) % 320)
+    """By the machine's limit, wherever that is."""
+    folder = make_shards(tmp_path / "s", [[np.array([number])] for number in range(320)])
+    for hard in (32, 256, 4096):
+        limit = f'ulimit -Sn 32; ulimit -Hn {hard}; exec "$@"'
+        done = subprocess.run(
+            ["bash", "-c", limit, "_", sys.executable, "-c", READ_ALL, str(folder)],
+            capture_output=True, text=True,
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr
+        expected = (np.arange(640)[:, None] + np.arange(3)) % 320
+        assert json.loads(done.stdout) == {"limit": hard, "rows": expected.tolist()}
+
+
+READ_ALL = """
+import json, resource, sys
+import numpy as np
+from sparse_gpt.data import open_shards
+split = open_shards(sys.argv[1]).train
+out = np.zeros((640, 3), np.uint16)
+split.read(np.arange(640), out)
+print(json.dumps({"limit": resource.getrlimit(resource.RLIMIT_NOFILE)[0], "rows": out.tolist()}))
+"""
+
+
+def test_what_cannot_be_opened_is_not_said_to_have_changed(
+    tmp_path: Path, make_shards: MakeShards
+) -> None:
+    folder = make_shards(tmp_path / "s", [[np.array([1, 2, 3])]])
+    split = open_shards(folder).train
+    [path] = folder.glob("train-*.bin")
+    path.unlink()
+    path.symlink_to(path)
+    says = r"train-.*\.bin: cannot be read: Too many levels"
+    with pytest.raises(DataError, match=says):
+        split.read(np.zeros(1, np.int64), np.zeros((1, 2), np.uint16))
+    with pytest.raises(DataError, match=says):
+        open_shards(folder)
 
 
 def test_whole_shards_have_no_damage(novels: Path) -> None:
@@ -211,7 +238,7 @@ def test_files_cut_short_grown_or_missing_are_found(copy: Path, suffix: str) -> 
         assert found[0].startswith(f"{path}: {len(changed):,} bytes, the manifest says")
         assert all(line.startswith(f"{path}: ") for line in found)
     path.unlink()
-    with pytest.raises(DataError, match=rf"{path.name}: No such file"):
+    with pytest.raises(DataError, match=rf"{path.name}: is missing"):
         open_shards(copy)
     assert verify(copy) == [f"{path}: No such file or directory"]
 
