@@ -1,6 +1,8 @@
 """A run file, what it inherits and what overrides it, to a RunConfig."""
 
+import errno
 import re
+import stat
 from collections.abc import Sequence
 from functools import reduce
 from pathlib import Path
@@ -8,11 +10,14 @@ from typing import Any
 
 import yaml
 from pydantic import ValidationError
+from yaml.error import MarkedYAMLError
 
 from sparse_gpt.config.explain import explain
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.config import merge
+
+_MOST_NODES, _MOST_BYTES = 20_000, 1 << 20  # of a run file
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -59,10 +64,15 @@ yaml.add_implicit_resolver(
 
 
 def parse(text: str) -> tuple[Any, yaml.Node | None]:
-    """The plain data that YAML text holds, and the nodes, with lines, which they are from."""
+    """The plain data that YAML text holds, and the nodes, with lines, which they are from.
+
+    Raises YAMLError, also for a key that comes twice, and for aliases that make it endless.
+    """
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
+        if node is not None:
+            _check_nodes(node)
         return (None if node is None else loader.construct_document(node)), node
     except (ValueError, KeyError, AttributeError, RecursionError) as error:
         raise yaml.YAMLError(f"a value that cannot be: {error}") from None
@@ -70,10 +80,42 @@ def parse(text: str) -> tuple[Any, yaml.Node | None]:
         loader.dispose()
 
 
+def _check_nodes(root: yaml.Node) -> None:
+    """Raises YAMLError for keys that come twice, and where there are too many nodes, each alias
+    counted as what it stands for."""
+    pending, count = [root], 0
+    while pending:
+        node = pending.pop()
+        count += 1
+        if count > _MOST_NODES:
+            raise yaml.YAMLError(f"it holds more than {_MOST_NODES:,} values, aliases written out")
+        if isinstance(node, yaml.SequenceNode):
+            pending += node.value
+        elif isinstance(node, yaml.MappingNode):
+            seen: set[Any] = set()
+            for key, value in node.value:
+                pending += (key, value)
+                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
+                    if (key.tag, key.value) in seen:
+                        problem = f"the key {key.value!r} comes twice"
+                        raise MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
+                    seen.add((key.tag, key.value))
+
+
+def _read_text(path: Path) -> str:
+    """Of a run file: what is no file may have no end. Raises OSError."""
+    status = path.stat()
+    if not stat.S_ISREG(status.st_mode) and not stat.S_ISDIR(status.st_mode):
+        raise OSError(errno.EINVAL, "Is no regular file")
+    if status.st_size > _MOST_BYTES:
+        raise OSError(errno.EFBIG, f"Is larger than {_MOST_BYTES:,} bytes")
+    return path.read_text(encoding="utf-8")
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     """The mapping that a YAML file holds. Raises ConfigError."""
     try:
-        tree, _ = parse(path.read_text(encoding="utf-8"))
+        tree, _ = parse(_read_text(path))
     except OSError as error:
         raise ConfigError(f"{path}: {error.strerror}; give the path of a run file") from None
     except UnicodeDecodeError:
@@ -92,7 +134,9 @@ def lineage(path: Path, tree: dict[str, Any]) -> list[tuple[Path, dict[str, Any]
     itself, each with what it holds. Raises ConfigError."""
     files = [(path, tree)]
     while "base" in tree:
-        path = path.parent / str(tree["base"])
+        if not isinstance(tree["base"], str):
+            raise ConfigError(f"{path}: base is {tree['base']!r}; it is the name of a run file")
+        path = path.parent / tree["base"]
         if path.resolve() in [other.resolve() for other, _ in files]:
             raise ConfigError(f"{path}: inherits from itself through `base`")
         tree = read_yaml(path)

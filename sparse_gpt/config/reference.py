@@ -110,8 +110,12 @@ def _values(key: str, value: Any) -> str:
     if kind == "array":
         items = [_values(key, one) for one in value.get("prefixItems") or [value["items"]]]
         return f"[{', '.join(items if 'prefixItems' in value else [*items, '…'])}]"
-    bounds = (f"{sign} {value[bound]:g}" for bound, sign in _SIGNS.items() if bound in value)
+    bounds = (f"{sign} {_number(value[bound])}" for bound, sign in _SIGNS.items() if bound in value)
     return f"{kind} {' and '.join(bounds)}".rstrip()
+
+
+def _number(value: float) -> str:
+    return f"{int(value):,}" if value == int(value) else f"{value:g}"
 
 
 if __name__ == "__main__":

@@ -72,16 +72,16 @@ class DataConfig(Section):
 class BatchConfig(Section):
     """What one optimizer step takes."""
 
-    global_tokens: int = Field(gt=0)
+    global_tokens: int = Field(gt=0, le=10**12)
     """Tokens of one optimizer step, over all ranks; whole sequences of `model.max_seq_len`."""
-    micro_batch: int = Field(gt=0)
+    micro_batch: int = Field(gt=0, le=10_000_000)
     """Sequences that a rank holds at a time; what is left of its share is accumulated."""
 
 
 class DurationConfig(Section):
     """How long to train: exactly one of the three."""
 
-    steps: int | None = Field(None, gt=0)
+    steps: int | None = Field(None, gt=0, le=10**12)
     """Optimizer steps."""
     tokens: int | None = Field(None, gt=0)
     """Training tokens; the last step is whole."""

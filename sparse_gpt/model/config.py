@@ -12,17 +12,22 @@ import math
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, PositiveInt, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 _T = TypeVar("_T")
 Share = Annotated[float, Field(gt=0, le=1)]
+# What somebody can build, with room: beyond it a wrong number would take memory and time first.
+Size = Annotated[int, Field(gt=0, le=10_000_000)]
+Count = Annotated[int, Field(gt=0, le=10_000)]
+Degree = Annotated[int, Field(gt=0, le=256)]
 Probability = Annotated[float, Field(ge=0, lt=1)]
 
 
 def check_divides(name: str, value: int, d_model: int) -> None:
     """Raise ValueError, listing what is possible, when `value` does not divide d_model."""
     if d_model % value:
-        divisors = ", ".join(str(n) for n in range(1, d_model + 1) if d_model % n == 0)
+        low = [n for n in range(1, math.isqrt(d_model) + 1) if d_model % n == 0]
+        divisors = ", ".join(map(str, sorted({*low, *(d_model // n for n in low)})))
         raise ValueError(f"{name} {value} does not divide d_model {d_model}; possible: {divisors}")
 
 
@@ -52,7 +57,7 @@ class SpectralConfig(Part):
     """Which of the two spectra it is."""
     path: Literal["series", "parallel"] = "series"
     """`series` feeds the polynomial, `parallel` works beside it on the same input."""
-    factors: tuple[PositiveInt, PositiveInt] | None = None
+    factors: tuple[Size, Size] | None = None
     """p and q, whose product is `d_model`; null: the most square ones."""
     selection: Literal["hard", "soft"] = "hard"
     """Kept coefficients stay as they are, or `soft`: less the threshold."""
@@ -83,11 +88,11 @@ class DictionaryConfig(Part):
 
     kind: Literal["dictionary"] = "dictionary"
     """Which of the two spectra it is."""
-    blocks: PositiveInt = 64
+    blocks: Count = 64
     """Blocks of the dictionary. More hold more and cost no more products, but memory."""
-    block_size: PositiveInt | None = None
+    block_size: Size | None = None
     """Atoms of a block; null: `d_model` / `top_k`, so that a token has `d_model` coefficients."""
-    top_k: PositiveInt = 2
+    top_k: Count = 2
     """Blocks that a token computes; at most `blocks`."""
     balance_rate: Annotated[float, Field(ge=0)] = 0.05
     """How far a block's logit moves a step, up where it was given less than its share."""
@@ -109,9 +114,9 @@ class DictionaryConfig(Part):
 class PolynomialConfig(Part):
     """Chebyshev features, mixed within groups of channels."""
 
-    group_size: PositiveInt = 16
+    group_size: Size = 16
     """Channels of a group; divides `d_model`."""
-    degrees: Annotated[tuple[PositiveInt, ...], Field(min_length=1)] = (1, 2, 3, 4, 5, 6, 7)
+    degrees: Annotated[tuple[Degree, ...], Field(min_length=1)] = (1, 2, 3, 4, 5, 6, 7)
     """Degrees of the Chebyshev polynomials, rising."""
 
     @field_validator("degrees")
@@ -125,7 +130,7 @@ class PolynomialConfig(Part):
 class RefineConfig(Part):
     """Stacked scalar refinements of every channel."""
 
-    stages: PositiveInt = 4
+    stages: Count = 4
     """How many, one after another."""
 
 
@@ -135,13 +140,13 @@ class FeedbackConfig(Part):
     Executed cost is d + iterations·2·d·rank multiply-accumulates a token, selected or not.
     """
 
-    rank: PositiveInt = 4
+    rank: Count = 4
     """Inner channels of a group."""
-    groups: PositiveInt = 8
+    groups: Count = 8
     """Groups of channels; divides `d_model`."""
     share: Annotated[float, Field(gt=0, lt=1)] = 0.25
     """Share of the tokens that is selected, about."""
-    iterations: PositiveInt = 1
+    iterations: Count = 1
     """Steps, one after another."""
 
 
@@ -150,7 +155,7 @@ class ProjectionConfig(Part):
 
     kind: Literal["dense", "factored"] = "dense"
     """`factored`: two block-diagonal matrices."""
-    block: PositiveInt = 64
+    block: Size = 64
     """Channels of a `factored` block; divides `d_model`. Under 64 matrix units idle; from √d_model
     on every output sees every input."""
 
@@ -277,15 +282,15 @@ class ModelConfig(Part):
     `ffn: {preset: default, spectral: {keep: 0.25}}`; they are expanded, so a dump names none.
     """
 
-    vocab_size: PositiveInt = 50257
+    vocab_size: Size = 50257
     """Ids of the data's vocabulary; `sparse-gpt shards info` says how many."""
-    max_seq_len: PositiveInt
+    max_seq_len: Size
     """Tokens of a sequence, the context."""
-    d_model: PositiveInt
+    d_model: Size
     """Channels: the width of the residual stream."""
-    n_layer: PositiveInt
+    n_layer: Count
     """Transformer blocks."""
-    n_head: PositiveInt
+    n_head: Count
     """Attention heads of a block; divides `d_model`."""
     dropout: Probability = 0.0
     """Probability, on the embeddings and the attention's output; the FFN has its own."""

@@ -1,3 +1,5 @@
+import os
+import re
 from copy import deepcopy
 from pathlib import Path
 
@@ -207,8 +209,61 @@ def test_what_yaml_cannot_make_is_one_line(file, value):
         load_config(file(GOOD), [f"seed={value}"])
 
 
+def aliases(first, count):
+    """A list of nine of a list of nine … of `first`."""
+    lines = [f"  a0: &a0 [{', '.join([first] * 9)}]"]
+    lines += [f"  a{n}: &a{n} [{', '.join([f'*a{n - 1}'] * 9)}]" for n in range(1, count)]
+    return "deepspeed:\n" + "\n".join(lines) + "\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        (aliases("x", 9), "is not YAML: it holds more than 20,000 values, aliases written out"),
+        ("deepspeed: &all {x: *all}\n", "is not YAML: it holds more than 20,000 values"),
+        ("seed: 1\nseed: 2\n", r":\d+: is not YAML: the key 'seed' comes twice"),
+        ("deepspeed: {a: {b: 1, b: 2}}\n", r":\d+: is not YAML: the key 'b' comes twice"),
+        ("1: 2\n", "1: keys should be strings"),
+        ("? [a, b]\n: 2\n", "is not YAML: found unhashable key"),
+        ("base: [a]\n", r"base is \['a'\]; it is the name of a run file"),
+        ("base: /dev/zero\n", "/dev/zero: Is no regular file"),
+        ("# " + "x" * 2**20, "Is larger than 1,048,576 bytes"),
+    ],
+)
+def test_what_would_take_for_ever_is_one_line_at_once(file, text, says):
+    with pytest.raises(ConfigError, match=says):
+        load_config(file(GOOD + text))
+
+
+def test_a_fifo_is_no_run_file(tmp_path):
+    os.mkfifo(tmp_path / "run.yaml")
+    with pytest.raises(ConfigError, match="Is no regular file"):
+        load_config(tmp_path / "run.yaml")
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *(f"model.{key}={10**12}" for key in ("d_model", "n_layer", "vocab_size", "max_seq_len")),
+        "model.ffn={preset: paper, polynomial: {degrees: [1, 1000000]}}",
+        "model.ffn={preset: default, spectral: {blocks: 1000000000}}",
+        f"duration.steps={10**30}",
+        f"batch.micro_batch={10**12}",
+    ],
+)
+def test_sizes_that_nobody_can_build_are_refused_at_once(file, override):
+    with pytest.raises(ConfigError, match="input should be less than or equal to"):
+        load_config(file(GOOD), [override])
+
+
+def test_what_divides_a_large_width_is_listed_at_once(file):
+    with pytest.raises(ConfigError, match=r"possible: 1, 2, 4, .* 5000000, 10000000$"):
+        load_config(file(GOOD), ["model.d_model=10000000", "model.n_head=7"])
+
+
 def test_a_preset_stands_for_all_keys_of_an_ffn(file):
-    dense = file(GOOD + "model: {preset: tiny, ffn: {preset: dense, fan_in_init: true}}\n")
+    model = "model: {preset: tiny, ffn: {preset: dense, fan_in_init: true}}"
+    dense = file(re.sub(r"model: .*", model, GOOD))
     config = load_config(dense, ["model.ffn.preset=paper"])
     assert config.model.ffn == ffn_preset("paper")
     with pytest.raises(ConfigError, match="fan_in_init: unknown key; known here"):
