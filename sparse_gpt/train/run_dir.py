@@ -6,13 +6,14 @@ config.yaml  provenance.json  metrics.jsonl  vocab.tiktoken  tensorboard/  check
 import json
 import os
 import shutil
+import sys
 import time
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-from sparse_gpt.config.load import to_yaml
+from sparse_gpt.config.load import load_config, to_yaml
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.data import Blend
 from sparse_gpt.data.vocabulary import VOCAB_FILE
@@ -21,6 +22,7 @@ from sparse_gpt.files import lock, locked, publish, publish_bytes, publish_text,
 from sparse_gpt.provenance import git_commit, provenance
 from sparse_gpt.train.checkpoint.manifest import damage, read_manifest, tag_of, tags
 from sparse_gpt.train.distributed import World
+from sparse_gpt.train.schedule import jump
 
 # What says how long, how loudly or how fast a run goes on, not what a good step computes (but for
 # rounding). Micro-batches and ZeRO's options may change too.
@@ -82,6 +84,8 @@ def open_run_dir(
     if world.rank == 0:
         folder.mkdir(parents=True, exist_ok=True)
         before = read_provenance(folder) if (folder / "config.yaml").exists() else {}
+        if before and step and (said := jump(step, load_config(folder / "config.yaml"), config)):
+            print(f"warning: {folder}: {said}", file=sys.stderr, flush=True)
         start = {"step": step, **_this_start(world), "preflight": preflight}
         came_from = read_manifest(folder / "checkpoints" / tag_of(step))
         if came_from and came_from["data_manifest_hash"] != blend.hash:

@@ -71,6 +71,25 @@ def test_a_start_is_added_to_those_before(world, run_file, pair):
     assert record["data_manifest_hash"] == other.hash
 
 
+def test_a_longer_run_says_where_the_learning_rate_jumps(world, run_file, capsys):
+    blend = open_data(load_config(run_file).data)
+
+    def said(step, *overrides):
+        open_run_dir(load_config(run_file, overrides), world, blend, step, {})
+        return capsys.readouterr().err
+
+    falls = "schedule={kind: cosine, warmup_steps: 2, final_lr_ratio: 0.1}"
+    steady = "schedule={kind: wsd, warmup_steps: 2, decay_fraction: 0.2}"
+    assert said(0, falls, "duration.steps=16") == ""
+    assert said(16, falls, "duration.steps=16") == ""
+    line = said(16, falls, "duration.steps=32")
+    assert "the schedule is of 32 steps now, it was of 16: from step 16 on the learning" in line
+    assert line.count("\n") == 1
+    assert said(0, steady, "duration.steps=16") == ""
+    assert said(8, steady, "duration.steps=32") == ""  # as before the fall
+    assert "from step 30 on" in said(30, steady, "duration.steps=64")
+
+
 def test_other_ranks_write_nothing(run_file):
     config = load_config(run_file)
     world = World(1, 1, 2, torch.device("cpu"))
