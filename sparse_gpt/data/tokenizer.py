@@ -253,13 +253,15 @@ def load_tokenizer(
             token = binascii.a2b_base64(text)
             if binascii.b2a_base64(token, newline=False) != text:
                 raise ValueError("it skips what is not base64")
+            if str(int(rank)).encode() != rank:
+                raise ValueError("Python alone takes +1 and 1_0")
             ranks[token] = int(rank)
         except ValueError:
             raise DataError(
                 f"{file}:{number}: is not a base64 token and its rank, as in tiktoken's files"
             ) from None
-    if sorted(ranks.values()) != list(range(len(lines))):
-        raise DataError(f"{file}: its ranks are not 0, 1, 2, …, each once")
+    if list(ranks.values()) != list(range(len(lines))):  # gigatoken takes no other order
+        raise DataError(f"{file}: its ranks are not 0, 1, 2, …, in this order, a token each")
     if missing := sorted({bytes([b]) for b in range(256)} - ranks.keys()):
         raise DataError(
             f"{file}: {len(missing)} bytes have no rank, the first 0x{missing[0].hex()}"

@@ -72,6 +72,8 @@ def test_altered_vocabulary_is_refused(tmp_path: Path, monkeypatch: pytest.Monke
         ((b"IQ== 0", b"IQ== 1"), "its ranks are not 0, 1, 2"),
         ((b"IQ== 0\n", b"IQ== zero\n"), r"ranks\.tiktoken:1: is not a base64 token and its rank"),
         ((b"IQ== 0\n", b"I?== 0\n"), r"ranks\.tiktoken:1: is not a base64 token"),
+        ((b"IQ== 0\n", b"IQ== +0\n"), r"ranks\.tiktoken:1: is not a base64 token"),
+        ((b"Ig== 1\nIw== 2\n", b"Iw== 2\nIg== 1\n"), "its ranks are not 0, 1, 2, …, in this order"),
         ((b"IQ== 0\n", b"IXp6IXp6IXp6 0\n"), "1 bytes have no rank, the first 0x21"),
     ],
 )

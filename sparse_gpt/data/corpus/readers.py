@@ -23,8 +23,11 @@ _READ = 1 << 14  # bytes of a file; what they hold at most, of zeros, is some 50
 
 
 def shown(value: Any) -> str:
-    """A value of a row as `where` compares it: text as it is, anything else as JSON."""
-    return value if isinstance(value, str) else json.dumps(value)
+    """A value of a row as `where` compares it: text as it is, anything else as JSON, or as it is
+    written where JSON has no such thing: a date is 2026-11-27."""
+    if value is None or isinstance(value, bool | int | float | list | dict):
+        return json.dumps(value, default=str)
+    return str(value)
 
 
 @contextmanager
@@ -95,6 +98,8 @@ def row_groups(path: Path) -> list[tuple[int, int]]:
     for number in range(metadata.num_row_groups):
         group = metadata.row_group(number)
         columns = [group.column(i) for i in range(group.num_columns)]
+        if not columns:
+            raise DataError(f"{path}: has no columns")
         start = min(c.dictionary_page_offset or c.data_page_offset for c in columns)
         groups.append((start, group.num_rows))
     return groups
@@ -148,6 +153,8 @@ def require_columns(columns: list[str], found: list[str], source: str) -> None:
     for name in columns:
         if name not in found:
             raise DataError(f"{source}: no column {name!r}; columns there: {', '.join(found)}")
+        if found.count(name) > 1:
+            raise DataError(f"{source}: has {found.count(name)} columns {name!r}; rename one")
 
 
 def _first_line(error: BaseException) -> str:

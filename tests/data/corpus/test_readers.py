@@ -1,3 +1,4 @@
+import datetime
 import gzip
 import json
 import os
@@ -238,9 +239,30 @@ def test_broken_rows_are_rejected_alone(tmp_path: Path) -> None:
         assert null == Reject("a.parquet", 3, f"{column!r} is NoneType, must be a string")
 
 
+def test_where_compares_what_json_has_not_as_it_is_written(tmp_path: Path) -> None:
+    day = datetime.date(2026, 11, 27)
+    table = {"text": ["a", "b"], "day": [day, day + datetime.timedelta(1)], "of": [[day], [day]]}
+    pq.write_table(pa.table(table), tmp_path / "a.parquet")
+    for condition, texts in (
+        ((("day", "2026-11-27"),), ["a"]),
+        ((("of", '["2026-11-27"]'),), ["a", "b"]),
+    ):
+        found = documents(tmp_path / "a.parquet", where=condition)
+        assert [d.text for d in found if isinstance(d, Document)] == texts
+
+
+def parquet(names: list[str]) -> bytes:
+    sink = pa.BufferOutputStream()
+    columns = [pa.array(["a"]) for _ in names]
+    pq.write_table(pa.Table.from_arrays(columns, names=names), sink)
+    return sink.getvalue().to_pybytes()
+
+
 @pytest.mark.parametrize(
     ("name", "content", "says"),
     [
+        ("a.parquet", parquet(["text", "lang", "text"]), "has 2 columns 'text'; rename one"),
+        ("a.parquet", parquet(["body"]), "no column 'text'; columns there: body"),
         (
             "a.jsonl.gz",
             gzip.compress(lines(ROWS))[:-100],
