@@ -74,6 +74,10 @@ def train(
     hostfile: Annotated[
         Path | None, typer.Option(help="Run on the hosts of this DeepSpeed hostfile instead.")
     ] = None,
+    master_port: Annotated[
+        int | None,
+        typer.Option(min=1, max=65535, help="Where the ranks meet; else a free one is taken."),
+    ] = None,
     restarts: Annotated[
         int, typer.Option(min=0, help="Start again after a crash, so many times at most.")
     ] = 0,
@@ -92,7 +96,7 @@ def train(
 
     SIGTERM, SIGUSR1 or a closed terminal saves a checkpoint and ends with exit code 75.
     """
-    from sparse_gpt.cluster.hostfile import on_hosts
+    from sparse_gpt.cluster.hostfile import environment_files, on_hosts
     from sparse_gpt.cluster.supervise import supervise
     from sparse_gpt.cluster.this_machine import on_this_machine
     from sparse_gpt.config.load import load_config
@@ -113,7 +117,12 @@ def train(
         return
     if nodes > 1 or time:
         raise ConfigError("--nodes and --time are for --slurm; for other clusters give --hostfile")
-    launch = on_hosts(hostfile, arguments) if hostfile else on_this_machine(devices, arguments)
+    if hostfile:
+        launch = on_hosts(hostfile, arguments, master_port)
+        for path in environment_files() if launch.remote else []:
+            print(f"{path}: its settings go to the ranks of all hosts", file=sys.stderr)
+    else:
+        launch = on_this_machine(devices, arguments, master_port)
     run = load_config(config, overrides or [])
     check(run, launch.world_size)
     if dry_run:

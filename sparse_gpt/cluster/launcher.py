@@ -15,12 +15,13 @@ class Launch:
     world_size: int
     command: list[str]
     environment: dict[str, str] = field(default_factory=dict)
-    hosts: tuple[str, ...] = ()  # of a hostfile
+    hosts: tuple[str, ...] = ()  # where the ranks run, if not here
+    job: str = ""  # by which they are found there
 
     @property
     def remote(self) -> bool:
-        """Whether the ranks run on other hosts; DeepSpeed starts those of a single host here."""
-        return len(self.hosts) > 1
+        """Whether the ranks run on other hosts."""
+        return bool(self.hosts)
 
     @property
     def arguments(self) -> list[str]:

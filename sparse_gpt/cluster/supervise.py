@@ -6,7 +6,6 @@ ranks themselves.
 """
 
 import os
-import re
 import shlex
 import signal
 import subprocess
@@ -143,7 +142,7 @@ class _Ranks:
     def tell(self, number: signal.Signals) -> None:
         """Pass a signal on, once to each rank here; of other hosts', one says it to the rest."""
         if self._launch.remote and not self._told:
-            kill = f"pkill -{number} -f {shlex.quote(_pattern(self._launch))}"
+            kill = f"pkill -{number} -f {shlex.quote(_pattern(self._launch.job))}"
             subprocess.Popen(["ssh", self._launch.hosts[0], kill], stdin=subprocess.DEVNULL)
             self._told.add(0)
         for rank in self.alive.keys() - self._told:
@@ -163,10 +162,9 @@ def _ranks_below(runner: psutil.Process) -> dict[int, psutil.Process]:
     return ranks
 
 
-def _pattern(launch: Launch) -> str:
-    """What pkill finds the ranks by, but not the shell that runs pkill."""
-    name, config = re.escape(RANK), re.escape(launch.arguments[1])
-    return f"[-]m {name} --local_rank=[0-9]+ --config {config}"
+def _pattern(job: str) -> str:
+    """What pkill finds the ranks of a job by, but not their launcher or the shell that runs it."""
+    return f"[-]-local_rank=[0-9]+ --job {job}"
 
 
 def _exit_code(process: psutil.Process) -> int | None:

@@ -10,7 +10,9 @@ from sparse_gpt.cluster.launcher import Launch, deepspeed_command
 from sparse_gpt.errors import ConfigError
 
 
-def on_this_machine(devices: int | None, arguments: Sequence[str]) -> Launch:
+def on_this_machine(
+    devices: int | None, arguments: Sequence[str], master_port: int | None = None
+) -> Launch:
     """`devices` ranks here: by default one a GPU, or one on the CPU."""
     gpus = torch.cuda.device_count()
     devices = devices or gpus or 1
@@ -23,7 +25,8 @@ def on_this_machine(devices: int | None, arguments: Sequence[str]) -> Launch:
             "OMP_NUM_THREADS", str(max(1, cores() // devices))
         )
     which = _which(devices) if gpus else ["--num_gpus", str(devices)]
-    options = [*which, "--master_port", str(_free_port())]
+    # DeepSpeed would take /job/hostfile if there is one, and start ranks on other hosts.
+    options = ["--hostfile", os.devnull, *which, "--master_port", str(master_port or _free_port())]
     return Launch(devices, deepspeed_command(options, arguments), environment)
 
 

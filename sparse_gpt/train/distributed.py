@@ -2,6 +2,7 @@
 
 import ctypes
 import datetime
+import errno
 import os
 import re
 import socket
@@ -14,6 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
+from sparse_gpt.errors import ConfigError
 from sparse_gpt.train.gpus import GPUS
 
 PREEMPTED = 75  # exit code of a run that saved and stopped because it was told to (EX_TEMPFAIL)
@@ -79,7 +81,10 @@ def read_environment() -> tuple[int, int, int]:
 
 
 def join_world(timeout_seconds: float = 600) -> World:
-    """Meet the other ranks: NCCL on GPUs, gloo on CPUs. DeepSpeed builds on this group."""
+    """Meet the other ranks: NCCL on GPUs, gloo on CPUs. DeepSpeed builds on this group.
+
+    Raises ConfigError where another program listens on the port at which they meet.
+    """
     rank, local_rank, size = read_environment()
     if torch.cuda.is_available():
         device = torch.device("cuda", local_rank)
@@ -89,12 +94,22 @@ def join_world(timeout_seconds: float = 600) -> World:
         keep_freed_memory()
     backend = "nccl" if device.type == "cuda" else "gloo"
     timeout = datetime.timedelta(seconds=timeout_seconds)
-    if os.environ["MASTER_ADDR"] == "127.0.0.1" and "TORCHELASTIC_RUN_ID" not in os.environ:
-        os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
-        store = _loopback_store(rank, size, timeout)
-        dist.init_process_group(backend, store=store, rank=rank, world_size=size, timeout=timeout)
-    else:
-        dist.init_process_group(backend, timeout=timeout)
+    try:
+        if os.environ["MASTER_ADDR"] == "127.0.0.1" and "TORCHELASTIC_RUN_ID" not in os.environ:
+            os.environ.setdefault("GLOO_SOCKET_IFNAME", "lo")
+            store = _loopback_store(rank, size, timeout)
+            dist.init_process_group(
+                backend, store=store, rank=rank, world_size=size, timeout=timeout
+            )
+        else:
+            dist.init_process_group(backend, timeout=timeout)
+    except (OSError, dist.DistError) as error:
+        if getattr(error, "errno", None) != errno.EADDRINUSE and "EADDRINUSE" not in str(error):
+            raise
+        raise ConfigError(
+            f"port {os.environ['MASTER_PORT']} of {socket.gethostname()} is taken by another "
+            "program, and the ranks were to meet there; give another (--master-port)"
+        ) from None
     return World(rank, local_rank, size, device)
 
 

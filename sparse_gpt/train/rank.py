@@ -1,6 +1,5 @@
 """One rank of a run, from its arguments to its exit code."""
 
-import argparse
 import os
 import sys
 import time
@@ -10,6 +9,7 @@ import torch.distributed as dist
 
 from sparse_gpt.config.load import load_config
 from sparse_gpt.errors import InputError
+from sparse_gpt.train.arguments import parse
 from sparse_gpt.train.checkpoint.checkpoints import CheckpointError
 from sparse_gpt.train.distributed import (
     PREEMPTED,
@@ -24,11 +24,7 @@ from sparse_gpt.train.preemption import Preempted
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="One rank of a training run.")
-    parser.add_argument("--config", required=True, help="a run file, as in configs/")
-    parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="e.g. optimizer.lr=1e-3")
-    args = parser.parse_intermixed_args()
+    args = parse()
     warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
     end_with_launcher()
     try:

@@ -25,7 +25,7 @@ def test_a_launch_is_a_line_for_a_shell():
     assert launch.arguments == ["--config", "my run.yaml", "seed=1"]
     assert shlex.split(str(launch)) == ["OMP_NUM_THREADS=1", "NOTE=two words", *command]
     assert [Launch(2, command, hosts=hosts).remote for hosts in ((), ("a",), ("a", "b"))] == [
-        False,  # DeepSpeed starts the ranks of a single host here
         False,
+        True,
         True,
     ]

@@ -2,6 +2,7 @@ import socket
 
 import pytest
 import torch
+from ranks import sparse_gpt
 
 from sparse_gpt.cluster.launcher import RANK
 from sparse_gpt.cluster.this_machine import cores, on_this_machine
@@ -56,3 +57,15 @@ def test_its_port_is_free(no_gpu):
     port = int(after("--master_port", on_this_machine(1, []).command))
     with socket.create_server(("127.0.0.1", port)):
         assert 1024 < port < 65536
+
+
+def test_a_port_that_is_taken_is_named(run_file):
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = str(server.getsockname()[1])
+        done = sparse_gpt("train", run_file, "--master-port", port)
+    errors = [line for line in done.stderr.splitlines() if line.startswith("error: ")]
+    assert done.returncode == 2
+    assert len(errors) == 1
+    assert f"port {port} of" in errors[0]
+    assert "is taken by another program" in errors[0]
+    assert "Traceback" not in done.stderr
