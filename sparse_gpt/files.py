@@ -86,7 +86,7 @@ def read_sealed(path: Path) -> dict[str, Any]:
         fields = json.loads(content)
         digest = fields["hash"]
         whole = hashlib.sha256(content.replace(digest.encode(), _ZEROS.encode(), 1)).hexdigest()
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         raise DataError(f"{path}: not a file of ours, or damaged; write it again") from None
     if whole != digest:
         raise DataError(f"{path}: damaged: its content does not match its own hash")

@@ -13,11 +13,14 @@ import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
+from pydantic import AfterValidator, StrictFloat, StrictInt, TypeAdapter
 from torch.utils.tensorboard import SummaryWriter
 
+from sparse_gpt.errors import ConfigError
 from sparse_gpt.files import publish_text, to_json
+from sparse_gpt.schema import checked
 
 Row = Mapping[str, Any]
 
@@ -107,14 +110,34 @@ def final_loss(folder: Path) -> float | None:
 
 
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
-    """The logged steps of a run, none without any; up to a line that is not written whole. What was
-    not a finite number is NaN."""
+    """The logged steps of a run, none without any; but for a last line that a kill has torn. What
+    was not a finite number is NaN. Raises ConfigError for any other line that is no row."""
     path = folder / "metrics.jsonl"
+    try:
+        lines = path.read_bytes().split(b"\n")
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     rows: list[dict[str, Any]] = []
-    for line in path.read_text().splitlines() if path.exists() else []:
+    for number, line in enumerate(lines, 1):
         try:
-            row = json.loads(line)
-            rows.append({key: math.nan if value is None else value for key, value in row.items()})
-        except (AttributeError, ValueError):
-            break
+            row = checked(_ROW, json.loads(line))
+        except (ValueError, RecursionError) as error:
+            if number == len(lines):
+                break
+            raise ConfigError(
+                f"{path}:{number}: is no row ({str(error).splitlines()[0]}); mend it, or take the "
+                "line out"
+            ) from None
+        rows.append({key: math.nan if value is None else value for key, value in row.items()})
     return rows
+
+
+def _has_step(row: dict[str, float | None]) -> dict[str, float | None]:
+    if not isinstance(row.get("step"), int):
+        raise ValueError("step is missing, or no whole number")
+    return row
+
+
+_ROW = TypeAdapter(Annotated[dict[str, StrictInt | StrictFloat | None], AfterValidator(_has_step)])

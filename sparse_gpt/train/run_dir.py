@@ -9,9 +9,11 @@ import shutil
 import sys
 import time
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import xxhash
+from pydantic import Field, TypeAdapter
+from typing_extensions import NotRequired, TypedDict
 
 from sparse_gpt.config.load import load_config, to_yaml
 from sparse_gpt.config.schema import RunConfig
@@ -20,6 +22,7 @@ from sparse_gpt.data.vocabulary import VOCAB_FILE
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.files import lock, locked, publish, publish_bytes, publish_text, temporary, to_json
 from sparse_gpt.provenance import git_commit, provenance
+from sparse_gpt.schema import checked
 from sparse_gpt.train.checkpoint.manifest import damage, read_manifest, tag_of, tags
 from sparse_gpt.train.distributed import World
 from sparse_gpt.train.schedule import jump
@@ -164,15 +167,33 @@ def fork(trunk: Path, step: int, folder: Path) -> None:
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:
+    """What a run's `provenance.json` says. Raises ConfigError where it is not as it was written."""
     path = folder / "provenance.json"
     try:
         found: dict[str, Any] = json.loads(path.read_text())
-    except (OSError, ValueError):
+        checked(_PROVENANCE, found)
+    except (OSError, ValueError, RecursionError) as error:
+        reason = error.strerror if isinstance(error, OSError) else str(error)
         raise ConfigError(
-            f"{path}: is missing or damaged, so what this run was trained on is not known; put it "
-            "back, or choose another run_dir"
+            f"{path}: is missing or damaged ({reason}), so what this run was trained on is not "
+            "known; put it back, or choose another run_dir"
         ) from None
     return found
+
+
+class Provenance(TypedDict):
+    """Of a run: what it was trained on, and each time that it was started."""
+
+    data_manifest_hash: str
+    vocab_hash: NotRequired[str]  # not in those of 0.1
+    tokenizer: NotRequired[dict[str, Any]]
+    starts: Annotated[list[dict[str, Any]], Field(min_length=1)]
+    started_from: NotRequired[dict[str, Any]]
+    forked_from: NotRequired[dict[str, Any]]
+    exported: NotRequired[dict[str, Any]]
+
+
+_PROVENANCE = TypeAdapter(Provenance)
 
 
 def _this_start(world: World) -> dict[str, Any]:

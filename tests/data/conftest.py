@@ -59,7 +59,8 @@ def write_sparse_folder(folder: Path, counts: list[int], tail: list[int], dtype:
 
 
 def publish(folder: Path, splits: dict[str, list[ShardEntry]], vocabulary: Vocabulary) -> Path:
-    write_manifest(folder, {"vocab_hash": vocabulary.hash}, vocabulary, {}, [], splits)
+    tokenizer = {"name": "made", "vocab_size": vocabulary.eot + 1, "vocab_hash": vocabulary.hash}
+    write_manifest(folder, tokenizer, vocabulary, {}, [], splits)
     return folder
 
 

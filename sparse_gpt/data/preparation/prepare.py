@@ -36,7 +36,6 @@ from sparse_gpt.data.preparation.parts import Part, claim, forget, publishing, w
 from sparse_gpt.data.preparation.tokenizing import do_unit, pieces, tokenize
 from sparse_gpt.data.preparation.units import (
     Options,
-    Splits,
     Unit,
     UnitWriter,
     count_records,
@@ -47,7 +46,7 @@ from sparse_gpt.data.preparation.units import (
     refuse_other_units,
 )
 from sparse_gpt.data.shards.format import INDEX
-from sparse_gpt.data.shards.manifest import SPLITS, Manifest, read_manifest, write_manifest
+from sparse_gpt.data.shards.manifest import SPLITS, Manifest, Splits, read_manifest, write_manifest
 from sparse_gpt.data.tokenizer import Tokenizer, load_tokenizer
 from sparse_gpt.data.workers import in_order
 from sparse_gpt.errors import DataError, Resumable

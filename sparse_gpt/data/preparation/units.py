@@ -18,25 +18,25 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+from pydantic import TypeAdapter
 
 from sparse_gpt.data.corpus.documents import Reading
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import SLICE_BYTES, Slice
 from sparse_gpt.data.corpus.sources import SourceFile
-from sparse_gpt.data.shards.format import INDEX, ShardEntry
-from sparse_gpt.data.shards.manifest import FORMAT, SPLITS, shards_from_json, shards_to_json
+from sparse_gpt.data.shards.format import INDEX
+from sparse_gpt.data.shards.manifest import FORMAT, SPLITS, Splits, shards_to_json
 from sparse_gpt.data.shards.reader import damages
 from sparse_gpt.data.shards.writer import Shards
 from sparse_gpt.data.tokenizer import Tokenizer
 from sparse_gpt.errors import DataError
 from sparse_gpt.files import read_sealed, write_sealed
+from sparse_gpt.schema import Natural, checked
 
 BYTES_PER_TOKEN = 4  # of English text, about; decides how much input makes a shard
 _NAME = re.compile(
     r"(?:\.tmp-)?(?:(?:train|held_out)-(\d{5,})-\d{2,}|unit-(\d{5,}))-([0-9a-f]{16})\.(?:bin|idx|json)"
 )
-
-Splits = dict[str, list[ShardEntry]]
 
 
 @dataclass(frozen=True)
@@ -71,13 +71,16 @@ class Record:
 
     splits: Splits
     rejected: list[Reject]
-    duplicates: int
+    duplicates: Natural
     engine: str
-    markers: int = 0
+    markers: Natural = 0
 
     def documents(self) -> int:
         """Documents in the shards."""
         return sum(shard.documents for split in SPLITS for shard in self.splits[split])
+
+
+_FORM = TypeAdapter(Record)
 
 
 @dataclass(frozen=True)
@@ -225,12 +228,10 @@ def read_record(out: Path, unit: Unit) -> Record | None:
     """The unit's record if it is there and whole itself."""
     try:
         fields = read_sealed(unit.record(out))
-    except (FileNotFoundError, DataError):
+        del fields["hash"]
+        return checked(_FORM, fields)
+    except (FileNotFoundError, ValueError):
         return None
-    rejected = [Reject(**row) for row in fields["rejected"]]
-    shards = shards_from_json(fields["splits"])
-    markers = fields.get("markers", 0)
-    return Record(shards, rejected, fields["duplicates"], fields["engine"], markers)
 
 
 def records(out: Path, units: Iterable[Unit]) -> Iterator[Record]:

@@ -31,12 +31,14 @@ import hashlib
 import struct
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import xxhash
+from pydantic import Field
 
 from sparse_gpt.data.vocabulary import Vocabulary
+from sparse_gpt.schema import Natural, Sha256
 
 LAYOUT = 1
 HEADER_BYTES = 1024
@@ -54,18 +56,18 @@ class FileEntry:
     """What the manifest knows of a file: its size, the sha256 of all of it, and the xxh3-64 of each
     block of 4 MiB (16 hex digits a block, in one string)."""
 
-    bytes: int
-    sha256: str
-    blocks: str
+    bytes: Natural
+    sha256: Sha256
+    blocks: Annotated[str, Field(pattern=r"^(?:[0-9a-f]{16})*$")]
 
 
 @dataclass(frozen=True)
 class ShardEntry:
     """What the manifest knows of a shard: `name`.bin and `name`.idx."""
 
-    name: str
-    tokens: int
-    documents: int
+    name: Annotated[str, Field(pattern=r"^\w[\w.-]*$", max_length=200)]
+    tokens: Natural
+    documents: Natural
     bin: FileEntry
     idx: FileEntry
 

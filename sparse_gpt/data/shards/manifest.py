@@ -22,31 +22,33 @@ with the 64 digits of that hash replaced by zeros. The manifest's other keys:
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from sparse_gpt.data.shards.format import DTYPES, FileEntry, ShardEntry
+from pydantic import AfterValidator, Field, TypeAdapter
+from typing_extensions import NotRequired, TypedDict
+
+from sparse_gpt.data.shards.format import ShardEntry
 from sparse_gpt.data.vocabulary import Vocabulary
 from sparse_gpt.errors import DataError
 from sparse_gpt.files import read_sealed, write_sealed
+from sparse_gpt.schema import Natural, Sha256, checked
 
 MANIFEST = "manifest.json"
 FORMAT = "sparse-gpt shards 1"
 SPLITS = ("train", "held_out")
 
 
-def shards_from_json(splits: dict[str, Any]) -> dict[str, list[ShardEntry]]:
-    """{split: shards} as `asdict` and JSON leave it."""
-    return {
-        split: [
-            ShardEntry(**{**row, "bin": FileEntry(**row["bin"]), "idx": FileEntry(**row["idx"])})
-            for row in splits[split]
-        ]
-        for split in SPLITS
-    }
+def _both(splits: dict[str, list[ShardEntry]]) -> dict[str, list[ShardEntry]]:
+    if splits.keys() != set(SPLITS):
+        raise ValueError(f"must have {' and '.join(SPLITS)}")
+    return splits
 
 
-def shards_to_json(splits: dict[str, list[ShardEntry]]) -> dict[str, Any]:
-    """The inverse of `shards_from_json`."""
+Splits = Annotated[dict[str, list[ShardEntry]], AfterValidator(_both)]  # a list a split
+
+
+def shards_to_json(splits: Splits) -> dict[str, Any]:
+    """As JSON holds them."""
     return {split: [asdict(shard) for shard in splits[split]] for split in SPLITS}
 
 
@@ -56,7 +58,7 @@ def write_manifest(
     vocabulary: Vocabulary,
     options: dict[str, Any],
     sources: list[dict[str, Any]],
-    splits: dict[str, list[ShardEntry]],
+    splits: Splits,
     **counts: int,
 ) -> None:
     """Publish the manifest of `folder`; the counts are `rejected`, `duplicates`, `markers`."""
@@ -73,21 +75,39 @@ def write_manifest(
     write_sealed(folder / MANIFEST, fields)
 
 
+class TokenizerIdentity(TypedDict):
+    """As `Tokenizer.identity` has it, and the engines that were used."""
+
+    name: str
+    vocab_size: Natural
+    vocab_hash: Sha256
+    pattern: NotRequired[str]
+    pattern_hash: NotRequired[str]
+    engines: NotRequired[list[str]]
+
+
+class EndOfText(TypedDict):
+    """Its id, and where it stands."""
+
+    id: Annotated[int, Field(strict=True, ge=0, lt=2**32)]
+    position: str
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json; `hash` is its own hash and names the data set."""
 
     hash: str
     format: str
-    tokenizer: dict[str, Any]
-    dtype: str
-    eot: dict[str, Any]
+    tokenizer: TokenizerIdentity
+    dtype: Literal["uint16", "uint32"]
+    eot: EndOfText
     options: dict[str, Any]
     sources: list[dict[str, Any]]
-    splits: dict[str, list[ShardEntry]]
-    rejected: int = 0
-    duplicates: int = 0
-    markers: int = 0
+    splits: Splits
+    rejected: Natural = 0
+    duplicates: Natural = 0
+    markers: Natural = 0
 
     @property
     def vocabulary(self) -> Vocabulary:
@@ -113,15 +133,17 @@ def read_manifest(folder: str | Path) -> Manifest:
         if any(folder.glob("*-?????-*.bin")) or any(folder.glob(".tmp-*")):
             raise DataError(f"{folder}: unfinished (no {MANIFEST}): run the same prepare again")
         raise DataError(f"{folder}: not a folder of shards (no {MANIFEST})")
-    fields = read_sealed(path)
-    if fields.get("format") != FORMAT:
-        raise DataError(f"{path}: format {fields.get('format')!r}; this version reads {FORMAT!r}")
     try:
-        manifest = Manifest(**{**fields, "splits": shards_from_json(fields["splits"])})
-        shards = [shard for split in SPLITS for shard in manifest.splits[split]]
-        sound = manifest.dtype in DTYPES and all("/" not in shard.name for shard in shards)
-    except (KeyError, TypeError):
-        sound = False
-    if not sound:
-        raise DataError(f"{path}: not a manifest of ours; run prepare again")
-    return manifest
+        fields = read_sealed(path)
+    except OSError as error:
+        raise DataError(f"{path}: cannot be read: {error.strerror}") from None
+    if fields.get("format") != FORMAT:
+        found = repr(fields.get("format"))[:80]
+        raise DataError(f"{path}: format {found}; this version reads {FORMAT!r}")
+    try:
+        return checked(_FORM, fields)
+    except ValueError as error:
+        raise DataError(f"{path}: not a manifest of ours ({error}); run prepare again") from None
+
+
+_FORM = TypeAdapter(Manifest)

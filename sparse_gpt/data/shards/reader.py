@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -143,7 +143,6 @@ def _mapped(path: Path, dtype: np.dtype[Any], count: int, offset: int) -> npt.ND
         raise DataError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-@cache
 def _most_maps() -> int:
     """How many shards of all splits are mapped at once: a map holds a file descriptor, of which
     this process gets as many as the system allows, and half are left to others."""
@@ -157,7 +156,7 @@ def _most_maps() -> int:
 
 
 def _hold(maps: dict[int, Any], shard: int, mapped: npt.NDArray[Any]) -> None:
-    if len(_held) >= _most_maps():
+    while len(_held) >= _most_maps():
         oldest, number = _held.popleft()
         oldest.pop(number, None)  # two threads may have mapped it at once
     _held.append((maps, shard))

@@ -9,12 +9,15 @@ import os
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import xxhash
+from pydantic import Field, TypeAdapter
+from typing_extensions import NotRequired, TypedDict
 
 from sparse_gpt.errors import ConfigError, DataError
 from sparse_gpt.files import read_sealed, write_sealed
+from sparse_gpt.schema import Natural, checked
 
 
 @dataclass(frozen=True)
@@ -24,6 +27,31 @@ class TrainState:
     step: int = 0  # completed optimizer steps
     samples: int = 0  # sequences consumed; the next batch starts here
     guard: dict[str, Any] = field(default_factory=dict)  # `Guard.state()`
+
+
+class GuardState(TypedDict):
+    """`Guard.state()`."""
+
+    skipped: Natural
+    in_a_row: Natural
+    window: list[tuple[float, float]]
+
+
+class Manifest(TypedDict):
+    """What `manifest.json` of a checkpoint holds."""
+
+    step: Natural
+    samples: NotRequired[Natural]
+    guard: NotRequired[GuardState | Annotated[dict[str, Any], Field(max_length=0)]]
+    config_hash: NotRequired[str]
+    data_manifest_hash: NotRequired[str]
+    git_commit: NotRequired[str | None]
+    world_size: NotRequired[Annotated[int, Field(strict=True, ge=1)]]
+    zero_stage: NotRequired[Annotated[int, Field(strict=True, ge=0, le=3)]]
+    files: NotRequired[dict[Annotated[str, Field(pattern=r"^[\w-]+(\.\w+)*$")], str]]
+
+
+_FORM = TypeAdapter(Manifest)
 
 
 def tag_of(step: int) -> str:
@@ -69,12 +97,16 @@ def read_manifest(folder: Path) -> dict[str, Any] | None:
     try:
         manifest = read_sealed(path)
         del manifest["hash"]
-        return manifest
     except OSError as error:
         _refuse_unreadable(path, error)
         return None
     except DataError:
-        return _read_0_1(path)
+        manifest = _read_0_1(path) or {}
+    try:
+        checked(_FORM, manifest)
+    except ValueError:
+        return None
+    return manifest
 
 
 def damage(folder: Path, manifest: Mapping[str, Any], names: Iterable[str]) -> str | None:
@@ -112,6 +144,6 @@ def _read_0_1(path: Path) -> dict[str, Any] | None:
         manifest: dict[str, Any] = json.loads(path.read_bytes())
         digest = manifest.pop("hash")
         whole = xxhash.xxh3_128_hexdigest(json.dumps(manifest, sort_keys=True).encode())
-    except (ValueError, AttributeError, TypeError, KeyError):
+    except (ValueError, AttributeError, TypeError, KeyError, RecursionError):
         return None
     return manifest if digest == whole else None

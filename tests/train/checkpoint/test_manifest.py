@@ -29,7 +29,8 @@ def test_what_version_0_1_sealed_is_read_and_a_flipped_bit_found(tmp_path, of_0_
 
 
 def test_a_flipped_bit_in_a_manifest_is_found(tmp_path):
-    manifest = {"step": 40, "samples": 640, "guard": {"norms": [0.5, 1.25]}, "files": {"a": "1f"}}
+    guard = {"skipped": 0, "in_a_row": 0, "window": [[0.5, 1.25]]}
+    manifest = {"step": 40, "samples": 640, "guard": guard, "files": {"a": "1f"}}
     write_manifest(tmp_path, manifest)
     assert read_manifest(tmp_path) == manifest
     path = tmp_path / "manifest.json"
