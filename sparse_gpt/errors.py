@@ -6,7 +6,10 @@ from collections.abc import Iterable
 
 
 class InputError(ValueError):
-    """Bad input, of either kind below."""
+    """Bad input, of either kind below; one line, whatever the input that it quotes."""
+
+    def __str__(self) -> str:
+        return " ".join(super().__str__().splitlines())
 
 
 class DataError(InputError):

@@ -47,7 +47,14 @@ from sparse_gpt.train.run_dir import finished, read_provenance
 ROOT = Path(__file__).parents[2]
 SECONDS, GIGABYTES = 10, 2.0
 CONFIG: dict[str, Any] = {
-    "model": {"preset": "tiny", "ffn": "default", "d_model": 16, "n_layer": 1, "n_head": 2},
+    "model": {
+        "preset": "tiny",
+        "ffn": "default",
+        "d_model": 16,
+        "n_layer": 1,
+        "n_head": 2,
+        "max_seq_len": 16,
+    },
     "batch": {"global_tokens": 64, "micro_batch": 2},
     "duration": {"steps": 2},
     "optimizer": {"lr": 1e-3},
@@ -311,7 +318,8 @@ def main() -> None:
         table.add_row(kind, *map(str, good), str(of_kind.total() - sum(good)))
     Console().print(table)
     for failure in failures:
-        print(f"{failure['kind']} {failure['input']}: {failure['what']}: {failure['said']}")
+        said = failure["said"].strip().splitlines()
+        print(f"{failure['kind']} {failure['input']}: {failure['what']}: {said[-1]}")
     if options.json:
         report = {"seed": options.seed, "counts": counts, "failures": failures}
         options.json.write_text(json.dumps(report, indent=1) + "\n")
