@@ -3,7 +3,6 @@
 Nothing here expects anything to be quick: a time limit is where a hang is taken for one.
 """
 
-import json
 import os
 import socket
 import subprocess
@@ -14,6 +13,8 @@ from pathlib import Path
 from typing import Any
 
 import psutil
+
+from sparse_gpt.train.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[1]
 ENVIRONMENT = {
@@ -142,7 +143,7 @@ def until_gone(run_file: Path, seconds: float = 60) -> None:
 
 def metrics(run_dir: Path) -> list[dict[str, Any]]:
     """The rows of a run's metrics.jsonl."""
-    return [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
+    return read_metrics(run_dir)
 
 
 EXACT = ("train/loss", "train/grad_norm", "train/learning_rate", "val/loss")

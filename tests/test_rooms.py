@@ -11,7 +11,7 @@ import pytest
 from ranks import ROOT
 
 PACKAGE = ROOT / "sparse_gpt"
-GROUND = {"errors", "files", "progress", "provenance"}
+GROUND = {"errors", "files", "progress", "provenance", "schema"}
 # Of each room, those that it may import besides itself and the ground; CONTRIBUTING.md draws them.
 BELOW = {
     "data": set(),

@@ -253,7 +253,13 @@ def _blocks(use: _Use, model: GPT, tokenizer: Tokenizer, text: Tensor) -> list[B
                         raised.indices.tolist(), raised.values.tolist(), strict=True
                     )
                 ],
-                together=list(zip(near.indices.tolist(), near.values.tolist(), strict=True)),
+                together=[
+                    (other, times)
+                    for other, times in zip(
+                        near.indices.tolist(), near.values.tolist(), strict=True
+                    )
+                    if times > 0
+                ],
                 contexts=[
                     _context(tokenizer, text, seq_len, place, energy)
                     for place, energy in zip(

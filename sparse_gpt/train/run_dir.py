@@ -68,7 +68,7 @@ def finished(config: RunConfig) -> bool:
     manifest = read_manifest(checkpoints / newest) if newest else None
     if newest is None or manifest is None or manifest["step"] < config.total_steps:
         return False
-    return damage(checkpoints / newest, manifest, manifest["files"]) is None
+    return damage(checkpoints / newest, manifest, manifest.get("files", {})) is None
 
 
 def open_run_dir(

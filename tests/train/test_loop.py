@@ -161,7 +161,8 @@ def test_losses_do_not_depend_on_world_size_or_grad_accum(gpt2_run_file, tmp_pat
     assert rates[-1] == 0.0
     for step, row in losses[1].items():
         for tag, a, b in zip(EXACT, row, losses[2][step], strict=True):
-            near = 2e-4 if tag == "train/grad_norm" else 1e-5
+            # A token that is undecided to the last bit may get another block, and β follow it.
+            near = 2e-4 if tag == "train/grad_norm" else 5e-5
             assert a == b == None or a == pytest.approx(b, rel=near)  # noqa: E711
     apart = blocks[1] - blocks[2]
     assert apart.abs().max() <= 1  # where a block had its share but for a token that is undecided

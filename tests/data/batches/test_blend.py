@@ -1,4 +1,3 @@
-import resource
 import shutil
 from collections.abc import Callable
 from itertools import islice
@@ -13,6 +12,7 @@ from hypothesis import strategies as st
 
 from sparse_gpt.data import Batches, Blend, open_blend, open_shards
 from sparse_gpt.data.batches import order
+from sparse_gpt.data.shards import reader
 from sparse_gpt.errors import DataError
 
 MakeShards = Callable[..., Path]
@@ -162,19 +162,18 @@ def test_names_are_as_long_as_tells_them_apart(tmp_path: Path, make_shards: Make
     assert sorted(source.name for source in pair.sources) == ["en", "fr"]
 
 
-def test_sources_share_the_file_descriptors(tmp_path: Path, make_shards: MakeShards) -> None:
+def test_sources_share_the_file_descriptors(
+    tmp_path: Path, make_shards: MakeShards, monkeypatch: pytest.MonkeyPatch
+) -> None:
     folders = [
         make_shards(tmp_path / f"s{number}", [[np.array([number, i])] for i in range(110)])
         for number in range(3)
     ]
     blend = open_blend({str(folder): 1 for folder in folders})
-    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
-    resource.setrlimit(resource.RLIMIT_NOFILE, (300, limits[1]))
-    try:
-        epoch = windows_of(blend, 10, seq_len=2, global_batch=33, documents=True)
-    finally:
-        resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    monkeypatch.setattr(reader, "_most_maps", lambda: 50)
+    epoch = windows_of(blend, 10, seq_len=2, global_batch=33, documents=True)
     assert len(epoch) == 330
+    assert len(reader._held) == 50
 
 
 @pytest.mark.parametrize(
