@@ -17,7 +17,7 @@ from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.config import merge
 
-_MOST_NODES, _MOST_BYTES = 20_000, 1 << 20  # of a run file
+_MOST_NODES, _MOST_BYTES, _DEEPEST = 20_000, 1 << 20, 100  # of a run file
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -68,6 +68,11 @@ def parse(text: str) -> tuple[Any, yaml.Node | None]:
 
     Raises YAMLError, also for a key that comes twice, and for aliases that make it endless.
     """
+    depth = 0
+    for letter in text:  # before PyYAML does, whose time grows with its square
+        depth = depth + 1 if letter in "[{" else max(0, depth - 1) if letter in "]}" else depth
+        if depth > _DEEPEST:
+            raise yaml.YAMLError(f"brackets within brackets, more than {_DEEPEST} deep")
     loader = _Loader(text)
     try:
         node = loader.get_single_node()

@@ -4,6 +4,7 @@ from pathlib import Path
 import pytest
 import yaml
 from hypothesis import example, given
+from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 
 from sparse_gpt.config.load import Dumper, load_config, to_yaml
@@ -117,6 +118,7 @@ native = st.recursive(
 )
 
 
+@hypothesis_settings(max_examples=25)
 @given(
     folders=st.dictionaries(st.text(max_size=200), st.just(1), min_size=1, max_size=3),
     deepspeed=st.dictionaries(st.text(max_size=20), native, max_size=3),

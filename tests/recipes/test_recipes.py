@@ -144,7 +144,10 @@ HUB: dict[str, tuple[str, list[tuple[str, str]], dict[str, Any], str, float]] = 
 UNITS = ("--shard-tokens", "100")  # so small that each file is a unit of its own
 
 
-@pytest.mark.parametrize(("recipe", "parts"), [("openwebtext", 2), ("fineweb-edu", 1)])
+@pytest.mark.parametrize(
+    ("recipe", "parts"),
+    [pytest.param("openwebtext", 2, marks=pytest.mark.long), ("fineweb-edu", 1)],
+)
 def test_a_corpus_of_the_hub(recipe: str, parts: int, tmp_path: Path) -> None:
     """Served here, small, in its layout; in two parts as RANK and WORLD_SIZE say, or at once."""
     name, configs, columns, file, held_out = HUB[recipe]

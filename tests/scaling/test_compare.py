@@ -256,6 +256,7 @@ def test_two_budgets_cannot_be_held_out(exact):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_80_percent_intervals_cover(law, sweep):
     """A short look; `scripts/studies/check_fit_coverage.py` measures it."""
     true = float(np.log(law.compute_for("dense", 2.9) / law.compute_for("sparse", 2.9)))

@@ -180,7 +180,7 @@ def test_kills_change_nothing_and_a_fork_is_the_run_it_stands_for(sweep_tree, tm
     out = tmp_path / "killed"
     command = [sys.executable, "-m", "sparse_gpt", "sweep", "run", path, "--out", out]
     rng, at_work = random.Random(0), 0
-    for kill in range(5):
+    for kill in range(3):
         with (tmp_path / "killed.log").open("a") as log:
             process = start([*command, "--jobs", "2"], stdout=log, stderr=log)
         # From before the first step of this life to some after it.
@@ -197,7 +197,7 @@ def test_kills_change_nothing_and_a_fork_is_the_run_it_stands_for(sweep_tree, tm
             with contextlib.suppress(ProcessLookupError):
                 os.kill(member.pid, signal.SIGKILL)
         process.wait()
-    assert at_work > 2
+    assert at_work > 1
     done = sparse_gpt("sweep", "run", path, "--out", tmp_path / "killed", "--jobs", "2")
     assert done.returncode == 0, done.stderr
     killed = read_sweep(path, tmp_path / "killed")

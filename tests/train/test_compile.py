@@ -33,8 +33,8 @@ def run(run_file, folder, *options, world_size):
 
 
 def test_a_compiled_run_is_the_eager_one(compiling, run_file, tmp_path):
-    """Its losses, its sampled steps, and a checkpoint that either goes on from."""
-    eager, compiled, again, back = (tmp_path / name for name in ("eager", "yes", "again", "back"))
+    """Its losses, its sampled steps, and a checkpoint that eager training goes on from."""
+    eager, compiled, back = (tmp_path / name for name in ("eager", "yes", "back"))
     options = ("deepspeed={zero_optimization: {stage: 2}}", "model.ffn.feedback={}")
     run(run_file, eager, *options, world_size=2)
     output = run(run_file, compiled, *options, "compile=true", world_size=2)
@@ -52,17 +52,13 @@ def test_a_compiled_run_is_the_eager_one(compiling, run_file, tmp_path):
     assert other["routing/block_09/load_max_over_mean"] > 1
     assert not any(tag.startswith("time/") for tag in other)
 
-    shutil.copytree(compiled, again)
-    shutil.rmtree(again / "checkpoints/step-00000004")
-    run(run_file, again, *options, "compile=true", world_size=2)
-    assert losses(again) == losses(compiled)
-
     shutil.copytree(compiled / "checkpoints", back / "checkpoints")
     shutil.rmtree(back / "checkpoints/step-00000004")
     run(run_file, back, *options, world_size=2)
     assert losses(back) == pytest.approx(losses(compiled)[-3:], rel=1e-4)
 
 
+@pytest.mark.long
 def test_a_dense_model_compiles_in_half_precision(compiling, run_file, tmp_path):
     eager, compiled = tmp_path / "eager", tmp_path / "compiled"
     options = ("model.ffn=dense", "precision=bf16")

@@ -180,6 +180,7 @@ def moves(checkpoint):
     return every[0]
 
 
+@pytest.mark.long
 def test_half_precision_trains(gpt2_run_file):
     finish(
         start_ranks(gpt2_run_file, "precision=bf16", "deepspeed={zero_optimization: {stage: 2}}")

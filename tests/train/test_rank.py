@@ -4,9 +4,11 @@ import os
 import subprocess
 import sys
 
+import pytest
 from ranks import ENVIRONMENT, ROOT, exact, finish, start_ranks
 
 
+@pytest.mark.long
 def test_torchrun_and_srun_train_as_any_launcher(run_file, tmp_path):
     finish(start_ranks(run_file, f"run_dir={tmp_path / 'plain'}"))
     plain = exact(tmp_path / "plain")

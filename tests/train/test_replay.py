@@ -37,6 +37,7 @@ def test_a_diverged_run_stops_and_its_last_step_can_be_replayed(command, run_fil
     assert "is no whole incident" in broken.stderr
 
 
+@pytest.mark.long
 def test_a_fault_of_the_machine_does_not_reproduce(run_file):
     """And bf16 weights, dropout and its random numbers come back as they were."""
     stopped(

@@ -255,6 +255,7 @@ def test_a_server_that_fails_for_a_while(commands: Commands, tmp_path: Path) -> 
     assert shards(tmp_path / "out") == shards(tmp_path / "local")
 
 
+@pytest.mark.long
 def test_a_server_that_fails_for_good_and_other_commits(
     commands: Commands, request: pytest.FixtureRequest
 ) -> None:
