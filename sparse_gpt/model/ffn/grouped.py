@@ -40,13 +40,16 @@ def grouped_product(rows: Tensor, weight: Tensor, ends: Tensor) -> Tensor:
 
     Group b is the rows from ends[b - 1] to ends[b]; ends is int32 `(groups,)` and ends with n.
     """
+    on_cpu = rows.device.type == "cpu"
     at_once = chosen_product(rows.device, rows.dtype, *weight.shape[1:]) == "grouped_mm"
+    if on_cpu and len(rows) < _ALIKE * len(ends):  # as in decoding: nearly all would be done twice
+        at_once = False
     out = (
         F.grouped_mm(rows, weight, offs=ends)
         if at_once
         else rows.new_empty(len(rows), weight.shape[2])
     )
-    if not at_once or rows.device.type == "cpu":
+    if not at_once or on_cpu:
         start = 0
         for b, end in enumerate(ends.tolist()):
             if start < end and not (at_once and end - start >= _ALIKE):
