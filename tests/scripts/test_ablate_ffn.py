@@ -50,6 +50,7 @@ def ablate(study: dict, folder: Path, *arguments: str) -> subprocess.CompletedPr
     )
 
 
+@pytest.mark.long
 def test_trains_what_is_missing_and_reports_all(study, tmp_path):
     done = ablate(study, tmp_path, "--only", "dense")
     assert done.returncode == 0, done.stderr

@@ -105,6 +105,7 @@ os._exit(0)
     assert list(map(float, rows[0])) == pytest.approx(list(map(float, rows[1])), rel=1e-4)
 
 
+@pytest.mark.long
 def test_drop_in(tmp_path):
     novel = [ROOT / "data/novels/persuasion.txt"]
     chapters = {"separator": "\nChapter ", "held_out": 0.2}

@@ -16,6 +16,7 @@ from sparse_gpt.train.engine import parameter_groups
 COUNTING = Path(__file__).with_name("counting_train.py")
 
 
+@pytest.mark.long
 def test_what_memory_is_saved_changes_no_loss(run_file, tmp_path):
     """Offload and recomputation, with dropout, at two ranks in ZeRO-3: the run without them."""
     dropout = ("model.dropout=0.1", "model.ffn.dropout=0.1", "duration.steps=3")

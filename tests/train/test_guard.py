@@ -43,6 +43,7 @@ def test_a_step_that_is_not_finite_on_one_rank_changes_nothing(run_file, zero_st
 @pytest.mark.parametrize(
     "zero_stage", [1, *(pytest.param(stage, marks=pytest.mark.long) for stage in (0, 2, 3))]
 )
+@pytest.mark.long
 def test_a_run_saved_before_its_first_update_goes_on_bit_equal(run_file, tmp_path, zero_stage):
     """Its optimizer has no moments yet: the first step was skipped, and saved after."""
     run = (*faults(("loss", 0)), *options(zero_stage), "eval={every: 1, max_tokens: 512}")
