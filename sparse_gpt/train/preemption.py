@@ -1,8 +1,11 @@
 """Being told to stop: SIGTERM, SIGUSR1 or SIGHUP becomes a checkpoint at the end of the step."""
 
 import errno
+import io
 import os
 import signal
+import sys
+from typing import Any
 
 
 class Preempted(Exception):
@@ -30,6 +33,30 @@ def leave_terminal() -> None:
                 nowhere = os.open(os.devnull, os.O_WRONLY)
                 os.dup2(nowhere, stream)
                 os.close(nowhere)
+
+
+class _Terminal(io.FileIO):
+    """A stream of this process that outlasts the terminal it leads to."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            if error.errno != errno.EIO:
+                raise
+            leave_terminal()
+            return len(data)
+
+
+def outlast_terminal() -> None:
+    """Let what is printed to a terminal that is closed be lost, and not end this process: a rank
+    prints before it is told."""
+    sys.stdout, sys.stderr = (
+        io.TextIOWrapper(
+            io.BufferedWriter(_Terminal(number, "w", closefd=False)), line_buffering=True
+        )
+        for number in (1, 2)
+    )
 
 
 class Preemption:

@@ -20,13 +20,15 @@ from sparse_gpt.train.distributed import (
 )
 from sparse_gpt.train.guard import RunStopped
 from sparse_gpt.train.loop import train
-from sparse_gpt.train.preemption import Preempted
+from sparse_gpt.train.preemption import Preempted, outlast_terminal
 
 
 def main() -> None:
     args = parse()
     warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
     end_with_launcher()
+    if os.isatty(1) or os.isatty(2):
+        outlast_terminal()
     try:
         train(load_config(args.config, args.overrides))
     except InputError as error:
