@@ -55,7 +55,7 @@ def main() -> None:
     try:
         app()
     except InputError as error:
-        print("error:", " ".join(str(error).splitlines()), file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
 
 

@@ -16,10 +16,9 @@ import psutil
 
 from sparse_gpt.cluster.launcher import Launch, deepspeed_command
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.train.arguments import encoded
+from sparse_gpt.train.arguments import PLAIN, encoded
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)(\s+max_slots=\d+)?\s*")
-_PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)  # what no shell reads as anything else
 _PORTS = range(20_000, 30_000)  # which Linux gives to nobody by itself
 
 
@@ -36,7 +35,7 @@ def on_hosts(hostfile: Path, arguments: Sequence[str], master_port: int | None =
     if len(slots) == 1 and _is_here(*slots):
         return Launch(sum(slots.values()), deepspeed_command(options, arguments))
     for what, path in (("the current folder", os.getcwd()), ("Python", sys.executable)):
-        if not _PLAIN.fullmatch(path):
+        if not PLAIN.fullmatch(path):
             raise ConfigError(
                 f"{path}: {what} has a name that a shell on the hosts would read otherwise; use "
                 "letters, digits and ._-/"
@@ -78,7 +77,7 @@ def _slots(hostfile: Path) -> dict[str, int]:
         if not line:
             continue
         match = _LINE.fullmatch(line)
-        if match is None or not _PLAIN.fullmatch(match[1]):
+        if match is None or not PLAIN.fullmatch(match[1]):
             raise ConfigError(f"{hostfile}:{number}: is not `name slots=N`: {line!r}")
         name, count = match[1], int(match[2])
         if count == 0:

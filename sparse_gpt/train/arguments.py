@@ -6,13 +6,13 @@ import json
 import re
 from collections.abc import Sequence
 
-_PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)  # what no shell reads as anything else
+PLAIN = re.compile(r"[\w@%+=:,./-]+", re.ASCII)  # what no shell reads as anything else
 
 
 def encoded(words: Sequence[str]) -> list[str]:
     """The arguments of a rank in words that every shell leaves alone: themselves where they are
     such, else one that stands for all."""
-    if all(map(_PLAIN.fullmatch, words)):
+    if all(map(PLAIN.fullmatch, words)):
         return list(words)
     packed = base64.urlsafe_b64encode(json.dumps(list(words)).encode()).decode()
     return ["--encoded", packed]

@@ -33,7 +33,7 @@ def main() -> None:
         train(load_config(args.config, args.overrides))
     except InputError as error:
         if read_environment()[1] == 0:  # one a host: what is wrong may be wrong on this one only
-            print("error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
+            print(f"error: {error}", file=sys.stderr, flush=True)
         else:
             time.sleep(WITNESS_WAITS)  # torchrun ends all when one ends: the one that speaks first
         os._exit(2)

@@ -8,6 +8,7 @@ import os
 import shutil
 import sys
 import time
+from functools import lru_cache
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -68,7 +69,18 @@ def finished(config: RunConfig) -> bool:
     manifest = read_manifest(checkpoints / newest) if newest else None
     if newest is None or manifest is None or manifest["step"] < config.total_steps:
         return False
-    return damage(checkpoints / newest, manifest, manifest.get("files", {})) is None
+    with os.scandir(checkpoints / newest) as files:
+        stats = [(file.name, file.stat(follow_symlinks=False)) for file in files]
+    stamp = tuple(sorted((name, stat.st_size, stat.st_mtime_ns) for name, stat in stats))
+    return _is_whole(checkpoints / newest, stamp)
+
+
+@lru_cache(maxsize=4096)
+def _is_whole(checkpoint: Path, stamp: tuple[tuple[str, int, int], ...]) -> bool:
+    """Hashes the files once for each stamp of theirs: a sweep asks about all its runs at a time,
+    again and again."""
+    manifest = read_manifest(checkpoint) or {}
+    return damage(checkpoint, manifest, manifest.get("files", {})) is None
 
 
 def open_run_dir(
