@@ -15,7 +15,8 @@ Training takes real optimizer steps (forward, backward, ZeRO, AdamW) on random t
 DeepSpeed is not installed, one device trains in plain torch: weights in the run's precision,
 float32 master weights and gradient sums, the same optimizer. Decoding generates greedily with a KV
 cache, eager, at several batch sizes; tokens/s count the new tokens, the time includes reading the
-prompt.
+prompt. `by bytes` is the ratio that the weights read at a new token would give by themselves: of a
+dictionary the blocks that some token of the batch chose.
 """
 
 import argparse
@@ -31,10 +32,12 @@ from typing import Any
 import torch
 from rich.console import Console
 from rich.table import Table
+from torch import Tensor, nn
 
 from sparse_gpt import GPT, count_flops
 from sparse_gpt.config.load import load_config
 from sparse_gpt.config.schema import RunConfig
+from sparse_gpt.model.ffn import BlockDictionary
 from sparse_gpt.model.width import transfer_width
 from sparse_gpt.provenance import provenance
 from sparse_gpt.train.checks import check_compiler
@@ -70,11 +73,11 @@ class TorchEngine:
 
     def step(
         self,
-        tokens: torch.Tensor,
-        targets: torch.Tensor,
+        tokens: Tensor,
+        targets: Tensor,
         step: int,
-        documents: torch.Tensor | None = None,
-    ) -> tuple[torch.Tensor, float, torch.Tensor]:
+        documents: Tensor | None = None,
+    ) -> tuple[Tensor, float, Tensor]:
         lr = learning_rate(step, self.total_steps, self.config.optimizer.lr, self.config.schedule)
         for group in self.optimizer.param_groups:
             group["lr"] = lr * group["lr_multiplier"]
@@ -103,6 +106,7 @@ class Trainer:
     """A config's engine with a batch of random tokens."""
 
     batch = None
+    bytes_read = None
 
     def __init__(self, name: str, config: RunConfig, world: World) -> None:
         self.name, self.config, self.world = name, config, world
@@ -139,6 +143,26 @@ class Decoder:
         self.flops_per_token = report.forward
         shape = (batch, prompt)
         self.prompt = torch.randint(model.config.vocab_size, shape, device=world.device)
+        self.bytes_read = self._bytes_read()
+
+    def _bytes_read(self) -> float:
+        """Of weights at a new token, in the mean of a few."""
+        dictionaries = [m for m in self.model.modules() if isinstance(m, BlockDictionary)]
+        blocks: list[int] = []  # of a dictionary, used by a batch at once
+
+        def count(part: nn.Module, inputs: tuple[Tensor]) -> None:
+            if inputs[0].shape[1] == 1:
+                blocks.append(len(part.route(inputs[0].flatten(0, 1))[1].unique()))
+
+        hooks = [part.register_forward_pre_hook(count) for part in dictionaries]
+        self.model.generate(self.prompt, 5)
+        for hook in hooks:
+            hook.remove()
+        read = sum(p.numel() for p in self.model.parameters()) - self.model.wpe.weight.numel()
+        for part in dictionaries:
+            size = 2 * part.analysis[0].numel()
+            read -= size * (part.config.blocks - statistics.mean(blocks))
+        return read * self.model.wte.weight.element_size()
 
     def tokens_per_second(self, steps: int) -> float:
         start = time.perf_counter()
@@ -181,6 +205,8 @@ def race(
                 "mfu": flops / (peak * world.size) if peak else None,
                 "ratio": statistics.median(ratios),
                 "ratio_range": [min(ratios), max(ratios)],
+                "by_bytes": contestants[0].bytes_read
+                and (contestants[0].bytes_read / contestant.bytes_read),
                 "rounds": len(times),
             }
         )
@@ -191,7 +217,7 @@ def table(results: list[dict[str, Any]], title: str) -> Table:
     """The results of one or more races."""
     shown = Table(title=title)
     shown.add_column("model", no_wrap=True)
-    for column in ("batch", "tokens/s", "TFLOP/s", "MFU", "ratio"):
+    for column in ("batch", "tokens/s", "TFLOP/s", "MFU", "ratio", "by bytes"):
         shown.add_column(column, justify="right", no_wrap=True)
     for r in results:
         low, high = r["ratio_range"]
@@ -202,6 +228,7 @@ def table(results: list[dict[str, Any]], title: str) -> Table:
             f"{r['tflops']:.4g}",
             "" if r["mfu"] is None else f"{r['mfu']:.1%}",
             f"{r['ratio']:.2f} ({low:.2f} to {high:.2f})",
+            f"{r['by_bytes']:.2f}" if r["by_bytes"] else "",
         )
     return shown
 

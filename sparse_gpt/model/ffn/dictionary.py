@@ -106,6 +106,9 @@ class BlockDictionary(nn.Module):
         """The synthesised tokens, in h's dtype; in training mode loads are counted."""
         tokens = h.reshape(-1, self.d_model)
         energies, chosen = self.route(tokens)
+        inference = not (self.training or torch.is_grad_enabled())
+        if inference and h.is_cpu and 4 * chosen.numel() <= self.config.blocks:
+            return self._one_by_one(tokens, energies, chosen).reshape(h.shape)
         places = Places.of(chosen, self.config.blocks)
         if self.training:
             self.loads.add_(places.loads())
@@ -118,6 +121,16 @@ class BlockDictionary(nn.Module):
         k = self.config.top_k
         routed: tuple[Tensor, Tensor] = Route.apply(self.router(tokens), self.beta, k)  # type: ignore[no-untyped-call]
         return routed
+
+    def _one_by_one(self, tokens: Tensor, energies: Tensor, chosen: Tensor) -> Tensor:
+        """As `Spectrum`, for the few tokens of a step of decoding on a CPU: each block is read
+        where it lies, and nothing is sorted, which would cost as much as the products."""
+        y, gains = torch.zeros_like(tokens), energies.to(tokens.dtype)
+        for i, blocks in enumerate(chosen.tolist()):
+            for j, b in enumerate(blocks):
+                p = polynomial(tokens[i : i + 1] @ self.analysis[b]).mul_(gains[i, j])
+                y[i : i + 1] += p @ self.synthesis[b]
+        return y
 
     @property
     def beta(self) -> Tensor:

@@ -62,6 +62,16 @@ def test_output_and_gradients_are_those_of_the_definition(wake, shape, d, tokens
     torch.testing.assert_close(found, expected)
 
 
+@settings(max_examples=30, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(shape=shapes, d=widths, tokens=st.integers(0, 12), seed=st.integers(0, 2**31))
+def test_the_few_tokens_of_decoding_are_those_of_the_definition(wake, shape, d, tokens, seed):
+    torch.manual_seed(seed)
+    part = dictionary(d, wake, **{**shape, "blocks": 8 * shape["blocks"]}).double().eval()
+    h = torch.randn(tokens, d, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(part(h), by_definition(part, h))
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_lower_precision_is_close_to_the_definition(wake, dtype):
     part = dictionary(32, wake, blocks=6).to(dtype)
