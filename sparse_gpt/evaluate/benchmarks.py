@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import redirect_stdout
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from queue import SimpleQueue
+from typing import Any, TypeVar
 
 import torch
 from lm_eval.api.model import TemplateLM
@@ -19,11 +21,13 @@ from lm_eval.utils import get_rolling_token_windows, make_disjoint_window
 from torch.nn import functional as F
 
 from sparse_gpt.errors import ConfigError, did_you_mean
-from sparse_gpt.evaluate.checkpoint import Trained
+from sparse_gpt.evaluate.checkpoint import Trained, on_devices
 from sparse_gpt.evaluate.generate import TextStream
+from sparse_gpt.model.gpt import GPT
 from sparse_gpt.model.sampling import Sampling
 from sparse_gpt.progress import Progress
 
+T = TypeVar("T")
 Scored = tuple[float, bool]  # log-likelihood of a continuation; whether it is the greedy one
 Request = tuple[Any, list[int], list[int]]  # what it is cached under, context, continuation
 
@@ -41,9 +45,9 @@ def run_tasks(
 ) -> dict[str, dict[str, float]]:
     """{task: {metric: value}} of lm-eval's tasks by their names, groups included.
 
-    include_path: a folder of task files of one's own. limit: documents of each task. Raises
-    ConfigError for a task that is not there, with the nearest name, and for one whose data cannot
-    be had.
+    include_path: a folder of task files of one's own. limit: documents of each task. All GPUs share
+    the work. Raises ConfigError for a task that is not there, with the nearest name, and for one
+    whose data cannot be had.
     """
     for noisy in ("lm_eval", "lm-eval"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -91,14 +95,17 @@ def _manager(tasks: Sequence[str], include_path: Path | None) -> TaskManager:
 
 
 class Adapter(TemplateLM):  # type: ignore[misc]
-    """What lm-eval asks of a model. As its own GPT-2, it puts no end of text before a context."""
+    """What lm-eval asks of a model, of which each of `devices` has a copy. As lm-eval's own GPT-2,
+    it puts no end of text before a context."""
 
-    def __init__(self, trained: Trained, batch_size: int) -> None:
+    def __init__(
+        self, trained: Trained, batch_size: int, devices: Sequence[torch.device] = ()
+    ) -> None:
         super().__init__()
-        self.trained, self.batch_size = trained, batch_size
+        self.batch_size = batch_size
         self.ids = trained.tokenizer
         self.max_length = trained.config.model.max_seq_len
-        self._device = trained.device
+        self.models = on_devices(trained.model, devices)
 
     @property
     def eot_token_id(self) -> int:
@@ -114,7 +121,25 @@ class Adapter(TemplateLM):  # type: ignore[misc]
         found: list[int] = self.ids.encode(string).tolist()
         return found
 
-    @torch.no_grad()
+    def _shared_out(
+        self, work: Callable[[GPT, list[int]], list[T]], batches: Iterable[list[int]]
+    ) -> Iterator[list[T]]:
+        """Each batch's results, in the batches' order: a batch goes to the copy that is free."""
+        free: SimpleQueue[GPT] = SimpleQueue()
+        for model in self.models:
+            free.put(model)
+
+        @torch.no_grad()
+        def one(batch: list[int]) -> list[T]:
+            model = free.get()
+            try:
+                return work(model, batch)
+            finally:
+                free.put(model)
+
+        with ThreadPoolExecutor(len(self.models)) as pool:
+            yield from pool.map(one, batches)
+
     def _loglikelihood_tokens(
         self, requests: list[Request], disable_tqdm: bool = False, **_: Any
     ) -> list[Scored]:
@@ -122,22 +147,34 @@ class Adapter(TemplateLM):  # type: ignore[misc]
         than the model's. Longest first, in batches padded at their ends: no token sees later ones.
         """
         order = sorted(range(len(requests)), key=lambda n: -sum(map(len, requests[n][1:])))
+        batches = list(_chunks(order, self.batch_size))
         found: dict[int, Scored] = {}
+
+        def scores(model: GPT, some: list[int]) -> list[Scored]:
+            return self._scored(model, [requests[n][1:] for n in some])
+
         with Progress("log-likelihoods", len(order), not disable_tqdm, of_bytes=False) as bar:
-            for some in _chunks(order, self.batch_size):
-                rows = [(requests[n][1] + requests[n][2])[-self.max_length - 1 :] for n in some]
-                longest = max(map(len, rows)) - 1
-                padded = [row[:-1] + [self.ids.eot] * (longest + 1 - len(row)) for row in rows]
-                logits = self.trained.model(torch.tensor(padded, device=self._device)).float()
-                for n, row, scores in zip(some, rows, logits, strict=True):
-                    wanted = torch.tensor(requests[n][2][-self.max_length :], device=self._device)
-                    own = F.log_softmax(scores[len(row) - 1 - len(wanted) : len(row) - 1], -1)
-                    total = own.gather(1, wanted[:, None]).sum().item()
-                    found[n] = total, bool((own.argmax(-1) == wanted).all())
+            for some, scored in zip(batches, self._shared_out(scores, batches), strict=True):
+                for n, score in zip(some, scored, strict=True):
+                    found[n] = score
                     if requests[n][0] is not None:
-                        self.cache_hook.add_partial("loglikelihood", requests[n][0], found[n])
+                        self.cache_hook.add_partial("loglikelihood", requests[n][0], score)
                 bar.at(len(found))
         return [found[n] for n in range(len(requests))]
+
+    def _scored(self, model: GPT, pairs: list[tuple[list[int], list[int]]]) -> list[Scored]:
+        device = model.wte.weight.device
+        rows = [(context + wanted)[-self.max_length - 1 :] for context, wanted in pairs]
+        longest = max(map(len, rows)) - 1
+        padded = [row[:-1] + [self.ids.eot] * (longest + 1 - len(row)) for row in rows]
+        scored: list[Scored] = []
+        logits = model(torch.tensor(padded, device=device)).float()
+        for row, (_, ids), scores in zip(rows, pairs, logits, strict=True):
+            wanted = torch.tensor(ids[-self.max_length :], device=device)
+            own = F.log_softmax(scores[len(row) - 1 - len(wanted) : len(row) - 1], -1)
+            total = own.gather(1, wanted[:, None]).sum().item()
+            scored.append((total, bool((own.argmax(-1) == wanted).all())))
+        return scored
 
     def loglikelihood_rolling(self, requests: list[Any], disable_tqdm: bool = False) -> list[float]:
         """Of whole texts, each token with as much before it as windows of the context leave."""
@@ -167,16 +204,22 @@ class Adapter(TemplateLM):  # type: ignore[misc]
         with Progress("texts", len(requests), not disable_tqdm, of_bytes=False) as bar:
             for group in alike.values():
                 options = requests[group[0]].args[1]
-                for some in _chunks(group, self.batch_size):
-                    texts = self._continue([requests[n].args[0] for n in some], options)
-                    for n, text in zip(some, texts, strict=True):
+                batches = list(_chunks(group, self.batch_size))
+
+                def texts(
+                    model: GPT, some: list[int], options: dict[str, Any] = options
+                ) -> list[str]:
+                    return self._continue(model, [requests[n].args[0] for n in some], options)
+
+                for some, made in zip(batches, self._shared_out(texts, batches), strict=True):
+                    for n, text in zip(some, made, strict=True):
                         found[n] = text
                         self.cache_hook.add_partial("generate_until", requests[n].args, text)
                     done += len(some)
                     bar.at(done)
         return found
 
-    def _continue(self, contexts: list[str], options: dict[str, Any]) -> list[str]:
+    def _continue(self, model: GPT, contexts: list[str], options: dict[str, Any]) -> list[str]:
         stop = options.get("until") or []
         stop = [stop] if isinstance(stop, str) else list(stop)
         most = int(options.get("max_gen_toks") or options.get("max_tokens") or _MOST_GENERATED)
@@ -190,10 +233,11 @@ class Adapter(TemplateLM):  # type: ignore[misc]
         rows = [self.tok_encode(text)[-room:] or [self.ids.eot] for text in contexts]
         longest = max(map(len, rows))
         tokens = torch.tensor([[self.ids.eot] * (longest - len(row)) + row for row in rows])
-        lengths = torch.tensor([len(row) for row in rows], device=self._device)
+        device = model.wte.weight.device
+        lengths = torch.tensor([len(row) for row in rows], device=device)
         streams = [TextStream(self.ids, stop) for _ in rows]
         texts = [""] * len(rows)
-        steps = self.trained.model.stream(tokens.to(self._device), most, sampling, lengths=lengths)
+        steps = model.stream(tokens.to(device), most, sampling, lengths=lengths)
         for step in steps:
             for n, token in enumerate(step[:, 0].tolist()):
                 texts[n] += streams[n].feed(token)

@@ -1,5 +1,7 @@
 """A trained model by the name of its checkpoint: RUN, RUN@STEP, or the folder of an export."""
 
+import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -66,6 +68,13 @@ def load_trained(name: str, dtype: torch.dtype | None = None) -> Trained:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     model = model.to(device, dtype or DTYPES[config.precision]).eval()
     return Trained(run, step, config, read_provenance(run), model)
+
+
+def on_devices(model: GPT, devices: Sequence[torch.device] = ()) -> list[GPT]:
+    """The model, which is on the first of the devices, and a copy on each other one; by default on
+    all GPUs."""
+    devices = devices or [torch.device("cuda", n) for n in range(torch.cuda.device_count())]
+    return [model, *(copy.deepcopy(model).to(one) for one in devices[1:])]
 
 
 def _exported(folder: Path) -> tuple[Path, int, GPT]:

@@ -1,6 +1,5 @@
 """Held-out loss of a trained model, by data set."""
 
-import copy
 import math
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +13,7 @@ from torch import Tensor
 from sparse_gpt.data import Batch, Dataset, Split, open_shards
 from sparse_gpt.data.batches.batches import IGNORED, count_windows
 from sparse_gpt.errors import ConfigError, DataError
-from sparse_gpt.evaluate.checkpoint import Trained
+from sparse_gpt.evaluate.checkpoint import Trained, on_devices
 from sparse_gpt.model.gpt import GPT
 from sparse_gpt.progress import Progress
 from sparse_gpt.train.engine import summed_loss
@@ -85,8 +84,7 @@ def evaluate(
         lengths = torch.from_numpy(trained.tokenizer.lengths)
     except DataError:
         lengths = None
-    devices = devices or [torch.device("cuda", n) for n in range(torch.cuda.device_count())]
-    models = [trained.model, *(copy.deepcopy(trained.model).to(one) for one in devices[1:])]
+    models = on_devices(trained.model, devices)
     return [
         _loss(trained, models, folder, dataset.held_out, lengths, max_tokens, progress)
         for folder, dataset in sources.items()

@@ -5,6 +5,7 @@ import subprocess
 import sys
 
 import pytest
+import torch
 import yaml
 from one_rank import train_here, world  # noqa: F401 - fixtures
 from ranks import ENVIRONMENT, ROOT
@@ -98,7 +99,7 @@ def answers_of_theirs(model, tasks):
 
 def answers_of_ours(run, tasks):
     found = simple_evaluate(
-        model=Adapter(load_trained(str(run)), 3),
+        model=Adapter(load_trained(str(run)), 3, devices=[torch.device("cpu")] * 2),
         tasks=list(TASKS),
         task_manager=TaskManager(include_path=tasks, include_defaults=False),
         log_samples=True,
