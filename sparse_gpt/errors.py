@@ -25,6 +25,15 @@ class ConfigError(InputError):
     """A run cannot be what its configuration says."""
 
 
+def told(error: BaseException) -> str | None:
+    """The one line that says an error which is the user's to mend; None for any other. A file that
+    the system refuses is one of them, in whatever command."""
+    if isinstance(error, OSError) and error.filename is not None:
+        # Of two names the second is the user's: a temporary file was to become it.
+        error = InputError(f"{error.filename2 or error.filename}: {error.strerror}")
+    return str(error) if isinstance(error, InputError) else None
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """ "did you mean 'n_layer'?" for the known name that is nearest; "" where none is near."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

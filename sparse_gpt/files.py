@@ -5,6 +5,7 @@ A sealed JSON file is an object whose first key, "hash", is the sha256 of the fi
 the 64 digits of that hash replaced by zeros.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -16,7 +17,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
-from sparse_gpt.errors import DataError
+from sparse_gpt.errors import DataError, told
 
 TEMPORARY = ".tmp-"
 _ZEROS = "0" * 64
@@ -27,11 +28,32 @@ def temporary(path: Path) -> Path:
     return path.with_name(TEMPORARY + path.name)
 
 
+def real(path: str | Path) -> Path:
+    """Where a path leads through its links; around a loop of them, to what nobody can open."""
+    return Path(os.path.realpath(path))
+
+
+@contextmanager
+def refusing(path: str | Path) -> Iterator[None]:
+    """What the file system refuses inside is said of `path`, or of the file that the error names.
+
+    Raises DataError."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)  # of a full disk it has none
+        raise DataError(told(error)) from None
+
+
 def sync(path: Path) -> None:
-    """Return when a file's content, or a folder's names, are on the disk."""
+    """Return when a file's content, or a folder's names, are on the disk; at once where the file
+    system cannot say so, as some cannot of folders."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.ENOSYS, errno.ENOTSUP):
+            raise
     finally:
         os.close(handle)
 
@@ -53,9 +75,15 @@ def publish_text(path: Path, text: str) -> None:
 
 
 def publish_bytes(path: Path, content: bytes) -> None:
-    """Make `path` a file of this content."""
-    temporary(path).write_bytes(content)
-    publish(path)
+    """Make `path` a file of this content. An OSError names a file, and leaves none."""
+    try:
+        temporary(path).write_bytes(content)
+        publish(path)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        with suppress(OSError):
+            temporary(path).unlink()
+        raise
 
 
 def to_json(value: Any, indent: int | None = 1) -> str:
@@ -94,13 +122,15 @@ def read_sealed(path: Path) -> dict[str, Any]:
 
 
 def lock(path: Path, *, shared: bool = False, wait: bool = False) -> int:
-    """Take the lock of a folder, or of a file that is made if missing; the handle that holds it.
+    """Take the lock of a folder, or of a file; the handle that holds it. A file is made if missing,
+    unless the lock is to be `shared`, for which who cannot write it may ask too.
 
     The kernel takes it back when the handle is closed or the process ends, even on SIGKILL. Raises
     BlockingIOError if another process holds it, unless it is to `wait`. Where a file system cannot
     lock, as some of networks, everybody gets it.
     """
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
+    reading = shared or path.is_dir()
+    handle = os.open(path, os.O_RDONLY if reading else os.O_RDWR | os.O_CREAT, 0o666)
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
     try:
         fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
@@ -123,38 +153,58 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
 
 
 @contextmanager
+def new_file(out: str | Path) -> Iterator[Path]:
+    """A file to write: it becomes `out` at the end, in place of one that was there, and goes where
+    that is not reached. Through a link it becomes the file that the link leads to. Raises DataError
+    if `out` is no file, and for every OSError until then."""
+    with refusing(out):
+        out = real(out)
+        if os.path.lexists(out) and not out.is_file():
+            raise DataError(f"{out}: is there already, and is no file; choose another name")
+        aside = temporary(out)
+        aside.touch()  # what cannot be written is not worked for
+        try:
+            yield aside
+            publish(out)
+        except BaseException:
+            aside.unlink(missing_ok=True)
+            raise
+
+
+@contextmanager
 def new_folder(out: str | Path) -> Iterator[Path]:
     """A folder to fill: it becomes the new folder `out` at the end, and goes where that is not
     reached. Raises DataError if `out` is there and not empty, if another process fills it, and for
     every OSError until then: a full disk, say."""
-    out = Path(out).resolve()
-    aside = temporary(out)
-    missing = [folder for folder in out.parents if not folder.exists()]
-    try:
+    with refusing(out):
+        out = real(out)
+        aside = temporary(out)
+        missing = [folder for folder in out.parents if not folder.exists()]
         if out.exists() and (not out.is_dir() or any(out.iterdir())):
             raise DataError(f"{out}: is there already; choose another folder")
         aside.mkdir(parents=True, exist_ok=True)
-        with locked(aside):
-            for left_by_a_killed_run in aside.iterdir():
-                left_by_a_killed_run.unlink()
-            try:
-                yield aside
-                publish(out)
-            except BaseException:
-                shutil.rmtree(aside, ignore_errors=True)
-                for folder in missing:  # the innermost first, as far as they are empty
-                    with suppress(OSError):
-                        folder.rmdir()
-                raise
-    except BlockingIOError:
-        raise DataError(f"{aside}: another run is writing there; wait for it to end") from None
-    except OSError as error:
-        raise DataError(f"{error.filename or out}: {error.strerror}") from None
+        try:
+            with locked(aside):
+                for left_by_a_killed_run in aside.iterdir():
+                    left_by_a_killed_run.unlink()
+                try:
+                    yield aside
+                    publish(out)
+                except BaseException:
+                    shutil.rmtree(aside, ignore_errors=True)
+                    for folder in missing:  # the innermost first, as far as they are empty
+                        with suppress(OSError):
+                            folder.rmdir()
+                    raise
+        except BlockingIOError:
+            raise DataError(f"{aside}: another run is writing there; wait for it to end") from None
 
 
 @contextmanager
 def replaced_folder(out: Path) -> Iterator[Path]:
-    """A folder to fill: it takes the place of `out` at the end. Several processes take turns."""
+    """A folder to fill: it takes the place of `out` at the end, or of the folder that this is a
+    link to. Several processes take turns."""
+    out = real(out)
     out.parent.mkdir(parents=True, exist_ok=True)
     with locked(out.with_name(f".{out.name}.lock"), wait=True):
         aside = temporary(out)

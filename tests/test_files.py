@@ -1,17 +1,22 @@
 """Files and folders that are whole or not there; locks."""
 
+import errno
+import fcntl
 import json
 import math
+import os
 import subprocess
 import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from other_file_systems import where_refused
 
 from sparse_gpt.errors import DataError
 from sparse_gpt.files import (
     locked,
+    new_file,
     new_folder,
     publish_text,
     read_sealed,
@@ -105,3 +110,80 @@ def test_what_is_sealed_is_read_and_what_was_altered_is_not(tmp_path_factory, fi
     publish_text(path, path.read_text().replace("{", "{ ", 1))
     with pytest.raises(DataError, match="damaged"):
         read_sealed(path)
+
+
+def test_a_new_file_is_whole_or_as_it_was_also_through_a_link(tmp_path):
+    def write(out, text, fails=False):
+        with new_file(out) as aside:
+            aside.write_text(text)
+            if fails:
+                raise ValueError("the reason")
+
+    (tmp_path / "disk").mkdir()
+    out, link = tmp_path / "disk/file", tmp_path / "link"
+    link.symlink_to(out)
+    with pytest.raises(ValueError, match="the reason"):
+        write(link, "half", fails=True)
+    assert list(tmp_path.glob("disk/*")) == []
+    for text in ("one", "two"):
+        write(link, text)
+        assert (out.read_text(), link.is_symlink()) == (text, True)
+    with pytest.raises(ValueError, match="the reason"):
+        write(link, "half", fails=True)
+    assert out.read_text() == "two"
+    assert [path.name for path in out.parent.iterdir()] == ["file"]
+
+
+def test_a_new_file_takes_the_place_of_files_alone(tmp_path):
+    (tmp_path / "folder").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "loop").symlink_to("loop")
+    for name in ("folder", "pipe", "loop"):
+        with pytest.raises(DataError, match=f"{name}: is there already, and is no file"):
+            new_file(tmp_path / name).__enter__()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["folder", "loop", "pipe"]
+
+
+def test_what_cannot_be_published_is_named_and_leaves_nothing(tmp_path):
+    (tmp_path / "folder").mkdir()
+    with pytest.raises(IsADirectoryError) as refused:
+        publish_text(tmp_path / "folder", "text")
+    assert refused.value.filename2 == str(tmp_path / "folder")
+    assert [path.name for path in tmp_path.iterdir()] == ["folder"]
+
+
+def test_a_replaced_folder_may_be_a_link(tmp_path):
+    (tmp_path / "disk/fit").mkdir(parents=True)
+    (tmp_path / "fit").symlink_to(tmp_path / "disk/fit")
+    for text in ("one", "two"):
+        with replaced_folder(tmp_path / "fit") as aside:
+            (aside / "file").write_text(text)
+        assert (tmp_path / "disk/fit/file").read_text() == text
+        assert (tmp_path / "fit").is_symlink()
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOLCK, errno.ENOTSUP])
+def test_where_a_file_system_cannot_lock_or_sync_all_else_goes_on(tmp_path, error):
+    def work():
+        with pytest.raises(OSError, match=os.strerror(error)), (tmp_path / "x").open("w") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+        with locked(tmp_path / "file"), locked(tmp_path), locked(tmp_path / "file", wait=True):
+            publish_text(tmp_path / "text", "text")
+        for make in (new_folder, replaced_folder):
+            with make(tmp_path / make.__name__) as aside:
+                (aside / "file").write_text("whole")
+
+    cannot_sync = errno.EINVAL if error == errno.ENOLCK else error
+    where_refused({"flock": error, "fsync": cannot_sync}, work)
+    assert (tmp_path / "text").read_text() == "text"
+    for name in ("new_folder", "replaced_folder"):
+        assert (tmp_path / name / "file").read_text() == "whole"
+
+
+def test_a_disk_that_fails_to_sync_is_an_error(tmp_path):
+    def work():
+        publish_text(tmp_path / "text", "text")
+
+    with pytest.raises(OSError, match=os.strerror(errno.EIO)):
+        where_refused({"fsync": errno.EIO}, work)
+    assert list(tmp_path.iterdir()) == []

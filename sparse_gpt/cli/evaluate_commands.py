@@ -187,7 +187,7 @@ def inspect(
     from sparse_gpt.evaluate.inspect import inspect
     from sparse_gpt.evaluate.inspect_page import page
     from sparse_gpt.evaluate.record import record_inspection
-    from sparse_gpt.files import publish_text
+    from sparse_gpt.files import new_file
     from sparse_gpt.train.feed import open_data
 
     trained = load_trained(checkpoint)
@@ -202,10 +202,8 @@ def inspect(
         print_json(asdict(found))
         return
     out = out or trained.run / f"inspect-{trained.step}.html"
-    try:
-        publish_text(out, page(found))
-    except OSError as error:
-        raise ConfigError(f"{out}: cannot be written: {error.strerror}") from None
+    with new_file(out) as aside:
+        aside.write_text(page(found), encoding="utf-8")
     print(f"{out}: open it in a browser")
 
 

@@ -4,6 +4,8 @@ Exit codes: 0 done, 2 bad input (one clear line), 1 failure, 75 stopped by a sig
 checkpoint. What takes seconds to import is imported inside the command that needs it.
 """
 
+import errno
+import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -17,7 +19,8 @@ from sparse_gpt.cli.data_commands import prepare, shards_app, vocab_app
 from sparse_gpt.cli.evaluate_commands import evaluate, export, generate, inspect
 from sparse_gpt.cli.sweep_commands import sweep_app
 from sparse_gpt.cli.terminal import Config, Json, Overrides, print_json, show
-from sparse_gpt.errors import InputError
+from sparse_gpt.errors import told
+from sparse_gpt.files import real
 
 if TYPE_CHECKING:
     from sparse_gpt.config.schema import RunConfig
@@ -42,6 +45,7 @@ def _print_version(asked: bool) -> None:
         raise typer.Exit
 
 
+_OF_OUTPUT = (errno.ENOSPC, errno.EDQUOT, errno.EIO, errno.EPIPE)
 Version = Annotated[bool, typer.Option("--version", callback=_print_version, is_eager=True)]
 
 
@@ -51,11 +55,22 @@ def _root(asked: Version = False) -> None:
 
 
 def main() -> None:
-    """Run the command line; bad input ends in one line and exit code 2."""
+    """Run the command line; bad input, and a file that the system refuses, end in one line and
+    exit code 2."""
     try:
-        app()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
+        try:
+            app()
+        finally:
+            sys.stdout.flush()
+    except Exception as error:
+        if isinstance(error, OSError) and error.errno in _OF_OUTPUT and error.filename is None:
+            error.filename = "the output"
+            os.dup2(os.open(os.devnull, os.O_WRONLY), 1)  # it is flushed once more at the end
+        if isinstance(error, BrokenPipeError):  # who reads it has enough
+            sys.exit(1)
+        if (line := told(error)) is None:
+            raise
+        print(f"error: {line}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -107,7 +122,7 @@ def train(
 
     if devices and hostfile:
         raise ConfigError("--devices is for this machine and --hostfile for several: give one")
-    arguments = ["--config", str(config.resolve()), *(overrides or [])]
+    arguments = ["--config", str(real(config)), *(overrides or [])]
     if slurm:
         if hostfile or restarts or not devices:
             raise ConfigError(

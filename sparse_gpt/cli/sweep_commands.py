@@ -1,8 +1,9 @@
 """`sparse-gpt sweep`: plan, run, status, fit."""
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
@@ -130,15 +131,26 @@ def run(
 
 @sweep_app.command(epilog="Example: sparse-gpt sweep status configs/sweeps/laptop.yaml")
 def status(file: File, out: Out = None, as_json: Json = False) -> None:
-    """Every run of the sweep: waiting, running, stopped, done or diverged, and its loss."""
+    """Every run of the sweep: waiting, running, stopped, done or diverged, and its loss.
+
+    Where the files of a run cannot be read it says so, and exits 2.
+    """
+    from sparse_gpt.errors import ConfigError, told
     from sparse_gpt.sweep.collect import STATES, loss, state
     from sparse_gpt.sweep.grid import read_sweep
     from sparse_gpt.train.metrics_file import read_metrics
 
     sweep = read_sweep(file, out)
-    found = []
+    found: list[dict[str, Any]] = []
+    problems = []
     for cell in sweep.cells:
-        rows, now = read_metrics(cell.run_dir), state(cell)
+        try:
+            rows, now = read_metrics(cell.run_dir), state(cell)
+        except Exception as error:
+            if (line := told(error)) is None:
+                raise
+            problems.append(line)
+            rows, now = [], "unreadable"
         found.append(
             {
                 "name": cell.name,
@@ -150,7 +162,14 @@ def status(file: File, out: Out = None, as_json: Json = False) -> None:
         )
     if as_json:
         print_json(found)
-        return
+    else:
+        _show_states(found, STATES)
+    if problems:
+        more = f" (and so {len(problems) - 1} more)" if len(problems) > 1 else ""
+        raise ConfigError(f"{problems[0]}{more}")
+
+
+def _show_states(found: list[dict[str, Any]], states: Sequence[str]) -> None:
     table = Table("run", "state")
     for column in ("step", "of", "validation loss"):
         table.add_column(column, justify="right")
@@ -159,7 +178,7 @@ def status(file: File, out: Out = None, as_json: Json = False) -> None:
         steps = f"{row['step']:,}", f"{row['steps']:,}"
         table.add_row(str(row["name"]), str(row["state"]), *steps, value)
     show(table)
-    counts = {name: sum(row["state"] == name for row in found) for name in STATES}
+    counts = {name: sum(row["state"] == name for row in found) for name in states}
     print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
 
 

@@ -16,6 +16,7 @@ import psutil
 
 from sparse_gpt.cluster.launcher import Launch, deepspeed_command
 from sparse_gpt.errors import ConfigError
+from sparse_gpt.files import real
 from sparse_gpt.train.arguments import PLAIN, encoded
 
 _LINE = re.compile(r"(\S+)\s+slots=(\d+)(\s+max_slots=\d+)?\s*")
@@ -31,7 +32,7 @@ def on_hosts(hostfile: Path, arguments: Sequence[str], master_port: int | None =
     """
     slots = _slots(hostfile)
     port = master_port or secrets.choice(_PORTS)  # another for each job on the hosts
-    options = ["--hostfile", str(hostfile.resolve()), "--master_port", str(port)]
+    options = ["--hostfile", str(real(hostfile)), "--master_port", str(port)]
     if len(slots) == 1 and _is_here(*slots):
         return Launch(sum(slots.values()), deepspeed_command(options, arguments))
     for what, path in (("the current folder", os.getcwd()), ("Python", sys.executable)):

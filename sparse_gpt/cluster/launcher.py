@@ -35,5 +35,5 @@ class Launch:
 
 
 def deepspeed_command(options: list[str], arguments: Sequence[str]) -> list[str]:
-    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--quiet"]
+    runner = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level=critical"]
     return [*runner, *options, "--module", RANK, *arguments]

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from sparse_gpt.cluster.launcher import RANK
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.files import publish_text
+from sparse_gpt.files import publish_text, real
 from sparse_gpt.train.distributed import PREEMPTED
 
 _NOTICE = 120  # seconds before the time limit in which ranks save a checkpoint
@@ -34,7 +34,7 @@ def train_script(
 {limit}#SBATCH --signal=USR1@{_NOTICE}
 #SBATCH --requeue
 #SBATCH --open-mode=append
-#SBATCH --output={run_dir.resolve()}/slurm-%j.out
+#SBATCH --output={real(run_dir)}/slurm-%j.out
 cd {shlex.quote(os.getcwd())}
 srun --kill-on-bad-exit=0 --wait=60 {shlex.join([sys.executable, "-u", "-m", RANK, *arguments])}
 code=$?

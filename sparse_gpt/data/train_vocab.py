@@ -15,7 +15,7 @@ from sparse_gpt.data.corpus.sources import SourceFile, find_files
 from sparse_gpt.data.preparation.units import Options, held_out_below
 from sparse_gpt.data.vocabulary import PATTERNS, check_pattern
 from sparse_gpt.errors import DataError
-from sparse_gpt.files import publish, temporary
+from sparse_gpt.files import new_file
 
 if TYPE_CHECKING:
     import tokenizers
@@ -58,17 +58,17 @@ def train_vocab(
     if not out.parent.is_dir():
         raise DataError(f"{out.parent}: no such folder; make it first")
     files = find_files(sources, rows=bool(conditions))
-    bpe = learn(_texts(files, options.of(files)), size, pattern, progress)
-    alphabet = byte_alphabet()
-    learned = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
-    if len(learned) != size - 1:
-        raise DataError(f"the text yields {len(learned) + 1} ids, not {size}; lower the size")
-    lines = (
-        b"%s %d\n" % (base64.b64encode(bytes(alphabet[char] for char in token)), rank)
-        for token, rank in learned
-    )
-    temporary(out).write_bytes(b"".join(lines))
-    publish(out)
+    with new_file(out) as aside:
+        bpe = learn(_texts(files, options.of(files)), size, pattern, progress)
+        alphabet = byte_alphabet()
+        learned = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
+        if len(learned) != size - 1:
+            raise DataError(f"the text yields {len(learned) + 1} ids, not {size}; lower the size")
+        lines = (
+            b"%s %d\n" % (base64.b64encode(bytes(alphabet[char] for char in token)), rank)
+            for token, rank in learned
+        )
+        aside.write_bytes(b"".join(lines))
 
 
 def learn(

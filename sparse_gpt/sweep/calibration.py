@@ -6,10 +6,14 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 
+from pydantic import TypeAdapter
+
 from sparse_gpt.config.load import to_yaml
 from sparse_gpt.config.schema import DurationConfig, LogConfig
+from sparse_gpt.errors import ConfigError
 from sparse_gpt.files import publish_text, to_json
 from sparse_gpt.provenance import provenance
+from sparse_gpt.schema import checked
 from sparse_gpt.sweep.execute import Trainer
 from sparse_gpt.sweep.grid import Cell, Sweep
 from sparse_gpt.train.metrics_file import read_metrics
@@ -23,6 +27,9 @@ class Pace:
 
     start: float
     step: float
+
+
+_FORM = TypeAdapter(dict[str, Pace])
 
 
 def calibrate(sweep: Sweep, trainer: Trainer) -> None:
@@ -78,7 +85,10 @@ def estimate(sweep: Sweep) -> dict[str, float] | None:
     path = sweep.out / "calibration.json"
     if not path.exists():
         return None
-    paces = {name: Pace(**pace) for name, pace in json.loads(path.read_text())["seconds"].items()}
+    try:
+        paces = checked(_FORM, json.loads(path.read_text())["seconds"])
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise ConfigError(f"{path}: is damaged ({error}); measure again with --calibrate") from None
     if not paces:
         return None
     seconds = {}

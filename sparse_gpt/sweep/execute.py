@@ -13,6 +13,7 @@ import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
+from contextlib import suppress
 from pathlib import Path
 from queue import SimpleQueue
 
@@ -21,11 +22,11 @@ from rich.console import Console
 
 from sparse_gpt.cluster.slurm import submit
 from sparse_gpt.cluster.this_machine import cores
-from sparse_gpt.errors import ConfigError
+from sparse_gpt.errors import ConfigError, told
+from sparse_gpt.files import real
 from sparse_gpt.progress import Progress
-from sparse_gpt.sweep.collect import computed_flops, ended, log_path, loss, state
+from sparse_gpt.sweep.collect import computed_flops, ended, log_path, reached, state
 from sparse_gpt.sweep.grid import Cell, Sweep, write_configs
-from sparse_gpt.train.metrics_file import read_metrics
 from sparse_gpt.train.run_dir import fork, held
 
 _POLL = 1.0  # seconds
@@ -103,8 +104,9 @@ def run_sweep(
         try:
             while True:
                 if bar.drawn:
-                    bar.title(f"{sum(map(ended, cells))}/{len(cells)} runs")
-                    bar.at(sum(map(computed_flops, cells)))
+                    with suppress(ConfigError, OSError):  # said where the run's turn comes
+                        bar.title(f"{sum(map(ended, cells))}/{len(cells)} runs")
+                        bar.at(sum(map(computed_flops, cells)))
                 if not todo:
                     return problems
                 done, todo = wait(todo, timeout=_POLL, return_when=FIRST_COMPLETED)
@@ -126,17 +128,22 @@ def _train_chain(cells: list[Cell], trainer: Trainer, console: Console) -> list[
     for cell in cells:
         if trainer.stopping.is_set():
             break
-        started = time.monotonic()
-        already = state(cell) in ("done", "diverged")
-        problem = None if already else _train(cells[0], cell, trainer)
-        if problem is None and state(cell) == "diverged":
-            problem = f"{cell.name}: diverged; it is left out of the fit"
+        started, already = time.monotonic(), False
+        try:
+            already = state(cell) in ("done", "diverged")
+            problem = None if already else _train(cells[0], cell, trainer)
+            if problem is None and state(cell) == "diverged":
+                problem = f"{cell.name}: diverged; it is left out of the fit"
+        except Exception as error:  # of one run's files: the others go on
+            if (line := told(error)) is None:
+                raise
+            problem = f"{cell.name}: {line}"
         if problem:
             problems.append(problem)
             console.print(problem, style="yellow", highlight=False, soft_wrap=True)
         elif not already and not console.is_terminal:
-            seconds, reached = time.monotonic() - started, loss(read_metrics(cell.run_dir))
-            console.print(f"{cell.name}: loss {reached:.4f}, {seconds:.0f} s", soft_wrap=True)
+            seconds = time.monotonic() - started
+            console.print(f"{cell.name}: loss {reached(cell):.4f}, {seconds:.0f} s", soft_wrap=True)
     return problems
 
 
@@ -149,10 +156,7 @@ def _train(trunk: Cell, cell: Cell, trainer: Trainer) -> str | None:
         if state(cell) in ("done", "diverged"):
             return None
         if cell.fork_step is not None and not cell.run_dir.exists():
-            try:
-                fork(trunk.run_dir, cell.fork_step, cell.run_dir)
-            except ConfigError as error:
-                return f"{cell.name}: not started: {error}"
+            fork(trunk.run_dir, cell.fork_step, cell.run_dir)
         code = trainer.train(cell.config_path, log_path(cell))
         if trainer.stopping.is_set():
             return None
@@ -162,8 +166,8 @@ def _train(trunk: Cell, cell: Cell, trainer: Trainer) -> str | None:
 
 def slurm_script(sweep: Sweep, jobs: int, devices: int) -> str:
     """An array with one task a chain, `jobs` at a time, each on `devices` GPUs of one node."""
-    command = [sys.executable, "-m", "sparse_gpt", "sweep", "run", str(sweep.path.resolve())]
-    command += ["--out", str(sweep.out.resolve()), "--devices", str(devices)]
+    command = [sys.executable, "-m", "sparse_gpt", "sweep", "run", str(real(sweep.path))]
+    command += ["--out", str(real(sweep.out)), "--devices", str(devices)]
     return f"""#!/bin/bash
 #SBATCH --job-name={sweep.path.stem}
 #SBATCH --array=0-{len(sweep.chains) - 1}%{jobs}
@@ -171,7 +175,7 @@ def slurm_script(sweep: Sweep, jobs: int, devices: int) -> str:
 #SBATCH --ntasks=1
 #SBATCH --gpus-per-node={devices}
 #SBATCH --requeue
-#SBATCH --output={sweep.out.resolve()}/logs/slurm-%A_%a.out
+#SBATCH --output={real(sweep.out)}/logs/slurm-%A_%a.out
 cd {shlex.quote(os.getcwd())}
 exec {shlex.join(command)} --chain "$SLURM_ARRAY_TASK_ID"
 """

@@ -15,7 +15,7 @@ import torch
 import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
-from sparse_gpt.errors import ConfigError
+from sparse_gpt.errors import ConfigError, told
 from sparse_gpt.train.gpus import GPUS
 
 PREEMPTED = 75  # exit code of a run that saved and stopped because it was told to (EX_TEMPFAIL)
@@ -53,9 +53,19 @@ class World:
         return self.sum(value) / self.size
 
     def from_rank_0(self, value: Callable[[], Any]) -> Any:
-        """What rank 0 finds by calling `value`, on every rank."""
-        box = [value() if self.rank == 0 else None]
+        """What rank 0 finds by calling `value`, on every rank; or the error that is the user's to
+        mend, as a ConfigError on every rank, so that none is left waiting and has more to say."""
+        box: list[Any] = [None, None]
+        if self.rank == 0:
+            try:
+                box[0] = value()
+            except Exception as error:
+                box[1] = told(error)
+                if box[1] is None:
+                    raise
         dist.broadcast_object_list(box, src=0, device=self.device)
+        if box[1] is not None:
+            raise ConfigError(box[1])
         return box[0]
 
 

@@ -41,9 +41,8 @@ def train(config: RunConfig) -> None:
     """
     blend = check(config, read_environment()[2])
     preemption = Preemption()
-    if read_environment()[0] == 0:
-        hold(Path(config.run_dir))
     world = join_world(config.fault.timeout_seconds)
+    world.from_rank_0(partial(hold, Path(config.run_dir)))
 
     torch.manual_seed(config.seed)
     new = not begins_anew(config)
@@ -64,7 +63,9 @@ def train(config: RunConfig) -> None:
     if state.guard:
         engine.guard.load(state.guard)
     source = None if new or world.rank else origin_of(config)
-    run_dir = open_run_dir(config, world, blend, state.step, found, source)
+    run_dir = world.from_rank_0(
+        partial(open_run_dir, config, world, blend, state.step, found, source)
+    )
     batches = read_from(config, blend, world, state.samples)
     with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
         if state.step == 0:

@@ -9,7 +9,6 @@ import errno
 import json
 import math
 import os
-import shutil
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -91,8 +90,11 @@ class MetricsFile:
             raise
 
     def _draw_all(self) -> SummaryWriter:
-        folder = self.run_dir / "tensorboard"
-        shutil.rmtree(folder, ignore_errors=True)
+        folder = self.run_dir / "tensorboard"  # which may be a link
+        folder.mkdir(exist_ok=True)
+        for old in folder.iterdir():
+            if old.name.startswith("events.out.tfevents."):
+                old.unlink()
         board = SummaryWriter(str(folder), flush_secs=5)
         self._begin(board)
         for row in read_metrics(self.run_dir):

@@ -8,7 +8,7 @@ import warnings
 import torch.distributed as dist
 
 from sparse_gpt.config.load import load_config
-from sparse_gpt.errors import InputError
+from sparse_gpt.errors import InputError, told
 from sparse_gpt.train.arguments import parse
 from sparse_gpt.train.checkpoint.checkpoints import CheckpointError
 from sparse_gpt.train.distributed import (
@@ -48,11 +48,12 @@ def main() -> None:
         dist.barrier()
         os._exit(1)
     except Exception as error:
-        line = lost_peer(error)
-        if line is None:
+        cause, seen = told(error), lost_peer(error)
+        if cause is None and seen is None:
             raise
-        print(f"error: {line}", file=sys.stderr, flush=True)
-        time.sleep(WITNESS_WAITS)
+        print(f"error: {cause or seen}", file=sys.stderr, flush=True)
+        if cause is None:
+            time.sleep(WITNESS_WAITS)
         os._exit(1)
     dist.barrier()
     sys.stdout.flush()

@@ -7,6 +7,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 import time
 from functools import lru_cache
 from pathlib import Path
@@ -130,12 +131,18 @@ def open_run_dir(
 def hold(folder: Path) -> None:
     """Keep other processes from training in `folder` until this one ends, however it ends.
 
-    Raises ConfigError if another one does already, or the folder cannot be made.
+    Raises ConfigError if another one does already, or the folder cannot be made or written.
     """
+    place = folder
     try:
         folder.mkdir(parents=True, exist_ok=True)
+        for place in (folder, folder / "checkpoints"):
+            if os.path.lexists(place):
+                with tempfile.TemporaryFile(dir=place):
+                    pass
     except (OSError, ValueError) as error:
-        raise ConfigError(f"run_dir: {folder} cannot be made: {error}") from None
+        reason = error.strerror if isinstance(error, OSError) else error
+        raise ConfigError(f"run_dir: {place} cannot be made or written: {reason}") from None
     for _ in range(20):  # a look by `held` takes the lock for a moment
         try:
             lock(folder / ".lock")  # given back by the process's end
@@ -147,12 +154,12 @@ def hold(folder: Path) -> None:
 
 
 def held(folder: Path) -> bool:
-    """Whether a process trains in `folder` now."""
-    if not (folder / ".lock").exists():
-        return False
+    """Whether a process trains in `folder` now. Raises OSError where that cannot be known."""
     try:
-        with locked(folder / ".lock"):
+        with locked(folder / ".lock", shared=True):
             return False
+    except FileNotFoundError:
+        return False
     except BlockingIOError:
         return True
 
@@ -160,14 +167,15 @@ def held(folder: Path) -> bool:
 def fork(trunk: Path, step: int, folder: Path) -> None:
     """Make `folder` the run that `trunk` was after `step` steps; it appears whole or not at all.
 
-    The two share the checkpoint's files. Raises ConfigError where the trunk has no such checkpoint.
+    The two share the checkpoint's files, where the file system lets them. Raises ConfigError where
+    the trunk has no such checkpoint.
     """
     checkpoint = trunk / "checkpoints" / tag_of(step)
     if not checkpoint.exists():
         raise ConfigError(f"{checkpoint}: is not there; the run that forks from it needs it")
     aside = temporary(folder)
     shutil.rmtree(aside, ignore_errors=True)
-    shutil.copytree(checkpoint, aside / "checkpoints" / tag_of(step), copy_function=os.link)
+    shutil.copytree(checkpoint, aside / "checkpoints" / tag_of(step), copy_function=_link)
     (aside / "checkpoints/latest").write_text(tag_of(step))
     if (trunk / VOCAB_FILE).exists():
         shutil.copy(trunk / VOCAB_FILE, aside)
@@ -176,6 +184,13 @@ def fork(trunk: Path, step: int, folder: Path) -> None:
     record = {**read_provenance(trunk), "forked_from": {"run": str(trunk), "step": step}}
     publish_text(aside / "provenance.json", to_json(record) + "\n")
     publish(folder)
+
+
+def _link(file: str, name: str) -> None:
+    try:
+        os.link(file, name)
+    except OSError:  # to another disk, or where there are no hard links
+        shutil.copy2(file, name)
 
 
 def read_provenance(folder: Path) -> dict[str, Any]:

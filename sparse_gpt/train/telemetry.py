@@ -3,6 +3,7 @@
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -70,8 +71,10 @@ class Telemetry:
         self._layout = {**_LAYOUT, **(_BLEND_LAYOUT if config.data.blend else {})}
         if not isinstance(getattr(config.model.ffn, "spectral", None), DictionaryConfig):
             del self._layout["Routing"]
-        if world.rank == 0:
-            self._metrics_file = MetricsFile(run_dir, resume_step, self._begin, self._draw)
+        world.from_rank_0(partial(self._open, run_dir, resume_step))
+
+    def _open(self, run_dir: Path, resume_step: int) -> None:
+        self._metrics_file = MetricsFile(run_dir, resume_step, self._begin, self._draw)
 
     def __enter__(self) -> "Telemetry":
         return self

@@ -6,6 +6,7 @@ import json
 import math
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -265,7 +266,9 @@ def pretend(cell, loss):
     text = "".join(json.dumps(row) + "\n" for row in rows)
     (cell.run_dir / "metrics.jsonl").write_text(text)
     start = {"hardware": {"world_size": 1}}
-    (cell.run_dir / "provenance.json").write_text(json.dumps({"starts": [start]}))
+    (cell.run_dir / "provenance.json").write_text(
+        json.dumps({"data_manifest_hash": "", "starts": [start]})
+    )
 
 
 @pytest.fixture
@@ -359,6 +362,64 @@ def test_a_fit_that_cannot_be_says_what_is_missing(command, finished_sweep, tmp_
     assert says in done.stderr
     assert len(done.stderr.splitlines()) == 1
     assert not (tmp_path / "out/fit").exists()
+
+
+def lead_nowhere(path):
+    """Where a folder was, a link to a disk that is not there."""
+    shutil.rmtree(path, ignore_errors=True)
+    path.symlink_to("/no/such/disk")
+
+
+@pytest.mark.parametrize(
+    ("name", "harm"),
+    [
+        ("", lead_nowhere),
+        ("checkpoints", lead_nowhere),
+        ("incidents", lead_nowhere),
+        ("metrics.jsonl", Path.unlink),
+        ("metrics.jsonl", lambda path: (path.unlink(), path.mkdir())),
+        ("metrics.jsonl", lambda path: path.write_text("{}\n")),
+    ],
+)
+def test_a_run_that_cannot_be_read_is_said_and_neither_trained_anew_nor_left_out(
+    command, sweep_tree, tmp_path, name, harm
+):
+    sweep = read_sweep(write(sweep_tree, tmp_path / "s.yaml"), tmp_path / "out")
+    for cell in sweep.cells:
+        pretend(cell, 4.0)
+    harmed = sweep.cells[1]
+    harm(harmed.run_dir / name)
+    where = str(harmed.run_dir / name).rstrip("/")
+    out = ("--out", tmp_path / "out")
+
+    status = command("sweep", "status", sweep.path, *out, "--json")
+    assert status.returncode == 2
+    assert status.stderr.startswith(f"error: {where}")
+    assert status.stderr.count("\n") == 1
+    states = {row["name"]: row["state"] for row in json.loads(status.stdout)}
+    assert states.pop(harmed.name) == "unreadable"
+    assert set(states.values()) == {"done"}
+
+    fit = command("sweep", "fit", sweep.path, *out)
+    assert fit.returncode == 2
+    assert fit.stderr == status.stderr
+
+    run = command("sweep", "run", sweep.path, *out)
+    assert run.returncode == 1
+    assert run.stderr.splitlines()[-1] == f"{harmed.name}: {where}" + (
+        status.stderr.removeprefix(f"error: {where}").rstrip("\n")
+    )
+    assert not (tmp_path / "out/logs").exists()  # nothing was trained
+
+
+@pytest.mark.parametrize("text", ["{", "[]", '{"seconds": {"dense d32": {"start": "soon"}}}'])
+def test_a_damaged_measurement_of_time_is_said(refused, sweep_tree, tmp_path, text):
+    path = write(sweep_tree, tmp_path / "s.yaml")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/calibration.json").write_text(text)
+    assert "calibration.json: is damaged" in refused(
+        "sweep", "plan", path, "--out", tmp_path / "out"
+    )
 
 
 def test_a_plan_measures_its_time(command, sweep_tree, tmp_path):

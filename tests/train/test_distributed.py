@@ -47,6 +47,7 @@ TALKING = """
 import os, sys, time, torch
 import torch.distributed as dist
 from pathlib import Path
+from sparse_gpt.errors import ConfigError
 from sparse_gpt.train.distributed import join_world, limit_waiting, lost_peer
 
 world, done = join_world(), Path(sys.argv[1])
@@ -54,6 +55,10 @@ value = torch.tensor([1.0, 10.0]) * (world.rank + 1)
 asked = []
 print(world.sum(value).tolist(), world.mean(value).tolist(), value.tolist())
 print(world.from_rank_0(lambda: asked.append(world.rank) or {"of": world.rank}), asked, flush=True)
+try:
+    world.from_rank_0(Path("/no/such/file").read_text)
+except ConfigError as error:
+    print(error, flush=True)
 limit_waiting(0.5)
 if world.rank == 0:  # waits for the other in vain, and says so
     try:
@@ -69,12 +74,13 @@ os._exit(0)
 
 def test_ranks_talk_and_say_when_one_is_silent(tmp_path):
     first, second = run_on_ranks(TALKING, tmp_path / "done")
-    numbers, found, lost = first.splitlines()
+    numbers, found, refused, lost = first.splitlines()
     assert numbers == "[3.0, 30.0] [1.5, 15.0] [1.0, 10.0]"
     assert found == "{'of': 0} [0]"
+    assert refused == "/no/such/file: No such file or directory"
     assert lost.startswith("rank 0 on ")
     assert "another rank is lost or hangs (" in lost
-    assert second.splitlines() == ["[3.0, 30.0] [1.5, 15.0] [2.0, 20.0]", "{'of': 0} []"]
+    assert second.splitlines() == ["[3.0, 30.0] [1.5, 15.0] [2.0, 20.0]", "{'of': 0} []", refused]
 
 
 def test_other_errors_are_no_lost_peer():

@@ -4,6 +4,7 @@ import math
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from sparse_gpt.errors import told
 from sparse_gpt.train.metrics_file import MetricsFile, final_loss, read_metrics
 
 
@@ -112,3 +113,31 @@ def test_rows_wait_for_room_on_a_full_disk(opened, small_disk, capsys):
     assert read_metrics(run_dir) == [row(each) for each in range(step + 3)]
     assert drawn(run_dir) == list(range(step + 3))
     assert capsys.readouterr().err == ""
+
+
+def test_a_linked_folder_shows_no_step_twice_after_a_resume(opened, tmp_path):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "disk/notes").write_text("mine")
+    (tmp_path / "run/tensorboard").symlink_to(tmp_path / "disk")
+    for start in (0, 2, 3):
+        file = opened(start, tmp_path / "run")
+        for step in range(start + 1, 5):
+            file.add(row(step))
+        file.close()
+        board = EventAccumulator(str(tmp_path / "disk"), {"scalars": 0})
+        board.Reload()
+        assert [event.step for event in board.Scalars("loss")] == [1, 2, 3, 4]
+    assert (tmp_path / "disk/notes").read_text() == "mine"
+    assert (tmp_path / "run/tensorboard").is_symlink()
+
+
+@pytest.mark.parametrize("name", ["tensorboard", "metrics.jsonl"])
+def test_a_place_that_cannot_hold_the_record_is_named(opened, tmp_path, name):
+    if name == "tensorboard":
+        (tmp_path / name).symlink_to(tmp_path / "gone/gone")
+    else:
+        (tmp_path / name).mkdir()
+    with pytest.raises(OSError) as refused:  # noqa: PT011 - the name is what counts
+        opened(0)
+    assert str(tmp_path / name) in told(refused.value)

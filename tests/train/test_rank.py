@@ -29,3 +29,23 @@ def test_torchrun_and_srun_train_as_any_launcher(run_file, tmp_path):
         ranks.append(subprocess.Popen(command, env=env, text=True, **output))
     finish(ranks)
     assert exact(tmp_path / "srun") == plain
+
+
+def test_ranks_that_cannot_begin_say_one_line_together(run_file):
+    """A rank that another's end or absence has stopped adds no traceback and no frames of C++."""
+    (run_file.parent / "run").mkdir()
+    (run_file.parent / "run/tensorboard").write_text("a file")
+    ranks = start_ranks(run_file)
+    outputs = [rank.communicate(timeout=300)[0] for rank in ranks]
+    assert [rank.returncode for rank in ranks] == [2, 2]
+    assert outputs == [f"error: {run_file.parent / 'run/tensorboard'}: File exists\n", ""]
+
+
+def test_a_rank_that_finds_no_other_says_one_line(run_file):
+    ranks = start_ranks(run_file, "fault.timeout_seconds=1")
+    ranks[0].kill()
+    said = ranks[1].communicate(timeout=300)[0]
+    assert ranks[1].returncode == 1
+    [line] = said.splitlines()
+    assert line.startswith("error: rank 1 on ")
+    assert "another rank is lost or hangs (" in line

@@ -1,8 +1,11 @@
+import errno
+import fcntl
 import subprocess
 import sys
 
 import pytest
 import torch
+from other_file_systems import where_refused
 from ranks import ROOT, exact
 
 from sparse_gpt.config.load import load_config
@@ -167,3 +170,42 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ConfigError, match=r"run_dir: .*file/run cannot be made"):
         hold(tmp_path / "file/run")
+
+
+@pytest.mark.parametrize("place", ["run", "run/checkpoints"])
+def test_a_run_that_cannot_be_written_is_not_begun(tmp_path, small_disk, place):
+    """Not at its first checkpoint, hours later."""
+    path = tmp_path / place
+    path.parent.mkdir(exist_ok=True)
+    path.symlink_to(small_disk.folder)
+    subprocess.run(["mount", "-o", "remount,ro", small_disk.folder], check=True)
+    with pytest.raises(ConfigError, match=f"{place} cannot be made or written: Read-only file"):
+        hold(tmp_path / "run")
+    path.unlink()
+    path.write_text("a file")
+    with pytest.raises(ConfigError, match=f"{place} cannot be made or written"):
+        hold(tmp_path / "run")
+    assert not list(tmp_path.rglob(".lock"))
+
+
+def test_whether_a_run_is_held_is_known_where_it_cannot_be_written(tmp_path, small_disk):
+    (small_disk.folder / ".lock").touch()
+    writer = (small_disk.folder / ".lock").open()
+    subprocess.run(["mount", "-o", "remount,ro", small_disk.folder], check=True)
+    assert not held(small_disk.folder)
+    fcntl.flock(writer, fcntl.LOCK_EX)
+    assert held(small_disk.folder)
+
+
+@pytest.mark.parametrize("error", [errno.EPERM, errno.EXDEV, errno.ENOTSUP])
+def test_a_fork_copies_what_cannot_be_linked(tmp_path, error):
+    trunk = tmp_path / "trunk"
+    (trunk / "checkpoints" / tag_of(8)).mkdir(parents=True)
+    (trunk / "checkpoints" / tag_of(8) / "rank-0.pt").write_bytes(b"weights")
+    for name in ("config.yaml", "metrics.jsonl"):
+        (trunk / name).write_text("")
+    (trunk / "provenance.json").write_text('{"data_manifest_hash": "", "starts": [{}]}')
+    calls = {"link": error, "linkat": error}
+    where_refused(calls, lambda: fork(trunk, 8, tmp_path / "fork"))
+    copy = tmp_path / "fork/checkpoints" / tag_of(8) / "rank-0.pt"
+    assert (copy.read_bytes(), copy.stat().st_nlink) == (b"weights", 1)

@@ -16,7 +16,7 @@ from sparse_gpt.data.interop.formats import MEGATRON, MEGATRON_MAGIC, Ids, of_fo
 from sparse_gpt.data.shards.format import HEADER_BYTES, INDEX, LLM_C, MAX_TOKENS, ShardEntry
 from sparse_gpt.data.shards.reader import Dataset, Split, open_shards
 from sparse_gpt.errors import DataError
-from sparse_gpt.files import new_folder
+from sparse_gpt.files import new_folder, real
 from sparse_gpt.progress import Progress
 
 Done = Callable[[int], None]  # counts bytes of tokens as written
@@ -54,7 +54,7 @@ def export_shards(
     n_bytes = sum(split.n_tokens * split.dtype.itemsize for split in splits)
     with new_folder(out) as aside, Progress("exporting", n_bytes, progress) as bar:
         for split in splits:
-            write(dataset, split, aside, Path(out).resolve().name, shard_tokens, bar.advance)
+            write(dataset, split, aside, real(out).name, shard_tokens, bar.advance)
     return sorted(Path(out).iterdir())
 
 

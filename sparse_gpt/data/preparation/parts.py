@@ -73,8 +73,9 @@ def claim(out: Path, part: Part) -> Iterator[None]:
     Raises DataError if `out` cannot be written, holds what no unit writes, or is held by another
     process.
     """
-    missing = [folder for folder in (out, *out.parents) if not folder.exists()]
+    missing: list[Path] = []
     try:
+        missing += [folder for folder in (out, *out.parents) if not folder.exists()]
         out.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=out):
             pass

@@ -50,6 +50,7 @@ from sparse_gpt.data.shards.manifest import SPLITS, Manifest, Splits, read_manif
 from sparse_gpt.data.tokenizer import Tokenizer, load_tokenizer
 from sparse_gpt.data.workers import in_order
 from sparse_gpt.errors import DataError, Resumable
+from sparse_gpt.files import real
 from sparse_gpt.progress import Progress
 
 
@@ -120,7 +121,7 @@ def prepare(
     tokenizer = load()
     out = Path(out)
     for source in map(Path, sources):
-        if source.is_dir() and source.resolve() in (out.resolve(), *out.resolve().parents):
+        if source.is_dir() and real(source) in (real(out), *real(out).parents):
             raise DataError(f"{out}: lies in the source {source}; write the shards elsewhere")
     tell = partial(print, file=sys.stderr) if progress else None
     files = find_files(sources, bool(conditions), tell)
