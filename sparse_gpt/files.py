@@ -5,6 +5,7 @@ A sealed JSON file is an object whose first key, "hash", is the sha256 of the fi
 the 64 digits of that hash replaced by zeros.
 """
 
+import errno
 import fcntl
 import hashlib
 import json
@@ -19,6 +20,8 @@ from typing import Any
 from sparse_gpt.errors import DataError
 
 TEMPORARY = ".tmp-"
+# Of a folder that was written before: no waiting mends it, as room on a disk may come.
+LOST = {errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM}
 _ZEROS = "0" * 64
 
 
