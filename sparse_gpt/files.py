@@ -56,9 +56,10 @@ def publish_text(path: Path, text: str) -> None:
 
 
 def publish_bytes(path: Path, content: bytes) -> None:
-    """Make `path` a file of this content."""
-    temporary(path).write_bytes(content)
-    publish(path)
+    """Make `path` a file of this content. Processes that do so at once take turns."""
+    with locked(temporary(path), wait=True):  # else one empties what another is about to name
+        temporary(path).write_bytes(content)
+        publish(path)
 
 
 def to_json(value: Any, indent: int | None = 1) -> str:
@@ -96,29 +97,36 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return dict(fields)
 
 
-def lock(path: Path, *, shared: bool = False, wait: bool = False) -> int:
-    """Take the lock of a folder, or of a file that is made if missing; the handle that holds it.
+def lock(path: Path, *, shared: bool = False, wait: bool = False, folder: bool = False) -> int:
+    """Take the lock of a file that is made if missing, or of a folder; the handle that holds it.
 
-    The kernel takes it back when the handle is closed or the process ends, even on SIGKILL. Raises
-    BlockingIOError if another process holds it, unless it is to `wait`. Where a file system cannot
-    lock, as some of networks, everybody gets it.
+    It is of what has the name now, not of what had it when the wait began. The kernel takes it back
+    when the handle is closed or the process ends, even on SIGKILL. Raises BlockingIOError if
+    another process holds it, unless it is to `wait`. Where a file system cannot lock, as some of
+    networks, everybody gets it.
     """
-    handle = os.open(path, os.O_RDONLY if path.is_dir() else os.O_RDWR | os.O_CREAT)
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    try:
-        fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
-    except BlockingIOError:
+    while True:
+        handle = os.open(path, os.O_RDONLY if folder else os.O_RDWR | os.O_CREAT)
+        try:
+            fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise
+        except OSError:
+            pass
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
         os.close(handle)
-        raise
-    except OSError:
-        pass
-    return handle
 
 
 @contextmanager
-def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+def locked(
+    path: Path, *, shared: bool = False, wait: bool = False, folder: bool = False
+) -> Iterator[None]:
     """Hold `lock` inside the `with`."""
-    handle = lock(path, shared=shared, wait=wait)
+    handle = lock(path, shared=shared, wait=wait, folder=folder)
     try:
         yield
     finally:
@@ -134,13 +142,13 @@ def new_folder(out: str | Path) -> Iterator[Path]:
     aside = temporary(out)
     missing = [folder for folder in out.parents if not folder.exists()]
     try:
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DataError(f"{out}: is there already; choose another folder")
         aside.mkdir(parents=True, exist_ok=True)
-        with locked(aside):
-            for left_by_a_killed_run in aside.iterdir():
-                left_by_a_killed_run.unlink()
+        with locked(aside, folder=True):
             try:
+                if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                    raise DataError(f"{out}: is there already; choose another folder")
+                for left_by_a_killed_run in aside.iterdir():
+                    left_by_a_killed_run.unlink()
                 yield aside
                 publish(out)
             except BaseException:

@@ -15,7 +15,7 @@ from sparse_gpt.data.corpus.sources import SourceFile, find_files
 from sparse_gpt.data.preparation.units import Options, held_out_below
 from sparse_gpt.data.vocabulary import PATTERNS, check_pattern
 from sparse_gpt.errors import DataError
-from sparse_gpt.files import publish, temporary
+from sparse_gpt.files import publish_bytes
 
 if TYPE_CHECKING:
     import tokenizers
@@ -63,12 +63,11 @@ def train_vocab(
     learned = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
     if len(learned) != size - 1:
         raise DataError(f"the text yields {len(learned) + 1} ids, not {size}; lower the size")
-    lines = (
+    ranks = b"".join(
         b"%s %d\n" % (base64.b64encode(bytes(alphabet[char] for char in token)), rank)
         for token, rank in learned
     )
-    temporary(out).write_bytes(b"".join(lines))
-    publish(out)
+    publish_bytes(out, ranks)
 
 
 def learn(
