@@ -20,6 +20,8 @@ from typing import Any
 from sparse_gpt.errors import DataError, told
 
 TEMPORARY = ".tmp-"
+# Of a folder that was written before: no waiting mends it, as room on a disk may come.
+LOST = {errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM}
 _ZEROS = "0" * 64
 
 
@@ -75,15 +77,17 @@ def publish_text(path: Path, text: str) -> None:
 
 
 def publish_bytes(path: Path, content: bytes) -> None:
-    """Make `path` a file of this content. An OSError names a file, and leaves none."""
-    try:
-        temporary(path).write_bytes(content)
-        publish(path)
-    except OSError as error:
-        error.filename = error.filename or str(path)
-        with suppress(OSError):
-            temporary(path).unlink()
-        raise
+    """Make `path` a file of this content. Processes that do so at once take turns. An OSError names
+    a file, and leaves none."""
+    with locked(temporary(path), wait=True):  # else one empties what another is about to name
+        try:
+            temporary(path).write_bytes(content)
+            publish(path)
+        except OSError as error:
+            error.filename = error.filename or str(path)
+            with suppress(OSError):
+                temporary(path).unlink()
+            raise
 
 
 def to_json(value: Any, indent: int | None = 1) -> str:
@@ -121,31 +125,38 @@ def read_sealed(path: Path) -> dict[str, Any]:
     return dict(fields)
 
 
-def lock(path: Path, *, shared: bool = False, wait: bool = False) -> int:
+def lock(path: Path, *, shared: bool = False, wait: bool = False, folder: bool = False) -> int:
     """Take the lock of a folder, or of a file; the handle that holds it. A file is made if missing,
     unless the lock is to be `shared`, for which who cannot write it may ask too.
 
-    The kernel takes it back when the handle is closed or the process ends, even on SIGKILL. Raises
-    BlockingIOError if another process holds it, unless it is to `wait`. Where a file system cannot
-    lock, as some of networks, everybody gets it.
+    It is of what has the name now, not of what had it when the wait began. The kernel takes it back
+    when the handle is closed or the process ends, even on SIGKILL. Raises BlockingIOError if
+    another process holds it, unless it is to `wait`. Where a file system cannot lock, as some of
+    networks, everybody gets it.
     """
-    reading = shared or path.is_dir()
-    handle = os.open(path, os.O_RDONLY if reading else os.O_RDWR | os.O_CREAT, 0o666)
+    reading = shared or folder
     kind = fcntl.LOCK_SH if shared else fcntl.LOCK_EX
-    try:
-        fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
-    except BlockingIOError:
+    while True:
+        handle = os.open(path, os.O_RDONLY if reading else os.O_RDWR | os.O_CREAT, 0o666)
+        try:
+            fcntl.flock(handle, kind if wait else kind | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            raise
+        except OSError:
+            pass
+        with suppress(FileNotFoundError):
+            if os.path.samestat(os.fstat(handle), os.stat(path)):
+                return handle
         os.close(handle)
-        raise
-    except OSError:
-        pass
-    return handle
 
 
 @contextmanager
-def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[None]:
+def locked(
+    path: Path, *, shared: bool = False, wait: bool = False, folder: bool = False
+) -> Iterator[None]:
     """Hold `lock` inside the `with`."""
-    handle = lock(path, shared=shared, wait=wait)
+    handle = lock(path, shared=shared, wait=wait, folder=folder)
     try:
         yield
     finally:
@@ -155,20 +166,20 @@ def locked(path: Path, *, shared: bool = False, wait: bool = False) -> Iterator[
 @contextmanager
 def new_file(out: str | Path) -> Iterator[Path]:
     """A file to write: it becomes `out` at the end, in place of one that was there, and goes where
-    that is not reached. Through a link it becomes the file that the link leads to. Raises DataError
-    if `out` is no file, and for every OSError until then."""
+    that is not reached. Through a link it becomes the file that the link leads to. Processes take
+    turns. Raises DataError if `out` is no file, and for every OSError until then."""
     with refusing(out):
         out = real(out)
         if os.path.lexists(out) and not out.is_file():
             raise DataError(f"{out}: is there already, and is no file; choose another name")
         aside = temporary(out)
-        aside.touch()  # what cannot be written is not worked for
-        try:
-            yield aside
-            publish(out)
-        except BaseException:
-            aside.unlink(missing_ok=True)
-            raise
+        with locked(aside, wait=True):  # what cannot be written is not worked for
+            try:
+                yield aside
+                publish(out)
+            except BaseException:
+                aside.unlink(missing_ok=True)
+                raise
 
 
 @contextmanager
@@ -180,14 +191,14 @@ def new_folder(out: str | Path) -> Iterator[Path]:
         out = real(out)
         aside = temporary(out)
         missing = [folder for folder in out.parents if not folder.exists()]
-        if out.exists() and (not out.is_dir() or any(out.iterdir())):
-            raise DataError(f"{out}: is there already; choose another folder")
-        aside.mkdir(parents=True, exist_ok=True)
         try:
-            with locked(aside):
-                for left_by_a_killed_run in aside.iterdir():
-                    left_by_a_killed_run.unlink()
+            aside.mkdir(parents=True, exist_ok=True)
+            with locked(aside, folder=True):
                 try:
+                    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+                        raise DataError(f"{out}: is there already; choose another folder")
+                    for left_by_a_killed_run in aside.iterdir():
+                        left_by_a_killed_run.unlink()
                     yield aside
                     publish(out)
                 except BaseException:

@@ -5,8 +5,13 @@ import fcntl
 import json
 import math
 import os
+import re
+import shutil
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
+from random import Random
 
 import pytest
 from hypothesis import given
@@ -84,20 +89,79 @@ def test_a_replaced_folder_is_the_old_one_until_the_new_is_whole(tmp_path):
     assert (out / "inner/file").read_text() == "two"
 
 
+ROUNDS = [20, pytest.param(1000, marks=pytest.mark.long)]
+
+
+def at_once(work, count=4):
+    """What `work` gives to threads that begin together: a lock keeps them apart as processes."""
+    begin = threading.Barrier(count)
+
+    def one(number):
+        begin.wait()
+        return work(number)
+
+    with ThreadPoolExecutor(count) as pool:
+        return list(pool.map(one, range(count)))
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_of_several_at_one_file_each_names_it_whole(tmp_path, rounds):
+    path, size = tmp_path / "file", 100_000
+
+    def publish_and_read(number):
+        for _ in range(5):
+            publish_text(path, str(number) * size)
+            found = path.read_text()
+            assert found == found[0] * size
+
+    for _ in range(rounds // 10):
+        at_once(publish_and_read)
+    assert [file.name for file in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("rounds", ROUNDS)
+def test_of_several_at_one_new_folder_one_fills_it_and_the_others_are_told(tmp_path, rounds):
+    out, random = tmp_path / "out", Random(0)
+
+    def fill(number):
+        try:
+            with new_folder(out) as aside:
+                for name in "abc":
+                    (aside / name).write_text(str(number))
+                if number in failing:
+                    raise DataError("the reason")
+        except DataError as error:
+            return str(error)
+        return None
+
+    for _ in range(rounds):
+        failing = random.sample(range(4), random.randrange(4))
+        said = at_once(fill)
+        refused = "the reason|is there already|another run is writing|No such file|File exists"
+        assert all(re.search(refused, line) for line in said if line), said
+        filled = [str(number) for number, line in enumerate(said) if line is None]
+        assert [path.name for path in tmp_path.iterdir()] == ["out"][: len(filled)]
+        if filled:
+            assert [(out / name).read_text() for name in "abc"] == filled * 3
+            shutil.rmtree(out)
+
+
 def test_a_lock_is_another_processs_until_that_ends_however_it_ends(tmp_path):
     code = "import pathlib, sys, time; from sparse_gpt.files import lock; "
-    code += "lock(pathlib.Path(sys.argv[1])); print('held', flush=True); time.sleep(600)"
+    code += "path = pathlib.Path(sys.argv[1]); lock(path, folder=path.is_dir()); "
+    code += "print('held', flush=True); time.sleep(600)"
     for path in (tmp_path / "file", tmp_path):
         command = [sys.executable, "-c", code, str(path)]
+        how = {"folder": path.is_dir()}
         other = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert other.stdout.readline() == "held\n"
-        with pytest.raises(BlockingIOError), locked(path):
+        with pytest.raises(BlockingIOError), locked(path, **how):
             pass
         other.kill()
-        with locked(path, wait=True):
+        with locked(path, wait=True, **how):
             pass
         other.wait()
-    with locked(path, shared=True), locked(path, shared=True):
+    with locked(path, shared=True, **how), locked(path, shared=True, **how):
         pass
 
 
@@ -167,7 +231,11 @@ def test_where_a_file_system_cannot_lock_or_sync_all_else_goes_on(tmp_path, erro
     def work():
         with pytest.raises(OSError, match=os.strerror(error)), (tmp_path / "x").open("w") as file:
             fcntl.flock(file, fcntl.LOCK_EX)
-        with locked(tmp_path / "file"), locked(tmp_path), locked(tmp_path / "file", wait=True):
+        with (
+            locked(tmp_path / "file"),
+            locked(tmp_path, folder=True),
+            locked(tmp_path / "file", wait=True),
+        ):
             publish_text(tmp_path / "text", "text")
         for make in (new_folder, replaced_folder):
             with make(tmp_path / make.__name__) as aside:

@@ -95,7 +95,7 @@ def _run(launch: Launch, asked: Sequence[signal.Signals], patience: float) -> tu
         ranks.look()
         orphans = bool(ranks.alive)
     finally:
-        _end(process)
+        _end(process, launch)
     # What the first rank ended with says more than what the runner makes of it, unless the runner
     # has seen a signal end a rank before we looked.
     failure, runner = ranks.failure, process.returncode
@@ -197,18 +197,47 @@ def _cause(runner: int, failure: tuple[int, int] | None) -> str:
     return f"{who} failed with exit code {code}; what it says is above"
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """End every process of the job: checkpoints are whole or not there, so it may be abrupt."""
+def _end(process: subprocess.Popen[bytes], launch: Launch) -> None:
+    """End every process of the job: checkpoints are whole or not there, so it may be abrupt.
+
+    Told to end, DeepSpeed's runner would end the launchers of all jobs on the hosts.
+    """
     with _on((signal.SIGINT, *stop_signals()), signal.SIG_IGN):
-        process.terminate()  # with a hostfile the runner ends the launchers of other hosts first
-        with suppress(subprocess.TimeoutExpired):
-            process.wait(10)
-        deadline = time.monotonic() + 5
-        with suppress(ProcessLookupError):
-            while time.monotonic() < deadline:
-                os.killpg(process.pid, signal.SIGKILL)  # raises when the group is empty
-                process.poll()
-                time.sleep(_POLL)
+        whole = process.poll() == _DONE
+        if not launch.remote:
+            process.terminate()
+            with suppress(subprocess.TimeoutExpired):
+                process.wait(10)
+        _end_group(process)
+        if launch.remote and not whole:
+            _end_on_hosts(launch)
+
+
+def _end_on_hosts(launch: Launch) -> None:
+    """End the job's launchers and ranks on the hosts that answer within some seconds."""
+    kill = f"pkill -KILL -f {shlex.quote(f'[-]-job {launch.job}')}"
+    environment = {**os.environ, "PDSH_RCMD_TYPE": "ssh"}
+    process = subprocess.Popen(
+        ["pdsh", "-S", "-f", "1024", "-w", ",".join(launch.hosts), kill],
+        env=environment,
+        stdin=subprocess.DEVNULL,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+        start_new_session=True,
+    )
+    with suppress(subprocess.TimeoutExpired):
+        process.wait(10)
+    _end_group(process)
+
+
+def _end_group(process: subprocess.Popen[bytes]) -> None:
+    """Kill a process with the session that it began."""
+    deadline = time.monotonic() + 5
+    with suppress(ProcessLookupError):
+        while time.monotonic() < deadline:
+            os.killpg(process.pid, signal.SIGKILL)  # raises when the group is empty
+            process.poll()
+            time.sleep(_POLL)
 
 
 @contextmanager

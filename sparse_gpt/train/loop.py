@@ -36,8 +36,9 @@ from sparse_gpt.train.telemetry import Telemetry
 def train(config: RunConfig) -> None:
     """Train as `config` says, from the newest checkpoint of its run directory if there is one.
 
-    Raises ConfigError or DataError, before anything is written, if it cannot be done, and
-    RunStopped if the guard finds that the run must not go on, or if it has ended in NaN.
+    Raises ConfigError or DataError, before anything is written, if it cannot be done; ConfigError
+    once nothing can be kept in its folder any more; and RunStopped if the guard finds that the run
+    must not go on, or if it has ended in NaN.
     """
     blend = check(config, read_environment()[2])
     preemption = Preemption()
@@ -105,7 +106,7 @@ def train(config: RunConfig) -> None:
                     metrics |= validate(config, engine, blend)
                 if metrics:
                     telemetry.log(state.step, metrics)
-                if checkpoints.after_step(state, last, preemption.requested):
+                if checkpoints.after_step(state, last, preemption.requested, telemetry.lost):
                     raise Preempted(state.step)
     loss = world.from_rank_0(partial(final_loss, run_dir))
     if loss is not None and not math.isfinite(loss):

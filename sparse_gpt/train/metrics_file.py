@@ -10,7 +10,9 @@ import json
 import math
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -18,7 +20,7 @@ from pydantic import AfterValidator, StrictFloat, StrictInt, TypeAdapter
 from torch.utils.tensorboard import SummaryWriter
 
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.files import publish_text, to_json
+from sparse_gpt.files import LOST, publish_text, to_json
 from sparse_gpt.schema import checked
 
 Row = Mapping[str, Any]
@@ -29,7 +31,10 @@ class MetricsFile:
 
     resume_step: the step whose state the run goes on from; later rows are dropped, all at 0.
     begin: writes what TensorBoard shows besides the rows. draw: adds a row to it.
+    lost: why nothing more can be kept in the run's folder, once that is so.
     """
+
+    lost: str | None = None
 
     def __init__(
         self,
@@ -44,9 +49,9 @@ class MetricsFile:
     def _open(self, resume_step: int) -> None:
         before = read_metrics(self.run_dir) if resume_step else []
         rows = [row for row in before if row["step"] <= resume_step]
-        path = self.run_dir / "metrics.jsonl"
-        publish_text(path, "".join(to_json(row, None) + "\n" for row in rows))
-        self._file = path.open("ab", buffering=0)
+        self._path = self.run_dir / "metrics.jsonl"
+        publish_text(self._path, "".join(to_json(row, None) + "\n" for row in rows))
+        self._file = self._path.open("ab", buffering=0)
         self._waiting: list[Row] = []
         self._board: SummaryWriter | None = self._draw_all()
 
@@ -67,8 +72,10 @@ class MetricsFile:
                 for each in rows:
                     self._draw(self._board, each)
         except OSError as error:
-            if self._board is not None:
-                self._board = None  # its thread has ended; drawn again from the record
+            board, self._board = self._board, None  # its thread has ended; drawn again later
+            if error.errno in LOST:
+                self.lost = f"{self.run_dir}: {error.strerror}"
+            elif board is not None:
                 said = f"warning: {self.run_dir}: the record cannot be written ({error.strerror}); "
                 said += "training goes on, rows wait in memory. Free some disk space"
                 print(said, file=sys.stderr, flush=True)
@@ -77,9 +84,12 @@ class MetricsFile:
         """Finish the files."""
         self._file.close()
         if self._board is not None:
-            self._board.close()
+            with suppress(OSError):  # what is not drawn is in the record
+                self._board.close()
 
     def _append(self) -> None:
+        if not self._path.exists() or not os.fstat(self._file.fileno()).st_nlink:
+            raise FileNotFoundError(errno.ENOENT, "was deleted or moved away while it trained")
         lines = "".join(to_json(row, None) + "\n" for row in self._waiting).encode()
         end = os.fstat(self._file.fileno()).st_size
         try:
@@ -100,6 +110,16 @@ class MetricsFile:
         for row in read_metrics(self.run_dir):
             self._draw(board, row)
         return board
+
+
+def quiet_tensorboard() -> None:
+    """Let TensorBoard's thread, where it cannot write, end without a traceback: `add` says it."""
+
+    def told(of_thread: threading.ExceptHookArgs) -> None:
+        if not isinstance(of_thread.exc_value, OSError):
+            threading.__excepthook__(of_thread)
+
+    threading.excepthook = told
 
 
 def final_loss(folder: Path) -> float | None:

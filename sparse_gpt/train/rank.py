@@ -20,6 +20,7 @@ from sparse_gpt.train.distributed import (
 )
 from sparse_gpt.train.guard import RunStopped
 from sparse_gpt.train.loop import train
+from sparse_gpt.train.metrics_file import quiet_tensorboard
 from sparse_gpt.train.preemption import Preempted, outlast_terminal
 
 
@@ -27,6 +28,7 @@ def main() -> None:
     args = parse()
     warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
     end_with_launcher()
+    quiet_tensorboard()
     if os.isatty(1) or os.isatty(2):
         outlast_terminal()
     try:

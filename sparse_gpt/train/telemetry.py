@@ -88,6 +88,11 @@ class Telemetry:
         if self.world.rank == 0:
             self._metrics_file.close()
 
+    @property
+    def lost(self) -> str | None:
+        """Why nothing more can be kept in the run's folder, once that is so."""
+        return self._metrics_file.lost if self.world.rank == 0 else None
+
     @contextmanager
     def data_wait(self) -> Iterator[None]:
         """Time spent waiting for the next batch."""

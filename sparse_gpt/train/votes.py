@@ -46,10 +46,6 @@ class Votes:
             dist.all_gather_object(box, value, self._group)
         return box
 
-    def wait_for_all(self) -> None:
-        """Return when every rank has come here; what was open before is dropped."""
-        self.now(False)  # without a flag gloo would return at once
-
     def _settle(self) -> list[bool] | None:
         if self._open is None:
             return None

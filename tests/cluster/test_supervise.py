@@ -3,6 +3,7 @@
 import json
 import os
 import pty
+import shutil
 import signal
 import subprocess
 import sys
@@ -169,3 +170,16 @@ def test_a_hung_rank_ends_the_run_within_the_set_time(run_file):
     [line] = [line for line in errors if "another rank is lost or hangs" in line]
     assert line.startswith("error: rank 0 on ")
     assert "rank 0 failed with exit code 1" in errors[-1]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("lost", ["deleted", "moved away"])
+def test_a_run_whose_folder_is_lost_ends_in_one_line_and_does_not_begin_anew(run_file, lost):
+    process = start_training(run_file, "--restarts", "2")
+    run_dir = run_file.parent / "run"
+    shutil.rmtree(run_dir) if lost == "deleted" else run_dir.rename(run_file.parent / "moved")
+    code, errors = end(process, run_file)
+    assert code == 2
+    [line] = [line for line in errors if "launch.py" not in line]  # of DeepSpeed's log
+    assert line.startswith(f"error: {run_dir}: was deleted or moved away while it trained; ")
+    assert not run_dir.exists()

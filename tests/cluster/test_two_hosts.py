@@ -11,6 +11,7 @@ import pytest
 from ranks import (
     ENVIRONMENT,
     ROOT,
+    exact,
     finish,
     metrics,
     processes_of,
@@ -26,10 +27,12 @@ BUSY = 60.0  # seconds that a busy machine may take besides
 HOSTS = tuple(f"sgtest-{os.getpid()}-{name}" for name in "ab")  # tests may run side by side
 
 SSH = f"""#!{sys.executable}
-# ssh [-o OPTION] HOST COMMAND...: the command gets neither our environment nor our standard input.
+# ssh [-o OPTION] HOST COMMAND...: the command gets neither our environment nor our standard input,
+# and does not end with what has started it.
 import os, sys
 words = sys.argv[3:] if sys.argv[1] == "-o" else sys.argv[1:]
 os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
+os.setsid()
 enter = ["ip", "netns", "exec", words[0], "sh", "-c", " ".join(words[1:])]
 os.execvpe("ip", enter, {{"PATH": os.environ["PATH"], "HOME": "/nonexistent"}})
 """
@@ -96,12 +99,13 @@ def cluster(tmp_path, run_file, monkeypatch):
         subprocess.run(["ip", "netns", "del", host], capture_output=True)
 
 
-def start_training(cluster, run_file, *overrides):
+def start_training(cluster, run_file, *overrides, run="run"):
     """The command, in training: at least two steps are logged."""
+    overrides = (*overrides, f"run_dir={cluster.parent / run}")
     command = [sys.executable, "-m", "sparse_gpt", "train", run_file, *overrides]
     output = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT}
     process = start([*command, "--hostfile", cluster], cwd=cluster.parent, **output)
-    until(lambda: len(read_metrics(cluster.parent / "run")) > 2, process)
+    until(lambda: len(read_metrics(cluster.parent / run)) > 2, process)
     return process
 
 
@@ -123,6 +127,34 @@ def test_two_hosts_train_as_one_and_stop_on_a_signal(cluster, run_file, tmp_path
     one = (constant, f"duration.steps={len(ours) - 1}", f"run_dir={tmp_path / 'one'}")
     finish(start_ranks(run_file, *one))
     assert ours == [row.get("train/loss") for row in metrics(tmp_path / "one")]
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("stop", [[signal.SIGUSR1], [signal.SIGTERM, signal.SIGTERM]])
+def test_of_two_jobs_on_the_same_hosts_one_is_stopped_and_the_other_is_as_if_alone(
+    cluster, run_file, tmp_path, stop
+):
+    """Stopped after a checkpoint, or at once."""
+    other = shutil.copy(run_file, tmp_path / "other.yaml")
+    goes_on = ("schedule.final_lr_ratio=1", "duration.steps=150")
+    try:
+        first = start_training(cluster, run_file, "duration.steps=100000", run="first")
+        second = start_training(cluster, other, *goes_on, run="second")
+        for number in stop:
+            first.send_signal(number)
+            time.sleep(0.2)
+        until(lambda: first.poll() is not None, second)
+        reached = read_metrics(tmp_path / "second")[-1]["step"]
+        output = ended(first, run_file)
+        assert first.returncode == (75 if len(stop) == 1 else 130), output
+        output = ended(second, other)
+        assert second.returncode == 0, output
+    finally:
+        for rank in processes_of(other):
+            rank.kill()
+    assert 2 < reached < 150
+    finish(start_ranks(run_file, *goes_on, f"run_dir={tmp_path / 'alone'}"))
+    assert exact(tmp_path / "second") == exact(tmp_path / "alone")
 
 
 @pytest.mark.long

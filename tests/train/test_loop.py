@@ -4,7 +4,9 @@ import json
 import math
 import os
 import re
+import shutil
 import signal
+import subprocess
 
 import pytest
 import torch
@@ -13,6 +15,7 @@ from ranks import EXACT, ROOT, exact, finish, metrics, sparse_gpt, start_ranks, 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from sparse_gpt.data import Batch, prepare
+from sparse_gpt.errors import ConfigError
 from sparse_gpt.train import loop
 from sparse_gpt.train.feed import open_data
 from sparse_gpt.train.guard import RunStopped
@@ -228,6 +231,45 @@ def test_a_signal_is_a_checkpoint_at_the_end_of_the_step(train_here, tmp_path, m
     last = metrics(run_dir)[-1]["step"]
     assert last in (3, 4)  # the votes are counted a step later
     assert (run_dir / "checkpoints/latest").read_text() == f"step-{last:08}"
+
+
+def read_only(folder):
+    """Let nothing be made in it, by root neither."""
+    (folder / "checkpoints").mkdir()
+    for each in (folder / "checkpoints", folder):
+        if subprocess.run(["chattr", "+i", each], capture_output=True).returncode:
+            each.chmod(0o555)
+    if os.access(folder / "checkpoints", os.W_OK):
+        pytest.skip("root can write everywhere here")
+
+
+LOSSES = {
+    shutil.rmtree: "run: was deleted or moved away while it trained",
+    lambda folder: folder.rename(folder.with_name("moved")): "run: was deleted or moved away",
+    read_only: r"run/checkpoints/\.tmp-step-\d+: (Operation not permitted|Permission denied)",
+}
+
+
+@pytest.mark.parametrize("lose", LOSSES)
+def test_a_run_whose_folder_is_lost_ends_in_a_line_and_makes_no_other(
+    train_here, tmp_path, monkeypatch, lose
+):
+    run_dir = tmp_path / "run"
+    hashed, kept = loop.batch_hash, []
+
+    def losing(*arguments):
+        if len(read_metrics(run_dir)) == 6:
+            lose(run_dir)
+            kept.extend(sorted(run_dir.rglob("*")))
+        return hashed(*arguments)
+
+    monkeypatch.setattr(loop, "batch_hash", losing)
+    try:
+        with pytest.raises(ConfigError, match=f"{LOSSES[lose]}.*; nothing more can be kept there"):
+            train_here("log.batch_hash=true", "checkpoint.every=8", "duration.steps=100")
+    finally:
+        subprocess.run(["chattr", "-R", "-i", run_dir], capture_output=True)
+    assert sorted(run_dir.rglob("*")) == kept
 
 
 def test_a_run_that_ends_in_nan_has_failed(train_here, tmp_path):

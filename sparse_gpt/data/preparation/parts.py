@@ -131,7 +131,7 @@ def publishing(out: Path, units: list[Unit]) -> Iterator[None]:
 
 
 def _hold(out: Path, part: Part, stack: ExitStack) -> None:
-    stack.enter_context(_alone(out, out, "prepare", shared=part.count > 1))
+    stack.enter_context(_alone(out, out, "prepare", shared=part.count > 1, folder=True))
     if part.count == 1:
         return
     for path in out.iterdir():
@@ -145,9 +145,9 @@ def _hold(out: Path, part: Part, stack: ExitStack) -> None:
 
 
 @contextmanager
-def _alone(path: Path, out: Path, who: str, shared: bool = False) -> Iterator[None]:
+def _alone(path: Path, out: Path, who: str, **how: bool) -> Iterator[None]:
     try:
-        handle = lock(path, shared=shared)
+        handle = lock(path, **how)
     except BlockingIOError:
         raise DataError(f"{out}: another {who} is writing there; wait for it to end") from None
     try:

@@ -51,8 +51,7 @@ def local_folder(folder: str | Path) -> Path:
         with locked(copy / ".lock", wait=True):
             if not (copy / MANIFEST).exists():
                 _copy_all(url, storage, root, manifest, copy)
-                temporary(copy / MANIFEST).write_bytes(content)
-                publish(copy / MANIFEST)
+                publish_bytes(copy / MANIFEST, content)
     except DataError:
         raise
     except Exception as error:  # each kind of storage has its own

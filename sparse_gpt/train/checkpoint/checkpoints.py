@@ -17,12 +17,12 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.files import TEMPORARY, publish, publish_text, sync, temporary
+from sparse_gpt.files import LOST, TEMPORARY, publish, publish_text, sync, temporary
 from sparse_gpt.train.checkpoint.manifest import (
     TrainState,
     damage,
@@ -62,15 +62,21 @@ class Checkpoints:
         """Whether this rank's part of a checkpoint is still being written."""
         return self._writing is not None and not self._writing[1].done()
 
-    def after_step(self, state: TrainState, last: bool, stop: bool) -> bool:
+    def after_step(
+        self, state: TrainState, last: bool, stop: bool, lost: str | None = None
+    ) -> bool:
         """Publish what has been written and save what is due. Collective, after every step.
 
-        stop: whether this rank was told to. Returns whether the run stops here, before its end,
+        stop: whether this rank was told to. lost: why nothing can be kept in the run's folder, as
+        far as this rank knows. Returns whether the run stops here, before its end,
         on all ranks alike, its checkpoint published. Raises CheckpointError if the checkpoint of
-        the last step, or of a stop, could not be written.
+        the last step, or of a stop, could not be written, and ConfigError if none can be any more.
         """
         # The answer is to the votes of the step before; none where a save began since.
-        anyone_stops, anyone_writes = self.votes.cast(stop, self.writing) or (False, True)
+        flags = self.votes.cast(stop, self.writing, lost is not None)
+        anyone_stops, anyone_writes, is_lost = flags or (False, True, False)
+        if is_lost:
+            self._end_lost(lost)
         if not anyone_writes:
             self.publish()
         if anyone_stops or last or self._due(state.step):
@@ -91,19 +97,27 @@ class Checkpoints:
             "rng": rng_state(self.world.device),
             "engine": self.engine.statistics_and_scale(),
         }
-        folder = self._aside(state)
+        writing: Future[None] = Future()
         if self.world.rank == 0:
-            for leftover in self.root.glob(f"{TEMPORARY}step-*"):
-                shutil.rmtree(leftover)
-        self.votes.wait_for_all()
-        path = folder / f"rank-{self.world.rank}.pt"
-        self._writing = state, self._threads.submit(_write_file, path, copy)
+            try:
+                self.root.mkdir(exist_ok=True)  # in the run's folder, if that is still there
+                for leftover in self.root.glob(f"{TEMPORARY}step-*"):
+                    shutil.rmtree(leftover)
+            except OSError as error:
+                writing.set_exception(error)
+        (failed,) = self.votes.now(writing.done())
+        if not failed:
+            path = self._aside(state) / f"rank-{self.world.rank}.pt"
+            writing = self._threads.submit(_write_file, path, copy)
+        elif not writing.done():
+            writing.set_result(None)
+        self._writing = state, writing
 
     def publish(self) -> None:
         """Wait for what is being written and make it the newest checkpoint. Collective.
 
         Where a rank could not write, the try is dropped, said loudly, and made again later; the
-        checkpoints before stay.
+        checkpoints before stay. Raises ConfigError where waiting does not help.
         """
         if self._writing is None:
             return
@@ -119,6 +133,9 @@ class Checkpoints:
         (failed,) = self.votes.now(failed or error is not None)
         if not failed:
             return
+        lost = error if isinstance(error, OSError) and error.errno in LOST else None
+        if self.votes.now(lost is not None) == [True]:
+            self._end_lost(f"{lost.filename}: {lost.strerror}" if lost else None)
         if error is not None:
             reason = str(error).splitlines()[0]
             print(
@@ -204,6 +221,14 @@ class Checkpoints:
         else:  # no rank's numbers can go on: new ones, the same whenever this is done
             torch.manual_seed(torch.initial_seed() * 1_000_003 + manifest["step"])
         return TrainState(manifest["step"], manifest["samples"], manifest["guard"])
+
+    def _end_lost(self, lost: str | None) -> NoReturn:
+        """Collective, where a rank has lost the run's folder. Raises ConfigError."""
+        found = {line for line in self.votes.gather(lost) if line is not None}
+        raise ConfigError(
+            f"{'; '.join(sorted(found))}; nothing more can be kept there, so the run ends: mend "
+            "that and start it again"
+        )
 
     def _aside(self, state: TrainState) -> Path:
         return temporary(self.root / tag_of(state.step))
