@@ -4,12 +4,15 @@ with it and what to do. The command line prints it without a traceback and exits
 import difflib
 from collections.abc import Iterable
 
+_LONGEST = 4000  # characters of a line
+
 
 class InputError(ValueError):
-    """Bad input, of either kind below; one line, whatever the input that it quotes."""
+    """Bad input, of either kind below; one line to be read, whatever the input that it quotes."""
 
     def __str__(self) -> str:
-        return " ".join(super().__str__().splitlines())
+        text = " ".join(super().__str__().splitlines())
+        return text if len(text) <= _LONGEST else f"{text[: _LONGEST // 2]} … {text[-200:]}"
 
 
 class DataError(InputError):

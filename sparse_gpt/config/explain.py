@@ -15,7 +15,8 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     errors = error.errors(include_url=False)
     first = errors[0]
     section, name = _path(root, first["loc"][:-1]), first["loc"][-1:]
-    if first["type"] == "value_error":  # also of a whole section, whose tag is then the last
+    refused = first["type"] in ("value_error", "assertion_error")
+    if refused:  # also of a whole section, whose tag is then the last
         section, name = _path(root, first["loc"]), ()
     key = ".".join(map(str, (*section, *name)))
     if first["type"] == "extra_forbidden":
@@ -26,11 +27,16 @@ def explain(error: ValidationError, root: type[BaseModel]) -> str:
     elif first["type"] == "missing":
         what = "is missing"
     else:
-        what = first["msg"].removeprefix("Value error, ")
-        if first["type"] != "value_error":
-            what = f"{what[0].lower()}{what[1:]}, got {first['input']!r}"
+        what = first["msg"].removeprefix("Value error, ").removeprefix("Assertion failed, ")
+        if not refused:
+            what = f"{what[0].lower()}{what[1:]}, got {_shown(first['input'])}"
     more = f" (and {len(errors) - 1} more)" if len(errors) > 1 else ""
     return f"{key}: {what}{more}" if key else f"{what}{more}"
+
+
+def _shown(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 100 else f"{text[:90]}…"
 
 
 def _path(root: type[BaseModel], loc: tuple[int | str, ...]) -> list[int | str]:

@@ -18,6 +18,8 @@ from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.config import merge
 
 _MOST_NODES, _MOST_BYTES, _DEEPEST = 20_000, 1 << 20, 100  # of a run file
+_LONGEST = 100  # characters of what is no text
+_TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:
@@ -47,7 +49,27 @@ def to_yaml(config: RunConfig) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML in which 3e-4 is a number (YAML 1.1 wants 3.0e-4 and takes the rest for text)."""
+    """YAML in which 3e-4 is a number (YAML 1.1 wants 3.0e-4 and takes the rest for text); not more
+    of it than a run file needs, whatever is written there."""
+
+    _nodes = _depth = 0
+
+    def compose_node(self, parent: Any, index: Any) -> Any:
+        self._nodes += 1
+        self._depth += 1
+        if self._nodes > _MOST_NODES:
+            raise yaml.YAMLError(f"it holds more than {_MOST_NODES:,} values")
+        if self._depth > _DEEPEST:
+            raise yaml.YAMLError(f"values within values, more than {_DEEPEST} deep")
+        node = super().compose_node(parent, index)
+        self._depth -= 1
+        return node
+
+    def resolve(self, kind: Any, value: Any, implicit: Any) -> str:
+        """The tag of a value. What is long is text: expressions for numbers would take for ever."""
+        if kind is yaml.ScalarNode and len(value) > _LONGEST:
+            return _TEXT
+        return str(super().resolve(kind, value, implicit))
 
 
 class Dumper(yaml.SafeDumper):
@@ -68,11 +90,6 @@ def parse(text: str) -> tuple[Any, yaml.Node | None]:
 
     Raises YAMLError, also for a key that comes twice, and for aliases that make it endless.
     """
-    depth = 0
-    for letter in text:  # before PyYAML does, whose time grows with its square
-        depth = depth + 1 if letter in "[{" else max(0, depth - 1) if letter in "]}" else depth
-        if depth > _DEEPEST:
-            raise yaml.YAMLError(f"brackets within brackets, more than {_DEEPEST} deep")
     loader = _Loader(text)
     try:
         node = loader.get_single_node()
@@ -86,8 +103,8 @@ def parse(text: str) -> tuple[Any, yaml.Node | None]:
 
 
 def _check_nodes(root: yaml.Node) -> None:
-    """Raises YAMLError for keys that come twice, and where there are too many nodes, each alias
-    counted as what it stands for."""
+    """Raises YAMLError for keys that come twice or are no text, for endless numbers, and where
+    there are too many nodes, each alias counted as what it stands for."""
     pending, count = [root], 0
     while pending:
         node = pending.pop()
@@ -97,14 +114,22 @@ def _check_nodes(root: yaml.Node) -> None:
         if isinstance(node, yaml.SequenceNode):
             pending += node.value
         elif isinstance(node, yaml.MappingNode):
-            seen: set[Any] = set()
+            seen: set[str] = set()
             for key, value in node.value:
-                pending += (key, value)
-                if isinstance(key, yaml.ScalarNode) and key.tag != "tag:yaml.org,2002:merge":
-                    if (key.tag, key.value) in seen:
-                        problem = f"the key {key.value!r} comes twice"
-                        raise MarkedYAMLError(problem=problem, problem_mark=key.start_mark)
-                    seen.add((key.tag, key.value))
+                pending.append(value)
+                if key.tag == _MERGE:
+                    continue
+                if key.tag != _TEXT:
+                    raise _marked("a key that is no text; quote it", key)
+                if key.value in seen:
+                    raise _marked(f"the key {key.value!r} comes twice", key)
+                seen.add(key.value)
+        elif node.tag != _TEXT and len(node.value) > _LONGEST:
+            raise _marked(f"{len(node.value):,} characters that are to be no text", node)
+
+
+def _marked(problem: str, node: yaml.Node) -> MarkedYAMLError:
+    return MarkedYAMLError(problem=problem, problem_mark=node.start_mark)
 
 
 def _read_text(path: Path) -> str:

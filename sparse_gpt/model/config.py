@@ -288,7 +288,7 @@ class ModelConfig(Part):
     """Tokens of a sequence, the context."""
     d_model: Size
     """Channels: the width of the residual stream."""
-    n_layer: Count
+    n_layer: Annotated[Count, Field(le=1000)]  # what a model costs is counted by building it
     """Transformer blocks."""
     n_head: Count
     """Attention heads of a block; divides `d_model`."""

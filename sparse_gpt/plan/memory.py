@@ -23,6 +23,7 @@ from sparse_gpt.model.costs import parameter_counts
 from sparse_gpt.model.gpt import GPT, padded_vocabulary
 from sparse_gpt.model.loss import chunk_size
 from sparse_gpt.plan.step import REUSE, kept_gathered
+from sparse_gpt.train.deepspeed_config import native_settings
 from sparse_gpt.train.precision import DTYPES
 
 _PREFETCH = 50_000_000  # DeepSpeed's default, in elements, as of the bucket below
@@ -110,7 +111,7 @@ def estimate(
     Left out is what no tensor of the run holds: the device's context, libraries, fragmentation.
     Of a buffer that DeepSpeed allocates and leaves empty, a CPU counts what is written to.
     """
-    model, zero = config.model, config.deepspeed.get("zero_optimization", {})
+    model, zero = config.model, _zero(config)
     size = micro_batch or config.batch.micro_batch
     accumulates = config.global_batch // world_size > size
     width = DTYPES[config.precision].itemsize
@@ -187,13 +188,17 @@ def estimate(
 
 def bucket_size(config: RunConfig) -> int:
     """Elements of one of DeepSpeed's reduction buckets."""
-    return int(config.deepspeed.get("zero_optimization", {}).get("reduce_bucket_size", 500_000_000))
+    return int(_zero(config).get("reduce_bucket_size", 500_000_000))
 
 
 def reuse_distance(config: RunConfig) -> int:
     """Elements within which ZeRO-3 keeps gathered weights that come again."""
-    zero = config.deepspeed.get("zero_optimization", {})
-    return int(zero.get("stage3_max_reuse_distance", REUSE))
+    return int(_zero(config).get("stage3_max_reuse_distance", REUSE))
+
+
+def _zero(config: RunConfig) -> dict[str, Any]:
+    """What is set of ZeRO."""
+    return dict(native_settings(config).get("zero_optimization", {}))
 
 
 def _on_host(zero: dict[str, Any], part: str) -> bool:

@@ -21,7 +21,7 @@ from sparse_gpt.plan.step import (
     step_table,
 )
 from sparse_gpt.train.checks import check_settings
-from sparse_gpt.train.deepspeed_config import deepspeed_config
+from sparse_gpt.train.deepspeed_config import deepspeed_config, native_settings
 from sparse_gpt.train.gpus import GPUS, Gpu
 from sparse_gpt.train.precision import DTYPES
 
@@ -142,7 +142,7 @@ def _stage(
     parameters = parameter_counts(config.model).total
     micro_batches = config.grad_accum(cluster.gpus)
     width = DTYPES[config.precision].itemsize
-    wire = _WIDTHS.get(config.deepspeed.get("communication_data_type", ""), width)
+    wire = _WIDTHS.get(native_settings(config).get("communication_data_type", ""), width)
     step = step_cost(
         cluster,
         products_seconds,

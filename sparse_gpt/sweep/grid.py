@@ -26,6 +26,8 @@ from sparse_gpt.model.flops import FlopReport
 from sparse_gpt.train.feed import open_data
 from sparse_gpt.train.schedule import fall_start
 
+_MOST_RUNS = 10_000
+
 
 class Limits(Section):
     """Runs outside these are left out of the grid."""
@@ -74,6 +76,12 @@ class SweepConfig(Section):
         for key, values in (("budgets", self.all_budgets), ("seeds", self.seeds)):
             if len(set(values)) < len(values):
                 raise ValueError(f"{key}: {values} has a value twice")
+        rates = [len(self.rates(family)) for family in self.families]
+        if not all(rates):
+            raise ValueError(f"lr: {self.lr} has an empty list")
+        runs = sum(rates) * len(self.sizes) * len(self.seeds) * len(self.all_budgets)
+        if runs > _MOST_RUNS:
+            raise ValueError(f"the grid has {runs:,} runs; {_MOST_RUNS:,} are the most")
         if min(self.all_budgets) <= 0:
             raise ValueError(f"budgets: {min(self.all_budgets):g} must be above 0")
         return self
@@ -210,7 +218,12 @@ class _Grid:
             run = self._run({**changes, "run_dir": str(self.out / "runs" / label)})
             report = model_report(run.model)
             steps = max(1, round(budget / (report.training / report.seq) / run.batch.global_tokens))
-            run = run.model_copy(update={"duration": DurationConfig(steps=steps)})
+            try:
+                duration = DurationConfig(steps=steps)
+            except ValidationError as error:
+                why = explain(error, DurationConfig)
+                raise ConfigError(f"{self.path}: budgets: {budget:g} for {size}: {why}") from None
+            run = run.model_copy(update={"duration": duration})
             if budget > (most := self.config.limits.training_flops.get(family, math.inf)):
                 self.left_out[f"{family} above {short(most)} FLOPs, its limit"] += 1
                 continue

@@ -16,9 +16,14 @@ from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.data import Blend
 from sparse_gpt.data.batches.batches import count_windows
 from sparse_gpt.data.batches.order import blend_counts
-from sparse_gpt.errors import ConfigError, did_you_mean
+from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.attention import has_flex
-from sparse_gpt.train.deepspeed_config import NATIVE_KEYS, deepspeed_config, own_settings
+from sparse_gpt.train.deepspeed_config import (
+    check_whole,
+    deepspeed_config,
+    native_settings,
+    own_settings,
+)
 from sparse_gpt.train.feed import held_out, open_data, train_batches
 from sparse_gpt.train.run_dir import MAY_CHANGE, read_provenance, what_computes
 from sparse_gpt.train.start_from import check_start
@@ -45,15 +50,17 @@ def check(config: RunConfig, world_size: int, here: bool = True) -> Blend:
 def check_settings(config: RunConfig, world_size: int) -> None:
     """Raises ConfigError for settings that cannot be together, whatever the data and the machine:
     a batch that ranks cannot share, what DeepSpeed would ignore, override or do wrongly."""
-    run = own_settings(config, world_size)
-    for key, value in config.deepspeed.items():
-        _check_native(key, value, run)
-    _check_zero(config.deepspeed.get("zero_optimization", {}))
+    for key in config.deepspeed:
+        if key in ("optimizer", "scheduler", "compile", "checkpoint", "activation_checkpointing"):
+            ours = "schedule" if key == "scheduler" else key
+            raise ConfigError(f"deepspeed.{key}: is the run's own; set `{ours}` of the run instead")
+    native = native_settings(config)
+    _check_own(native, own_settings(config, world_size))
     for section, key in (
         ("zero_optimization", "compute_grad_norm"),
         ("bf16", "check_grad_overflow"),
     ):
-        if not config.deepspeed.get(section, {}).get(key, True):
+        if not native.get(section, {}).get(key, True):
             raise ConfigError(
                 f"deepspeed.{section}.{key}: false would let NaN into the weights; leave it out"
             )
@@ -85,37 +92,19 @@ def check_settings(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             f"deepspeed.zero_optimization.stage: 0 trains wrongly in {config.precision}; use 1"
         )
+    check_whole(config, world_size)
 
 
-def _check_native(key: str, value: Any, run: Mapping[str, Any]) -> None:
-    if key in ("optimizer", "scheduler", "compile", "checkpoint", "activation_checkpointing"):
-        ours = "schedule" if key == "scheduler" else key
-        raise ConfigError(f"deepspeed.{key}: is the run's own; set `{ours}` of the run instead")
-    if key in run:
+def _check_own(native: Mapping[str, Any], run: Mapping[str, Any]) -> None:
+    """Raises ConfigError where a native key contradicts what follows from the run."""
+    for key in native.keys() & run.keys():
+        value, own = native[key], run[key]
         pairs = value.items() if isinstance(value, Mapping) else [(None, value)]
         for name, given in pairs:
-            expected = run[key] if name is None else run[key].get(name, given)
+            expected = own if name is None else own.get(name, given)
             if given != expected:
                 where = f"deepspeed.{key}" + (f".{name}" if name else "")
                 raise ConfigError(f"{where}: {given!r} contradicts the run, which has {expected!r}")
-    elif key not in NATIVE_KEYS:
-        hint = did_you_mean(key, [*NATIVE_KEYS, *run])
-        raise ConfigError(
-            f"deepspeed.{key}: is no key that DeepSpeed reads" + (f"; {hint}" if hint else "")
-        )
-
-
-def _check_zero(native: Any) -> None:
-    """Raises ConfigError where the section has not the form in which it is read here."""
-    where = "deepspeed.zero_optimization"
-    if not isinstance(native, dict):
-        raise ConfigError(f"{where}: {native!r} must be a mapping")
-    for part in _OFFLOADS:
-        if not isinstance(native.get(part) or {}, dict):
-            raise ConfigError(f"{where}.{part}: {native[part]!r} must be a mapping")
-    stage = native.get("stage", 1)
-    if type(stage) is not int or not 0 <= stage <= 3:
-        raise ConfigError(f"{where}.stage: {stage!r} must be 0, 1, 2 or 3")
 
 
 def check_machine(config: RunConfig) -> None:

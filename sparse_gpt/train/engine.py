@@ -6,21 +6,18 @@ what it would silently ignore or override is refused.
 
 import contextlib
 import io
-import os
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
-from pydantic import ValidationError
 from torch import nn
 
 from sparse_gpt.config.schema import OptimizerConfig, RunConfig
 from sparse_gpt.data import Batch
-from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.ffn import UltraEfficientSparseFFN
 from sparse_gpt.model.gpt import GPT
 from sparse_gpt.model.width import lr_multipliers, transfer_width
-from sparse_gpt.train.deepspeed_config import deepspeed_config
+from sparse_gpt.train.deepspeed_config import deepspeed_config, import_deepspeed
 from sparse_gpt.train.distributed import World
 from sparse_gpt.train.guard import Guard
 from sparse_gpt.train.schedule import learning_rate
@@ -36,12 +33,7 @@ class Engine:
     def __init__(
         self, config: RunConfig, model: GPT, world: World, total_steps: int, new: bool = True
     ) -> None:
-        if world.device.type == "cpu":
-            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed looks for others
-        import deepspeed
-        from deepspeed.utils import logger
-
-        logger.setLevel("ERROR")
+        deepspeed = import_deepspeed()
         if world.device.type == "cpu":
             # Its all-reduce in shared memory is compiled at the first launch (a minute), under a
             # lock file that a kill leaves behind and every later launch waits for. gloo does it.
@@ -65,14 +57,9 @@ class Engine:
         )
         native = deepspeed_config(config, world.size)
         with contextlib.redirect_stdout(io.StringIO()):  # every rank would print what it compiled
-            try:
-                self.deepspeed, *_ = deepspeed.initialize(
-                    model=model, optimizer=optimizer, config=native
-                )
-            except ValidationError as error:
-                first = error.errors()[0]
-                key = ".".join(map(str, first["loc"]))
-                raise ConfigError(f"deepspeed: DeepSpeed refuses {key!r}: {first['msg']}") from None
+            self.deepspeed, *_ = deepspeed.initialize(
+                model=model, optimizer=optimizer, config=native
+            )
         self.module: nn.Module = self.deepspeed.module
         if config.compile:
             for block in self.module.get_submodule("blocks").children():

@@ -173,6 +173,8 @@ def same(one, other):
 
 
 def test_what_deepspeed_refuses_is_one_line(engine):
-    with pytest.raises(ConfigError, match=r"deepspeed: DeepSpeed refuses .*stage") as refused:
+    with pytest.raises(
+        ConfigError, match=r"deepspeed.zero_optimization.stage: input should be"
+    ) as refused:
         engine("deepspeed={zero_optimization: {stage: 7}}")
     assert "\n" not in str(refused.value)
