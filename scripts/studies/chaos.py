@@ -5,18 +5,22 @@
     python scripts/studies/chaos.py --ranks 2           always 2 ranks: must end equal to the bit
     python scripts/studies/chaos.py --kills 4 --steps 40 --json chaos.json
 
-The ways: SIGKILL of a rank, of the launcher, of all processes; SIGTERM; a full disk (where a small
-one can be mounted: as root); a bit flipped in the newest checkpoint. Half of the kills wait for a
+The ways: SIGKILL of a rank, of the launcher, of all processes; SIGTERM; SIGSTOP of a rank, for a
+second or for good; a second process on the same run; a clock that jumps back a day (where there is
+a C compiler); the run's folder moved away, or read-only (as root); a full disk (where a small one
+can be mounted: as root); a bit flipped in the newest checkpoint. Half of the kills wait for a
 checkpoint to be in the writing. Each life of the run has a random number of ranks.
 
-Exit status 1: a process was left behind, a batch was lost or seen twice, or the losses are not
-those of a run that nobody disturbed (equal to the bit on equal ranks, else within 1%).
+Exit status 1: a process was left behind, or listened beyond this machine; a batch was lost or seen
+twice; the losses are not those of a run that nobody disturbed (equal to the bit on equal ranks,
+else within 1%); or a life ended in another way than it should, or without its one line.
 """
 
 import argparse
 import json
 import os
 import random
+import shutil
 import subprocess
 import sys
 import time
@@ -37,7 +41,40 @@ from sparse_gpt.train.metrics_file import read_metrics
 
 ROOT = Path(__file__).parents[2]
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "TORCHDYNAMO_DISABLE": "1"}
-GONE_WITHIN = 60.0  # seconds after a kill in which every process must have ended
+GONE_WITHIN = 90.0  # seconds after a kill in which every process must have ended
+SILENT = 20  # seconds after which a rank that says nothing is lost
+CLOCK = r"""
+#define _GNU_SOURCE
+#include <dlfcn.h>
+#include <stdlib.h>
+#include <sys/stat.h>
+#include <sys/time.h>
+#include <time.h>
+
+/* Behind by as many days as the file CLOCK_BACK has bytes. */
+int clock_gettime(clockid_t clock, struct timespec *now) {
+    static int (*real)(clockid_t, struct timespec *);
+    struct stat file;
+    if (!real) real = dlsym(RTLD_NEXT, "clock_gettime");
+    int failed = real(clock, now);
+    if ((clock == CLOCK_REALTIME || clock == CLOCK_REALTIME_COARSE) && !failed)
+        if (getenv("CLOCK_BACK") && !stat(getenv("CLOCK_BACK"), &file))
+            now->tv_sec -= file.st_size * 86400;
+    return failed;
+}
+time_t time(time_t *out) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    return out ? (*out = now.tv_sec) : now.tv_sec;
+}
+int gettimeofday(struct timeval *out, void *zone) {
+    struct timespec now;
+    clock_gettime(CLOCK_REALTIME, &now);
+    out->tv_sec = now.tv_sec;
+    out->tv_usec = now.tv_nsec / 1000;
+    return 0;
+}
+"""
 CONFIG = {
     "model": {
         "preset": "tiny",
@@ -53,6 +90,7 @@ CONFIG = {
     "eval": {"every": 100, "max_tokens": 1024},
     "log": {"batch_hash": True},
     "checkpoint": {"every": 3},
+    "fault": {"timeout_seconds": SILENT},
 }
 
 
@@ -62,22 +100,38 @@ class Chaos:
     def __init__(self, config: Path, run_dir: Path, ranks: list[int], rng: random.Random) -> None:
         self.config, self.run_dir, self.ranks, self.rng = config, run_dir, ranks, rng
         self.log = config.with_suffix(".log")
-        self.ways: dict[str, Callable[[psutil.Process], None]] = {
+        self.complaints: list[str] = []
+        self.environment = ENVIRONMENT
+        # What is done, and the exit code and words with which the run must end for it.
+        self.ways: dict[str, Callable[[psutil.Process], tuple[int, str] | None]] = {
             "SIGKILL of a rank": lambda launcher: self._pick_rank(launcher).kill(),
             "SIGKILL of the launcher": lambda launcher: launcher.kill(),
             "SIGKILL of all": self._kill_all,
             "SIGTERM": lambda launcher: launcher.terminate(),
+            "SIGSTOP of a rank, then SIGCONT": self._stop_a_while,
+            "SIGSTOP of a rank": self._stop,
+            "a second process": self._start_another,
+            "the folder moved away": self._move_away,
             "a bit flipped": self._flip_a_bit,
         }
         if os.path.ismount(run_dir.parent):
             self.ways["full disk"] = self._fill_the_disk
+        if os.geteuid() == 0 and shutil.which("chattr"):
+            self.ways["the folder read-only"] = self._make_read_only
+        if compiler := shutil.which("cc"):
+            clock, self.back = config.with_name("clock.so"), config.with_name("back")
+            command = [compiler, "-shared", "-fPIC", "-x", "c", "-", "-o", str(clock)]
+            subprocess.run(command, input=CLOCK.encode(), check=True)
+            preloaded = {"LD_PRELOAD": str(clock), "CLOCK_BACK": str(self.back)}
+            self.environment = {**ENVIRONMENT, **preloaded}
+            self.ways["the clock jumps back"] = self._turn_back_the_clock
         self._deck: list[str] = []
 
     def start(self) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "sparse_gpt", "train", str(self.config)]
         command += ["--devices", str(self.rng.choice(self.ranks)), f"run_dir={self.run_dir}"]
         with self.log.open("ab") as log:
-            return subprocess.Popen(command, env=ENVIRONMENT, stdout=log, stderr=log, cwd=ROOT)
+            return subprocess.Popen(command, env=self.environment, stdout=log, stderr=log, cwd=ROOT)
 
     def step(self) -> int:
         rows = read_metrics(self.run_dir)
@@ -103,15 +157,20 @@ class Chaos:
             if process.returncode:
                 self.fail(process.returncode)
             return None
-        step = self.step()
-        self.ways[way](psutil.Process(process.pid))
+        step, said = self.step(), self.log.stat().st_size
+        self._look_what_listens()
+        expected = self.ways[way](psutil.Process(process.pid))
         deadline = time.monotonic() + GONE_WITHIN
         while (left := self._processes()) and time.monotonic() < deadline:
             process.poll()  # a dead child would count until it is waited for
             time.sleep(0.05)
         for orphan in left:
             orphan.kill()
-        process.wait()
+        code = process.wait()
+        heard = self.log.read_bytes()[said:].decode()
+        if expected and (code != expected[0] or expected[1] not in heard):
+            self.complaints.append(f"{way}, step {step}: ended with {code}, not {expected}")
+        self._give_back()
         return way, writing, step, len(left)
 
     def fail(self, code: int) -> NoReturn:
@@ -134,8 +193,71 @@ class Chaos:
         return found
 
     def _pick_rank(self, launcher: psutil.Process) -> psutil.Process:
-        ranks = [p for p in self._processes() if "--local_rank" in " ".join(p.info["cmdline"])]
-        return self.rng.choice(ranks or [launcher])
+        return self.rng.choice(self._ranks() or [launcher])
+
+    def _ranks(self) -> list[psutil.Process]:
+        return [p for p in self._processes() if "--local_rank=" in " ".join(p.info["cmdline"])]
+
+    def _until_step(self, more: int, launcher: psutil.Process) -> None:
+        goal = self.step() + more
+        while self.step() < goal and launcher.is_running() and launcher.status() != "zombie":
+            time.sleep(0.01)
+
+    def _look_what_listens(self) -> None:
+        for process in self._processes():
+            with suppress(psutil.Error):
+                for socket in process.net_connections():
+                    if socket.status == psutil.CONN_LISTEN and socket.laddr.ip != "127.0.0.1":
+                        self.complaints.append(f"{process.cmdline()} listens on {socket.laddr}")
+
+    def _stop_a_while(self, launcher: psutil.Process) -> None:
+        rank = self._pick_rank(launcher)
+        rank.suspend()
+        time.sleep(1)
+        rank.resume()
+        self._until_step(2, launcher)
+        self._kill_all(launcher)
+
+    def _stop(self, launcher: psutil.Process) -> tuple[int, str] | None:
+        if len(self._ranks()) == 1:  # nobody waits for it
+            self._kill_all(launcher)
+            return None
+        self._pick_rank(launcher).suspend()
+        return 1, "another rank is lost or hangs"
+
+    def _start_another(self, launcher: psutil.Process) -> None:
+        said = self.log.stat().st_size
+        code = self.start().wait()
+        if code != 2 or b"another process trains this" not in self.log.read_bytes()[said:]:
+            self.complaints.append("a second process was not refused")
+        self._kill_all(launcher)
+
+    def _move_away(self, _: psutil.Process) -> tuple[int, str]:
+        self.run_dir.rename(self.run_dir.with_name("moved"))
+        return 2, "nothing more can be kept there"
+
+    def _make_read_only(self, _: psutil.Process) -> tuple[int, str]:
+        folders = [self.run_dir, self.run_dir / "checkpoints"]
+        folders[1].mkdir(exist_ok=True)
+        subprocess.run(["chattr", "-f", "+i", *folders], check=True)
+        return 2, "nothing more can be kept there"
+
+    def _give_back(self) -> None:
+        """The folder, where it was taken away."""
+        moved = self.run_dir.with_name("moved")
+        if moved.exists():
+            if self.run_dir.exists():
+                self.complaints.append("a folder was made anew where one was moved away")
+                shutil.rmtree(self.run_dir)
+            moved.rename(self.run_dir)
+        if "the folder read-only" in self.ways:
+            subprocess.run(["chattr", "-f", "-R", "-i", self.run_dir])
+
+    def _turn_back_the_clock(self, launcher: psutil.Process) -> None:
+        with self.back.open("ab") as days:
+            days.write(b".")
+        self._until_step(4, launcher)  # past a checkpoint
+        self._kill_all(launcher)
 
     def _kill_all(self, _: psutil.Process) -> None:
         for process in self._processes():
@@ -220,6 +342,7 @@ def main() -> None:
             if code := chaos.start().wait():
                 chaos.fail(code)
             found, complaints = verdict(whole.run_dir, chaos.run_dir, exact)
+            complaints += chaos.complaints
         finally:
             if mounted:
                 subprocess.run(["umount", "--lazy", str(disk)], check=True)
