@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 from rich.table import Table
 
-from sparse_gpt.cli.terminal import Json, print_json, show
+from sparse_gpt.cli.terminal import Json, SweepFile, print_json, show
 
 if TYPE_CHECKING:
     from sparse_gpt.sweep.grid import Sweep
@@ -17,7 +17,6 @@ sweep_app = typer.Typer(
     help="Scaling experiments: dense against sparse over budgets of compute.",
 )
 
-File = Annotated[Path, typer.Argument(help="A sweep file, as in configs/sweeps/.")]
 Out = Annotated[
     Path | None, typer.Option(help="Folder of the sweep; default runs/<name of the file>.")
 ]
@@ -25,11 +24,9 @@ Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
 Devices = Annotated[int, typer.Option(min=1, help="GPUs (on the CPU: ranks) for each run.")]
 
 
-@sweep_app.command(
-    epilog="Example: sparse-gpt sweep plan configs/sweeps/laptop.yaml --jobs 2 --calibrate"
-)
+@sweep_app.command(epilog="Example: sparse-gpt sweep plan laptop --jobs 2 --calibrate")
 def plan(
-    file: File,
+    file: SweepFile,
     out: Out = None,
     jobs: Jobs = 1,
     devices: Devices = 1,
@@ -89,9 +86,9 @@ def plan(
         print(f"left out: {line}")
 
 
-@sweep_app.command(epilog="Example: sparse-gpt sweep run configs/sweeps/laptop.yaml --jobs 2")
+@sweep_app.command(epilog="Example: sparse-gpt sweep run laptop --jobs 2")
 def run(
-    file: File,
+    file: SweepFile,
     out: Out = None,
     jobs: Jobs = 1,
     devices: Devices = 1,
@@ -128,8 +125,8 @@ def run(
     print(f"{sweep.out}: every run is done; now: sparse-gpt sweep fit {file}")
 
 
-@sweep_app.command(epilog="Example: sparse-gpt sweep status configs/sweeps/laptop.yaml")
-def status(file: File, out: Out = None, as_json: Json = False) -> None:
+@sweep_app.command(epilog="Example: sparse-gpt sweep status laptop")
+def status(file: SweepFile, out: Out = None, as_json: Json = False) -> None:
     """Every run of the sweep: waiting, running, stopped, done or diverged, and its loss."""
     from sparse_gpt.sweep.collect import STATES, loss, state
     from sparse_gpt.sweep.grid import read_sweep
@@ -163,9 +160,9 @@ def status(file: File, out: Out = None, as_json: Json = False) -> None:
     print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
 
 
-@sweep_app.command(epilog="Example: sparse-gpt sweep fit configs/sweeps/laptop.yaml")
+@sweep_app.command(epilog="Example: sparse-gpt sweep fit laptop")
 def fit(
-    file: File,
+    file: SweepFile,
     out: Out = None,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap refits.")] = 1000,
     as_json: Json = False,
