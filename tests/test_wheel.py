@@ -46,6 +46,21 @@ def run(site, tmp_path):
     return run
 
 
+def test_a_built_package_finds_its_run_files_by_name(tmp_path):
+    """Far from the checkout, whose folder is not on the path."""
+    build = [sys.executable, "setup.py", "--quiet", "build_py", "--build-lib", tmp_path / "site"]
+    subprocess.run(build, cwd=ROOT, check=True, capture_output=True)
+    environment = {**ENVIRONMENT, "PYTHONPATH": str(tmp_path / "site")}
+
+    command = [sys.executable, "-m", "sparse_gpt", "config", "show", "tiny-sparse"]
+    done = subprocess.run(
+        command, env=environment, cwd=tmp_path, capture_output=True, text=True, timeout=60
+    )
+    assert f"{tmp_path}/site/sparse_gpt/configs/tiny-sparse.yaml:3" in done.stdout, done.stderr
+    sweeps = {path.name for path in (tmp_path / "site/sparse_gpt/configs/sweeps").iterdir()}
+    assert sweeps == {path.name for path in (ROOT / "configs/sweeps").iterdir()}
+
+
 @pytest.mark.long
 def test_everything_works_beside_names_like_ours(site, run, run_file, tmp_path):
     where = "import sparse_gpt, sparse_gpt.data, sparse_gpt.cli.main; print(sparse_gpt.__file__)"
@@ -55,6 +70,7 @@ def test_everything_works_beside_names_like_ours(site, run, run_file, tmp_path):
     run("-m", "sparse_gpt", "prepare", *novels, *split, "--out", "shards", "--workers", "2")
     assert "train" in run("-m", "sparse_gpt", "shards", "info", "shards")
 
+    assert "tiny-sparse" in run("-m", "sparse_gpt", "config", "show", "tiny-sparse")
     runs = {name: f"run_dir={tmp_path / name}" for name in ("cli", "deepspeed", "torchrun")}
     rank = ("sparse_gpt.train", "--config", run_file)
     run("-m", "sparse_gpt", "train", run_file, "--devices", "2", runs["cli"])

@@ -7,7 +7,7 @@ from sparse_gpt.cli.terminal import Config, Json, Overrides, print_json
 config_app = typer.Typer(no_args_is_help=True, help="Run files: resolved, and what they may hold.")
 
 
-@config_app.command(epilog="Example: sparse-gpt config show configs/tiny-sparse.yaml seed=1")
+@config_app.command(epilog="Example: sparse-gpt config show tiny-sparse seed=1")
 def show(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """The whole run as a run file, with the line, preset or override that each value is from."""
     from sparse_gpt.config.origins import settings, to_commented_yaml

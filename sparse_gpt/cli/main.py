@@ -79,7 +79,7 @@ app.command(epilog="Example: sparse-gpt prepare books/*.txt corpus.jsonl --out s
 )
 
 
-@app.command(epilog="Example: sparse-gpt train configs/tiny-sparse.yaml optimizer.lr=1e-3")
+@app.command(epilog="Example: sparse-gpt train tiny-sparse optimizer.lr=1e-3")
 def train(
     config: Config,
     overrides: Overrides = None,
@@ -185,7 +185,7 @@ def replay(
 
 @app.command(
     "prove-resume",
-    epilog="Example: sparse-gpt prove-resume configs/tiny-sparse.yaml --steps 10 --devices 2",
+    epilog="Example: sparse-gpt prove-resume tiny-sparse --steps 10 --devices 2",
 )
 def prove(
     config: Config,
@@ -248,7 +248,7 @@ app.command(epilog="Example: sparse-gpt inspect runs/quickstart-sparse")(inspect
 app.command(epilog="Example: sparse-gpt export runs/quickstart-dense --out quickstart-gpt2")(export)
 
 
-@app.command(epilog="Example: sparse-gpt flops configs/tiny-paper.yaml model.d_model=256")
+@app.command(epilog="Example: sparse-gpt flops tiny-paper model.d_model=256")
 def flops(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
     """FLOPs a token by block and component, dense beside sparse."""
     from sparse_gpt.config.load import load_config
@@ -261,7 +261,7 @@ def flops(config: Config, overrides: Overrides = None, as_json: Json = False) ->
         show(costs_table(model))
 
 
-@app.command(epilog="Example: sparse-gpt plan configs/124m.yaml --gpus 8 --gpu H100")
+@app.command(epilog="Example: sparse-gpt plan 124m --gpus 8 --gpu H100")
 def plan(
     config: Config,
     overrides: Overrides = None,

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from sparse_gpt.cli.terminal import Json, print_json, show
+from sparse_gpt.cli.terminal import Json, SweepFile, print_json, show
 
 if TYPE_CHECKING:
     from sparse_gpt.sweep.grid import Sweep
@@ -18,7 +18,6 @@ sweep_app = typer.Typer(
     help="Scaling experiments: dense against sparse over budgets of compute.",
 )
 
-File = Annotated[Path, typer.Argument(help="A sweep file, as in configs/sweeps/.")]
 Out = Annotated[
     Path | None, typer.Option(help="Folder of the sweep; default runs/<name of the file>.")
 ]
@@ -26,11 +25,9 @@ Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
 Devices = Annotated[int, typer.Option(min=1, help="GPUs (on the CPU: ranks) for each run.")]
 
 
-@sweep_app.command(
-    epilog="Example: sparse-gpt sweep plan configs/sweeps/laptop.yaml --jobs 2 --calibrate"
-)
+@sweep_app.command(epilog="Example: sparse-gpt sweep plan laptop --jobs 2 --calibrate")
 def plan(
-    file: File,
+    file: SweepFile,
     out: Out = None,
     jobs: Jobs = 1,
     devices: Devices = 1,
@@ -90,9 +87,9 @@ def plan(
         print(f"left out: {line}")
 
 
-@sweep_app.command(epilog="Example: sparse-gpt sweep run configs/sweeps/laptop.yaml --jobs 2")
+@sweep_app.command(epilog="Example: sparse-gpt sweep run laptop --jobs 2")
 def run(
-    file: File,
+    file: SweepFile,
     out: Out = None,
     jobs: Jobs = 1,
     devices: Devices = 1,
@@ -129,8 +126,8 @@ def run(
     print(f"{sweep.out}: every run is done; now: sparse-gpt sweep fit {file}")
 
 
-@sweep_app.command(epilog="Example: sparse-gpt sweep status configs/sweeps/laptop.yaml")
-def status(file: File, out: Out = None, as_json: Json = False) -> None:
+@sweep_app.command(epilog="Example: sparse-gpt sweep status laptop")
+def status(file: SweepFile, out: Out = None, as_json: Json = False) -> None:
     """Every run of the sweep: waiting, running, stopped, done or diverged, and its loss.
 
     Where the files of a run cannot be read it says so, and exits 2.
@@ -182,9 +179,9 @@ def _show_states(found: list[dict[str, Any]], states: Sequence[str]) -> None:
     print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
 
 
-@sweep_app.command(epilog="Example: sparse-gpt sweep fit configs/sweeps/laptop.yaml")
+@sweep_app.command(epilog="Example: sparse-gpt sweep fit laptop")
 def fit(
-    file: File,
+    file: SweepFile,
     out: Out = None,
     resamples: Annotated[int, typer.Option(min=100, help="Bootstrap refits.")] = 1000,
     as_json: Json = False,

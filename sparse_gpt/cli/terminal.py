@@ -11,7 +11,29 @@ from rich.table import Table
 from sparse_gpt.files import to_json
 
 Json = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
-Config = Annotated[Path, typer.Argument(help="A run file, as in configs/.")]
+
+
+def _run_file(path: Path) -> Path:
+    from sparse_gpt.config.load import find_file
+
+    return find_file(path)
+
+
+def _sweep_file(path: Path) -> Path:
+    from sparse_gpt.config.load import find_file
+
+    return find_file(path, "sweeps")
+
+
+Config = Annotated[
+    Path, typer.Argument(callback=_run_file, help="A run file, or the name of one of configs/.")
+]
+SweepFile = Annotated[
+    Path,
+    typer.Argument(
+        callback=_sweep_file, help="A sweep file, or the name of one of configs/sweeps/."
+    ),
+]
 Overrides = Annotated[
     list[str] | None,
     typer.Argument(metavar="[KEY=VALUE]...", help="Override the file, e.g. optimizer.lr=1e-3."),

@@ -14,12 +14,32 @@ from yaml.error import MarkedYAMLError
 
 from sparse_gpt.config.explain import explain
 from sparse_gpt.config.schema import RunConfig
-from sparse_gpt.errors import ConfigError
+from sparse_gpt.errors import ConfigError, did_you_mean
 from sparse_gpt.model.config import merge
 
 _MOST_NODES, _MOST_BYTES, _DEEPEST = 20_000, 1 << 20, 100  # of a run file
 _LONGEST = 100  # characters of what is no text
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+
+
+def find_file(path: Path, folder: str = "") -> Path:
+    """`path`, or, where nothing lies there and it is a bare name, the file of this name that we
+    ship in `folder` of `configs/`. Raises ConfigError for names that are nowhere."""
+    bare = path.name == str(path) and path.suffix in ("", ".yaml")
+    if not bare or (path.exists() and not path.is_dir()):
+        return path
+    package = Path(__file__).parents[1]
+    inside = package / "configs"  # in the wheel; in a checkout it lies beside the package
+    home = (inside if inside.is_dir() else package.parent / "configs") / folder
+    shipped = {file.stem: file for file in sorted(home.glob("*.yaml"))}
+    name = path.name.removesuffix(".yaml")
+    if name not in shipped:
+        hint = did_you_mean(name, shipped)
+        raise ConfigError(
+            f"{path}: is no file here, nor one of ours; {hint and hint + ' '}"
+            f"ours are {', '.join(shipped)}"
+        )
+    return shipped[name]
 
 
 def load_config(path: str | Path, overrides: Sequence[str] = ()) -> RunConfig:

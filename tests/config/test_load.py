@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_gpt.config.load import lay_over, load_config, to_yaml
+from sparse_gpt.config.load import find_file, lay_over, load_config, to_yaml
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.config import ffn_preset
 from sparse_gpt.model.costs import model_report
@@ -286,3 +286,17 @@ def test_a_preset_stands_for_all_keys_of_an_ffn(file):
     assert config.model.ffn == ffn_preset("paper")
     with pytest.raises(ConfigError, match="fan_in_init: unknown key; known here"):
         load_config(dense, ["model.ffn={preset: paper, fan_in_init: true}"])
+
+
+def test_a_bare_name_is_one_of_our_files_unless_a_file_of_that_name_is_here(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for path in CONFIGS:
+        assert find_file(Path(path.stem)) == find_file(Path(path.name)) == path
+    assert find_file(Path("laptop"), "sweeps") == ROOT / "configs/sweeps/laptop.yaml"
+    (tmp_path / "tiny-dense").mkdir()  # a folder is no file
+    (tmp_path / "tiny-paper.yaml").write_text(GOOD)
+    assert find_file(Path("tiny-dense")) == ROOT / "configs/tiny-dense.yaml"
+    assert find_file(Path("tiny-paper.yaml")) == Path("tiny-paper.yaml")
+    assert find_file(Path("elsewhere/124m.yaml")) == Path("elsewhere/124m.yaml")
+    with pytest.raises(ConfigError, match=r"labtop: is no file here.* mean 'laptop'.*cluster"):
+        find_file(Path("labtop"), "sweeps")
