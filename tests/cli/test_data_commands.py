@@ -66,6 +66,22 @@ def test_a_launchers_rank_is_a_part(prepare, tmp_path, monkeypatch, capsys):
     assert "run it as one part" in capsys.readouterr().err
 
 
+def test_a_separator_that_is_nowhere_is_told(tmp_path, monkeypatch, capsys):
+    source = tmp_path / "a.txt"
+    source.write_text("".join(f"poem {n}\r\n\r\n" for n in range(200)), newline="")
+    command = ["sparse-gpt", "prepare", str(source), "--held-out", "0.1", "--separator"]
+    monkeypatch.setattr(sys, "argv", [*command, r"\n\n", "--out", str(tmp_path / "there")])
+    with pytest.raises(SystemExit):
+        main()
+    assert capsys.readouterr().err == ""
+    assert read_manifest(tmp_path / "there").documents("train") > 100
+    monkeypatch.setattr(sys, "argv", [*command, r"\n---\n", "--out", str(tmp_path / "nowhere")])
+    with pytest.raises(SystemExit):
+        main()
+    told = capsys.readouterr().err
+    assert r"separator '\n---\n': is in no text file; each is one document" in told
+
+
 def test_vocab_train_chooses_documents_as_prepare_does(prepare, tmp_path, monkeypatch, capsys):
     source, out = tmp_path / "a.jsonl", tmp_path / "v.tiktoken"
     command = ["sparse-gpt", "vocab", "train", str(source), "--out", str(out), "--size", "270"]

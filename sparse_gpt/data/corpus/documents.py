@@ -3,9 +3,9 @@
     slices ──blocks──▶ blocks ──documents──▶ documents, and rejects
 
 JSON Lines have one object a line, and blank lines are skipped; text is one document a file, or
-split before each `separator`, which stays at the head of the document it opens, or is dropped. Text
-is taken exactly as it lies in the file (CRLF and a byte-order mark included; JSON Lines may begin
-with a mark, which is not part of any text). Documents of nothing but white space are dropped.
+split before each `separator`, whose line ends match CRLF too, and which stays at the head of the
+document it opens, or is dropped. Text is taken exactly as it lies in the file, CRLF included; a
+byte-order mark at the head of a file is dropped. So are documents of nothing but white space.
 
 What can only be read front to back, or takes more room than a slice should, comes in blocks of
 whole documents, which cost little to make: one process makes them, others take the documents out.
@@ -24,14 +24,14 @@ import xxhash
 from sparse_gpt.data.corpus.hub import hub_tables
 from sparse_gpt.data.corpus.readers import (
     line_blocks,
-    open_compressed,
+    open_content,
     packed,
     parquet_tables,
     rows_of,
     shown,
 )
 from sparse_gpt.data.corpus.rejects import Reject
-from sparse_gpt.data.corpus.slices import SLICE_BYTES, Slice
+from sparse_gpt.data.corpus.slices import SLICE_BYTES, Slice, separator_pattern
 from sparse_gpt.data.corpus.sources import SourceFile
 from sparse_gpt.errors import DataError
 
@@ -105,6 +105,21 @@ def documents(block: Block, reading: Reading) -> Iterator[Document | Reject]:
             yield document
 
 
+def is_separated(file: SourceFile, separator: str) -> bool:
+    """Whether a text file holds the separator; raises DataError if it cannot be read."""
+    before = b""
+    try:
+        with open_content(file.path, file.codec) as (content, _):
+            while block := content.read(SLICE_BYTES):
+                block = before + block
+                if separator_pattern(separator, b"\r\n" in block).search(block):
+                    return True
+                before = block[-2 * len(separator.encode()) :]
+    except OSError as error:
+        raise _unreadable(file, error) from None
+    return False
+
+
 def _is_wanted(text: str, min_chars: int) -> bool:
     return len(text) >= max(min_chars, 1) and not text.isspace()
 
@@ -130,7 +145,7 @@ def _compressed_blocks(part: Slice) -> Iterator[Block]:
     for _ in _content(part):
         pass  # that it is what was cut
     try:
-        with open_compressed(file.path, str(file.codec)) as (content, place):
+        with open_content(file.path, file.codec) as (content, place):
             if file.kind == "text":
                 yield Block(file, 1, content.read(), part.end)
                 return
@@ -140,7 +155,11 @@ def _compressed_blocks(part: Slice) -> Iterator[Block]:
                 line, done = line + lines.count(b"\n"), here
             yield Block(file, line, b"", part.end - done)
     except OSError as error:
-        raise DataError(f"{file.path}: damaged or not {file.codec}: {error}") from None
+        raise _unreadable(file, error) from None
+
+
+def _unreadable(file: SourceFile, error: OSError) -> DataError:
+    return DataError(f"{file.path}: damaged or not {file.codec or 'readable'}: {error}")
 
 
 def _columns(reading: Reading) -> list[str]:
@@ -186,16 +205,23 @@ def _decoded(value: Any) -> str:
 def _texts(block: Block, reading: Reading) -> Iterator[Document | Reject]:
     """The content cut before each separator; the pieces together are the content, but for what is
     dropped."""
-    pieces, dropped = [block.content], 0
+    content = block.content
+    if block.line == 1:
+        content = content.removeprefix(codecs.BOM_UTF8)
+    pieces, dropped = [content], 0
     if reading.cut_last:
-        at = _last(block.content, reading.cut_last)
-        pieces = [block.content[:at], block.content[at:]]
+        at = _last(content, reading.cut_last)
+        pieces = [content[:at], content[at:]]
     elif reading.separator is not None:
-        mark = reading.separator.encode()
-        head, *tails = block.content.split(mark)
-        kept = mark if reading.keep_separator else b""
-        dropped = 0 if kept else mark.count(b"\n")
-        pieces = [head, *(kept + tail for tail in tails)]
+        pattern = separator_pattern(reading.separator, b"\r\n" in content)
+        marks = [match.span() for match in pattern.finditer(content)]
+        ends = [*(start for start, _ in marks), len(content)]
+        if reading.keep_separator:
+            starts = [0, *ends[:-1]]
+        else:
+            starts = [0, *(end for _, end in marks)]
+            dropped = reading.separator.count("\n")
+        pieces = [content[start:end] for start, end in zip(starts, ends, strict=True)]
     line = block.line
     for piece in pieces:
         try:

@@ -31,12 +31,16 @@ def shown(value: Any) -> str:
 
 
 @contextmanager
-def open_compressed(
-    path: Path, codec: str
+def open_content(
+    path: Path, codec: str | None
 ) -> Iterator[tuple[io.BufferedReader, Callable[[], int]]]:
-    """The content of a compressed file, of one or several streams, and a function that tells how
-    many bytes of the file are read; reading raises OSError where it is damaged or cut short."""
+    """The content of a file, if it is compressed of one or several streams, and a function that
+    tells how many bytes of the file are read; reading raises OSError where it is damaged or cut
+    short."""
     with open(path, "rb") as file:
+        if codec is None:
+            yield file, file.tell
+            return
         raw: Any = gzip.GzipFile(fileobj=file) if codec == "gzip" else _Zstd(file)
         try:
             yield io.BufferedReader(raw), file.tell

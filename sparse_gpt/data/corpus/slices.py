@@ -10,12 +10,14 @@ is done.
 import json
 import mmap
 import os
+import re
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -216,15 +218,27 @@ def _cuts(
             start = end
 
 
+@lru_cache(maxsize=8)
+def separator_pattern(separator: str, crlf: bool = True) -> re.Pattern[bytes]:
+    """What matches a separator in a text's bytes: its line ends are Windows' too. Without `crlf`,
+    for a text that has none of those, it is ten times as fast."""
+    pattern = re.escape(separator.encode())
+    return re.compile(pattern.replace(b"\\\n", rb"(?:\r\n|\n)") if crlf else pattern)
+
+
 def _boundary(view: mmap.mmap | bytes, kind: str, separator: str | None, at: int, size: int) -> int:
     """The first place at or after `at` where a document starts whatever came before; or `size`."""
     if at >= size or (kind == "text" and separator is None):
         return size
     if kind == "jsonl":
         return view.find(b"\n", at - 1) + 1 or size
-    mark = str(separator).encode()
-    found = view.find(mark, at)
+    pattern, longest = separator_pattern(str(separator)), 2 * len(str(separator).encode())
+    found = pattern.search(view, at)
     # An occurrence that overlaps an earlier one counts or not depending on where counting began.
-    while found != -1 and view.find(mark, max(0, found - len(mark) + 1), found + len(mark)) < found:
-        found = view.find(mark, found + 1)
-    return found if found != -1 else size
+    while found and any(
+        earlier.end() > found.start()
+        for start in range(max(0, found.start() - longest), found.start())
+        if (earlier := pattern.match(view, start))
+    ):
+        found = pattern.search(view, found.start() + 1)
+    return found.start() if found else size

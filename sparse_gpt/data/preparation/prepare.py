@@ -28,6 +28,7 @@ from typing import Any
 
 import numpy as np
 
+from sparse_gpt.data.corpus.documents import is_separated
 from sparse_gpt.data.corpus.rejects import MAX_REJECTED, Tally, write_rejects
 from sparse_gpt.data.corpus.slices import cut_all
 from sparse_gpt.data.corpus.sources import find_files
@@ -82,7 +83,8 @@ def prepare(
     held_out      fraction of the documents for validation, chosen by hash; 0 for none. One text
                   file without a separator is one document: that share of its end is cut off
     shard_tokens  tokens a shard at most, unless one document is longer
-    separator     where text files are split into documents; None: one document a file
+    separator     where text files are split into documents, its line ends being CRLF too; None:
+                  one document a file
     keep_separator  as the head of the document it opens; else it is no part of the text
     text_field    the key of the text in JSON Lines, or its column in parquet and hub data sets
     min_chars     documents of fewer characters are left out
@@ -98,8 +100,8 @@ def prepare(
                   `rejected.jsonl`; with 0, the first stops the run
     part          "i/n": do the i-th of n parts of the units; the parts may run at the same time, on
                   several machines that share `out`
-    progress      say on stderr what is left out of the sources, and draw progress if that is a
-                  terminal
+    progress      say on stderr what is left out of the sources and whether the separator is in
+                  none, and draw progress if that is a terminal
 
     Returns the manifest, or None if other parts have units to do: the last to end writes it.
 
@@ -131,6 +133,12 @@ def prepare(
         slices = [part for of_file in cuts for part in of_file.slices]
         if not slices:
             raise DataError(f"the corpus is empty: {len(files)} file(s), 0 bytes; name some text")
+        if (
+            tell
+            and separator
+            and not any(is_separated(file, separator) for file in files if file.kind == "text")
+        ):
+            tell(f"separator {separator!r}: is in no text file; each is one document")
         units = plan(slices, options, tokenizer)
         refuse_other_units(out, units)
         mine = share.of(units)

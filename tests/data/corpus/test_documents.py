@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_gpt.data.corpus.documents import Document, Reading, read
+from sparse_gpt.data.corpus.documents import Document, Reading, is_separated, read
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import cut
 from sparse_gpt.data.corpus.sources import SourceFile, find_files
@@ -40,13 +40,14 @@ def write(path: Path, content: str | bytes) -> Path:
     [
         "plain\n",
         "crlf\r\nand\rcr\r\n",
-        "\ufeffmark",
+        "a \ufeffmark within",
         "no end",
         "\x0b\x0c\x1c\x85\u2028x\u2029\x00y",
     ],
 )
 def test_text_is_taken_exactly(tmp_path: Path, content: str) -> None:
     assert texts(write(tmp_path / "a.txt", content)) == [content]
+    assert texts(write(tmp_path / "marked.txt", "\ufeff" + content)) == [content]
 
 
 def test_json_lines_are_taken_exactly(tmp_path: Path) -> None:
@@ -58,8 +59,8 @@ def test_json_lines_are_taken_exactly(tmp_path: Path) -> None:
 
 @settings(max_examples=150)
 @given(
-    st.text("ab\n é", max_size=60),
-    st.text("ab\n", min_size=1, max_size=3),
+    st.text("ab\r\n é", max_size=60) | st.lists(st.sampled_from(["\r\n", "a", "\n"])).map("".join),
+    st.text("ab\r\n", min_size=1, max_size=3),
     st.integers(1, 20),
 )
 def test_slices_change_nothing(
@@ -68,17 +69,39 @@ def test_slices_change_nothing(
     """However finely a text is cut, its documents are those of the whole: nothing lost, but for
     separators that are dropped."""
     path = write(tmp_path_factory.getbasetemp() / "slices.txt", content)
-    head, *tails = content.split(separator)
-    pieces = [head, *(separator + tail for tail in tails)]
-    assert texts(path, separator, slice_bytes=slice_bytes) == [p for p in pieces if p.strip()]
+    kept, dropped = split(content, separator)
+    assert texts(path, separator, slice_bytes=slice_bytes) == [p for p in kept if p.strip()]
     (file,) = find_files([path])
+    assert is_separated(file, separator) == (len(kept) > 1)
     slices, _ = cut(file, separator, slice_bytes)
     found = good(read(slices, Reading(separator, "text", keep_separator=False)))
     lines, line = [], 1
-    for piece in content.split(separator):
+    for piece in dropped:
         lines.append((line, piece))
         line += piece.count("\n") + separator.count("\n")
     assert [d[1:] for d in found] == [(line, piece) for line, piece in lines if piece.strip()]
+
+
+def split(content: str, separator: str) -> tuple[list[str], list[str]]:
+    """The pieces with and without separators, whose line ends match CRLF too, a step at a time."""
+    kept, dropped, at = [""], [""], 0
+    while at < len(content):
+        end = at
+        for char in separator:
+            if char == "\n" and content.startswith("\r\n", end):
+                end += 2
+            elif content.startswith(char, end):
+                end += 1
+            else:
+                kept[-1] += content[at]
+                dropped[-1] += content[at]
+                at += 1
+                break
+        else:
+            kept.append(content[at:end])
+            dropped.append("")
+            at = end
+    return kept, dropped
 
 
 @settings(max_examples=100)

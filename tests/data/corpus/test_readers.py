@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 
 from sparse_gpt.data import prepare, verify
 from sparse_gpt.data.corpus.documents import Document, Reading, blocks, read
-from sparse_gpt.data.corpus.readers import open_compressed
+from sparse_gpt.data.corpus.readers import open_content
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import cut
 from sparse_gpt.data.corpus.sources import find_files
@@ -153,7 +153,7 @@ def test_streams_are_read_whole_or_refused(
 
     def content(of: bytes) -> bytes:
         path.write_bytes(of)
-        with open_compressed(path, name) as (stream, _):
+        with open_content(path, name) as (stream, _):
             return stream.read()
 
     whole = b"".join(packed)
