@@ -69,7 +69,8 @@ class _Loader(yaml.SafeLoader):
         """The tag of a value. What is long is text: expressions for numbers would take for ever."""
         if kind is yaml.ScalarNode and len(value) > _LONGEST:
             return _TEXT
-        return str(super().resolve(kind, value, implicit))
+        tag: str = super().resolve(kind, value, implicit)  # type: ignore[no-untyped-call]
+        return tag
 
 
 class Dumper(yaml.SafeDumper):

@@ -221,8 +221,8 @@ class _Grid:
             try:
                 duration = DurationConfig(steps=steps)
             except ValidationError as error:
-                why = explain(error, DurationConfig)
-                raise ConfigError(f"{self.path}: budgets: {budget:g} for {size}: {why}") from None
+                said = explain(error, DurationConfig)
+                raise ConfigError(f"{self.path}: budgets: {budget:g} for {size}: {said}") from None
             run = run.model_copy(update={"duration": duration})
             if budget > (most := self.config.limits.training_flops.get(family, math.inf)):
                 self.left_out[f"{family} above {short(most)} FLOPs, its limit"] += 1
