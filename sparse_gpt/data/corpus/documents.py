@@ -26,7 +26,7 @@ from sparse_gpt.data.corpus.readers import (
     line_blocks,
     open_content,
     packed,
-    parquet_tables,
+    parquet_rows,
     rows_of,
     shown,
 )
@@ -168,16 +168,18 @@ def _columns(reading: Reading) -> list[str]:
 
 def _table_blocks(part: Slice, reading: Reading) -> Iterator[Block]:
     file, line = part.file, part.line
+    found: Iterator[tuple[int, bytes]]
     if file.kind == "hub":
         tables = hub_tables(file.name, part.hash, _columns(reading))
+        found = ((table.num_rows, packed(table)) for table in tables)
         file = replace(file, name=f"{file.name}#{part.number}")
     else:
         for _ in _content(part):
             pass  # that it is what was cut
-        tables = parquet_tables(file.path, part.number, _columns(reading))
-    for table in tables:
-        yield Block(file, line, packed(table), 0)
-        line += table.num_rows
+        found = parquet_rows(file.path, part.number, _columns(reading))
+    for rows, content in found:
+        yield Block(file, line, content, 0)
+        line += rows
     yield Block(file, line, b"", part.end - part.start)
 
 

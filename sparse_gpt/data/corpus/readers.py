@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 import zstandard
 
+from sparse_gpt.data.corpus.isolated import isolated
 from sparse_gpt.errors import DataError
 
 if TYPE_CHECKING:
@@ -90,27 +91,36 @@ def line_blocks(content: io.BufferedReader, size: int) -> Iterator[bytes]:
 
 
 def row_groups(path: Path) -> list[tuple[int, int]]:
-    """(byte at which it starts, rows) of each row group of a parquet file that holds any."""
+    """(byte at which it starts, rows) of each row group of a parquet file that holds any. Raises
+    OSError where it cannot be read now."""
+    return [group for group, _ in isolated(str(path), _row_groups, path)]
+
+
+def _row_groups(path: Path) -> Iterator[tuple[tuple[int, int], bytes]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     try:
         metadata = pq.read_metadata(path)
-    except pa.ArrowInvalid as error:
+        for number in range(metadata.num_row_groups):
+            group = metadata.row_group(number)
+            columns = [group.column(i) for i in range(group.num_columns)]
+            if not columns:
+                raise DataError(f"{path}: has no columns")
+            start = min(c.dictionary_page_offset or c.data_page_offset for c in columns)
+            yield (start, group.num_rows), b""
+    except (pa.ArrowException, OSError, ValueError) as error:
+        if isinstance(error, DataError) or getattr(error, "errno", None):
+            raise
         raise DataError(f"{path}: not a parquet file: {_first_line(error)}") from None
-    groups = []
-    for number in range(metadata.num_row_groups):
-        group = metadata.row_group(number)
-        columns = [group.column(i) for i in range(group.num_columns)]
-        if not columns:
-            raise DataError(f"{path}: has no columns")
-        start = min(c.dictionary_page_offset or c.data_page_offset for c in columns)
-        groups.append((start, group.num_rows))
-    return groups
 
 
-def parquet_tables(path: Path, group: int, columns: list[str]) -> "Iterator[pa.Table]":
-    """The columns of a row group, some rows at a time."""
+def parquet_rows(path: Path, group: int, columns: list[str]) -> Iterator[tuple[int, bytes]]:
+    """How many rows, and the columns of them, `packed`: a row group, some rows at a time."""
+    return isolated(f"{path}, row group {group}", _parquet_rows, path, group, columns)
+
+
+def _parquet_rows(path: Path, group: int, columns: list[str]) -> Iterator[tuple[int, bytes]]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -118,15 +128,24 @@ def parquet_tables(path: Path, group: int, columns: list[str]) -> "Iterator[pa.T
         with pq.ParquetFile(path) as file:
             require_columns(columns, file.schema_arrow.names, str(path))
             for batch in file.iter_batches(ROWS, row_groups=[group], columns=columns):
-                yield pa.Table.from_batches([batch])
+                yield batch.num_rows, packed(pa.Table.from_batches([batch]))
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"{path}: cannot read row group {group}: {_first_line(error)}") from None
 
 
 def packed(table: "pa.Table") -> bytes:
-    """A table for `rows_of`, in Arrow's format: other than its pickle it holds these rows alone."""
+    """A table for `rows_of`, in Arrow's format: other than its pickle it holds these rows alone.
+    Text is bytes, which may be broken. Raises ArrowException for what is no table."""
     import pyarrow as pa
 
+    for number, name in enumerate(table.column_names):
+        column = table.column(number)
+        if pa.types.is_dictionary(column.type):
+            column = column.cast(column.type.value_type)
+        if column.type in (pa.string(), pa.large_string(), pa.string_view()):
+            column = column.cast(pa.large_binary())  # else broken text fails a whole batch
+        table = table.set_column(number, name, column)
+    table.validate(full=True)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table)
@@ -134,22 +153,13 @@ def packed(table: "pa.Table") -> bytes:
 
 
 def rows_of(content: bytes, columns: list[str]) -> Iterator[list[Any]]:
-    """The columns' values in each row of a packed table, or of b"", which has none; text comes as
-    bytes, which may be broken."""
+    """The columns' values in each row of a packed table, or of b"", which has none."""
     if not content:
         return
     import pyarrow as pa
 
     table = pa.ipc.open_stream(content).read_all()
-    values = []
-    for name in columns:
-        column = table.column(name)
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if column.type in (pa.string(), pa.large_string(), pa.string_view()):
-            column = column.cast(pa.large_binary())  # else broken text fails a whole batch
-        values.append(column.to_pylist())
-    yield from map(list, zip(*values, strict=True))
+    yield from map(list, zip(*(table.column(name).to_pylist() for name in columns), strict=True))
 
 
 def require_columns(columns: list[str], found: list[str], source: str) -> None:
