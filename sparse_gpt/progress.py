@@ -1,6 +1,15 @@
-"""The progress bar of long work on a terminal's stderr: what is done, how fast, and time left."""
+"""The progress bar of long work on a terminal's stderr: what is done, how fast, and time left; and
+how long something takes, in words."""
 
 from types import TracebackType
+
+
+def duration(seconds: float) -> str:
+    """In the largest unit of which there are two: "90 minutes", "2.5 hours"."""
+    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
+        if seconds >= 2 * size:
+            return f"{seconds / size:.3g} {unit}"
+    return f"{seconds:.3g} seconds"
 
 
 class Progress:

@@ -266,7 +266,15 @@ def plan(
     config: Config,
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Ranks of the run, one a GPU.")] = 1,
-    gpu: Annotated[str, typer.Option(help="Which: A100-80GB, H100, H200, ...")] = "H100",
+    gpu: Annotated[
+        str | None, typer.Option(help="Which: A100-80GB, H100 (if none), MI300X, RTX-4090, ...")
+    ] = None,
+    peak_tflops: Annotated[
+        float | None, typer.Option(min=0.001, help="Of a GPU in dense bf16, else its data sheet's.")
+    ] = None,
+    memory_gb: Annotated[
+        float | None, typer.Option(min=0.1, help="GiB that a process can have of a GPU.")
+    ] = None,
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of the peak that will be reached.")
     ] = 0.4,
@@ -276,12 +284,14 @@ def plan(
     ] = 50,
     as_json: Json = False,
 ) -> None:
-    """Memory of a rank and a step's traffic by ZeRO stage, FLOPs, days and warnings."""
+    """Memory of a rank and a step's traffic by ZeRO stage, FLOPs, time and warnings."""
     from sparse_gpt.config.load import load_config
     from sparse_gpt.plan.plan import make_plan, plan_steps, plan_table
 
     run = load_config(config, overrides or [])
-    made = make_plan(run, gpus, gpu, mfu, gpus_per_node, network * 1e9)
+    peak = None if peak_tflops is None else peak_tflops * 1e12
+    memory = None if memory_gb is None else int(memory_gb * 2**30)
+    made = make_plan(run, gpus, gpu, mfu, gpus_per_node, network * 1e9, peak, memory)
     if as_json:
         print_json(made.to_dict())
         return

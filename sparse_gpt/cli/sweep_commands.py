@@ -9,6 +9,7 @@ import typer
 from rich.table import Table
 
 from sparse_gpt.cli.terminal import Json, SweepFile, print_json, show
+from sparse_gpt.progress import duration
 
 if TYPE_CHECKING:
     from sparse_gpt.sweep.grid import Sweep
@@ -78,11 +79,11 @@ def plan(
     elif sweep.config.assumed:
         assumed = sweep.config.assumed
         print(
-            f"time: {_duration(total * jobs)} on {assumed.devices} devices at an assumed "
+            f"time: {duration(total * jobs)} on {assumed.devices} devices at an assumed "
             f"{assumed.flops_per_second:.3g} FLOP/s each (not measured)"
         )
     else:
-        print(f"time: about {_duration(total)} with --jobs {jobs}, measured here")
+        print(f"time: about {duration(total)} with --jobs {jobs}, measured here")
     for line in sweep.left_out:
         print(f"left out: {line}")
 
@@ -229,10 +230,3 @@ def _grid_table(sweep: "Sweep") -> Table:
             rates = ", ".join(f"{lr:g}" for lr in config.rates(family))
             table.add_row(family, size, rates, per_token, *row)
     return table
-
-
-def _duration(seconds: float) -> str:
-    for unit, size in (("days", 86400), ("hours", 3600), ("minutes", 60)):
-        if seconds >= 2 * size:
-            return f"{seconds / size:.3g} {unit}"
-    return f"{seconds:.0f} seconds"

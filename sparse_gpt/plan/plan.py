@@ -1,7 +1,7 @@
 """`sparse-gpt plan`: what a run would need and cost on given GPUs, before anything starts."""
 
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 from rich.table import Table
@@ -20,9 +20,10 @@ from sparse_gpt.plan.step import (
     step_cost,
     step_table,
 )
+from sparse_gpt.progress import duration
 from sparse_gpt.train.checks import check_settings
 from sparse_gpt.train.deepspeed_config import deepspeed_config, native_settings
-from sparse_gpt.train.gpus import GPUS, Gpu
+from sparse_gpt.train.gpus import GPUS, PCIE_4, Gpu
 from sparse_gpt.train.precision import DTYPES
 
 RESERVED = 2 * 2**30
@@ -58,6 +59,7 @@ class Plan:
     gpus_per_node: int
     bytes_per_second: float  # of a gather or reduction over all GPUs
     memory_bytes: int  # of a GPU
+    peak_flops: float  # FLOP/s of a GPU in half precision
     parameters: int
     active_parameters: int  # a token's
     micro_batch: int
@@ -81,17 +83,20 @@ class Plan:
 def make_plan(
     config: RunConfig,
     gpus: int,
-    gpu: str,
-    mfu: float,
+    gpu: str | None = None,
+    mfu: float = 0.4,
     gpus_per_node: int = 8,
     network: float = NETWORK,
+    peak_flops: float | None = None,
+    memory: int | None = None,
 ) -> Plan:
     """Memory and a step's traffic by ZeRO stage, the micro-batch to take, FLOPs and days.
 
-    `network`: bytes/s a direction that a GPU has between nodes. Raises ConfigError for a GPU that
-    is not known or a run that cannot be shared by `gpus`.
+    `network`: bytes/s a direction that a GPU has between nodes. `peak_flops` and `memory` (bytes)
+    go before what is known of the GPU; with both it need not be known. Raises ConfigError for a
+    GPU that is not known or a run that cannot be shared by `gpus`.
     """
-    device = _known(gpu)
+    name, device = _device(gpu, peak_flops, memory)
     check_settings(config, gpus)
     stage = deepspeed_config(config, gpus)["zero_optimization"]["stage"]
     first = 0 if config.precision == "fp32" else 1  # DeepSpeed's ZeRO-0 trains in fp32 alone
@@ -106,11 +111,12 @@ def make_plan(
     parameters = parameter_counts(config.model)
     again = _recomputed_flops(config) / report.seq * config.batch.global_tokens * steps
     return Plan(
-        gpu=gpu,
+        gpu=name,
         gpus=gpus,
         gpus_per_node=gpus_per_node,
         bytes_per_second=cluster.bandwidth,
         memory_bytes=device.memory,
+        peak_flops=device.peak_flops,
         parameters=parameters.total,
         active_parameters=parameters.active,
         micro_batch=config.batch.micro_batch,
@@ -127,11 +133,22 @@ def make_plan(
     )
 
 
-def _known(gpu: str) -> Gpu:
-    if gpu not in GPUS:
-        hint = did_you_mean(gpu.upper(), GPUS)
-        raise ConfigError(f"--gpu {gpu}: {hint and hint + ' '}known are {', '.join(GPUS)}")
-    return GPUS[gpu]
+def _device(gpu: str | None, peak_flops: float | None, memory: int | None) -> tuple[str, Gpu]:
+    """A GPU of the table, or one of which both numbers are given, and what to call it."""
+    if gpu is None and peak_flops is memory is None:
+        gpu = "H100"
+    known = GPUS.get(gpu or "")
+    if known:
+        given = peak_flops or memory
+        peak, size = peak_flops or known.peak_flops, memory or known.memory
+        return f"{gpu}{' (as given)' * bool(given)}", replace(known, peak_flops=peak, memory=size)
+    if not peak_flops or not memory:
+        hint = did_you_mean(gpu.upper(), GPUS) if gpu else ""
+        raise ConfigError(
+            f"--gpu {gpu or 'is not given'}: {hint and hint + ' '}known are {', '.join(GPUS)}; "
+            "for another give --peak-tflops and --memory-gb"
+        )
+    return gpu or "GPU", Gpu("", memory, peak_flops, PCIE_4)
 
 
 def _stage(
@@ -194,10 +211,9 @@ def _warnings(
             found.append(f"does not fit in ZeRO-{stage}: use stage {' or '.join(fit)}")
         else:
             found.append("fits in no ZeRO stage: more GPUs, activation_checkpointing, or offload")
-    if config.precision == "fp32":
-        found.append("precision fp32: the days are those of half precision; use bf16")
     parameters = parameter_counts(config.model).total
-    if stage and bucket_size(config) > parameters:
+    much = not own.fits or own.memory.buffers > device.memory / 20
+    if stage and much and bucket_size(config) > parameters:
         found.append(
             f"deepspeed.zero_optimization.reduce_bucket_size is larger than the model, "
             f"{own.memory.buffers / 2**30:.1f} GiB a rank; "
@@ -205,8 +221,9 @@ def _warnings(
         )
     found += _slow_links(config, stage, own.step)
     ffn = config.model.ffn
+    keeps_all = config.activation_checkpointing == "none"
     fixed = ffn.kind == "sparse" and not isinstance(ffn.spectral, DictionaryConfig)
-    if fixed and config.activation_checkpointing == "none":
+    if fixed and 2 * own.memory.activations > device.memory and keeps_all:
         found.append("this sparse FFN keeps much: activation_checkpointing=selective keeps less")
     return found
 
@@ -239,7 +256,8 @@ def plan_table(plan: Plan) -> Table:
         f"{plan.micro_batch} × {plan.grad_accum}, on {plan.gpus} × {plan.gpu} "
         f"({plan.memory_bytes / 2**30:.0f} GiB)",
         caption=f"{plan.steps:,} steps, {plan.tokens:,} tokens, {flops}\n"
-        f"{plan.days:.3g} days at an assumed MFU of {plan.mfu:.0%}. "
+        f"{duration(86_400 * plan.days)} at an assumed MFU of {plan.mfu:.0%} of half precision's "
+        f"peak, {plan.peak_flops / 1e12:.4g} TFLOP/s. "
         f"{RESERVED / 2**30:.0f} GiB are left for context, NCCL and fragmentation.",
     )
     table.add_column("")

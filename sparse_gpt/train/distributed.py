@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from sparse_gpt.errors import ConfigError, told
-from sparse_gpt.train.gpus import GPUS
+from sparse_gpt.train.gpus import known_peak
 
 PREEMPTED = 75  # exit code of a run that saved and stopped because it was told to (EX_TEMPFAIL)
 # DeepSpeed's launcher looks at its ranks once a second and passes on the first failure that it
@@ -38,9 +38,7 @@ class World:
         """Peak FLOP/s of one device in half precision; None where it is not known."""
         if self.device.type != "cuda":
             return None
-        name = torch.cuda.get_device_name(self.device)
-        known = (gpu.peak_flops for gpu in GPUS.values() if name.startswith(gpu.torch_name))
-        return next(known, None)
+        return known_peak(torch.cuda.get_device_name(self.device))
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """A tensor summed over the ranks; stays on its device."""

@@ -1,27 +1,42 @@
 """What data sheets say of GPUs."""
 
+import re
 from dataclasses import dataclass
+
+PCIE_4 = 32e9
+"""Bytes/s a direction of 16 lanes."""
 
 
 @dataclass(frozen=True)
 class Gpu:
-    """What a data sheet says: how torch's name for it begins, memory, dense half-precision peak,
-    and how fast it is linked to the others of its node."""
+    """What a data sheet says: a pattern of torch's whole name for it, memory, dense half-precision
+    peak, and how fast it is linked to the others of its node."""
 
     torch_name: str
     memory: int  # bytes that a process can have
-    peak_flops: float  # FLOP/s of the tensor cores in bf16 and fp16
+    peak_flops: float  # FLOP/s of the tensor cores in bf16 and fp16, without sparsity
     link: float  # bytes/s a direction: NVLink, or PCIe where there is none
 
 
-# From NVIDIA's data sheets, memory less what the driver keeps. A device that is not here gets no
-# MFU: a guess would look like a measurement.
+# Peaks and links from the vendors' data sheets (the RTX 4090's from appendix A of NVIDIA's "Ada GPU
+# Architecture", sums in fp32; the B200's from that of the HGX B200; the MI300X's from AMD's, its
+# link Infinity Fabric), memory less what the driver keeps. A device that is not here gets no MFU,
+# nor one that only shares the beginning of a name, as a MIG slice: a guess would look measured.
+_A100 = "NVIDIA A100[- ](SXM4|PCIE|80GB)[- ](40GB|80GB|PCIe)"
 GPUS = {
-    "A100-40GB": Gpu("NVIDIA A100", 39 * 2**30, 312e12, 300e9),
-    "A100-80GB": Gpu("NVIDIA A100", 79 * 2**30, 312e12, 300e9),
+    "A100-40GB": Gpu(_A100, 39 * 2**30, 312e12, 300e9),
+    "A100-80GB": Gpu(_A100, 79 * 2**30, 312e12, 300e9),
     "H100-PCIe": Gpu("NVIDIA H100 PCIe", 79 * 2**30, 756e12, 64e9),
-    "H100": Gpu("NVIDIA H100 80GB HBM3", 79 * 2**30, 989e12, 450e9),
+    "H100": Gpu("NVIDIA H100 80GB HBM3", 79 * 2**30, 989e12, 450e9),  # SXM
     "H200": Gpu("NVIDIA H200", 139 * 2**30, 989e12, 450e9),
     "B200": Gpu("NVIDIA B200", 178 * 2**30, 2250e12, 900e9),
-    "L40S": Gpu("NVIDIA L40S", 44 * 2**30, 362e12, 32e9),
+    "L40S": Gpu("NVIDIA L40S", 44 * 2**30, 362e12, PCIE_4),
+    "RTX-4090": Gpu("NVIDIA GeForce RTX 4090", 23 * 2**30, 165.2e12, PCIE_4),
+    "MI300X": Gpu("AMD Instinct MI300X( OAM)?", 191 * 2**30, 1307.4e12, 448e9),
 }
+
+
+def known_peak(torch_name: str) -> float | None:
+    """FLOP/s of the device that torch calls so; None for one that is not in the table."""
+    known = (gpu.peak_flops for gpu in GPUS.values() if re.fullmatch(gpu.torch_name, torch_name))
+    return next(known, None)

@@ -134,17 +134,37 @@ def test_a_plan_says_what_a_run_costs_and_what_is_wrong():
     seconds = plan.training_flops / (8 * GPUS["H100"].peak_flops * 0.5)
     assert plan.days == pytest.approx(seconds / 86_400)
     assert 1.2 < plan.hardware_flops_at_most / plan.training_flops < 4 / 3
-    assert any("reduce_bucket_size is larger" in warning for warning in plan.warnings)
+    small = make_plan(config, 8, "RTX-4090").warnings
+    assert any("reduce_bucket_size is larger" in warning for warning in small)
     huge = load_config(ROOT / "configs/1558m.yaml", ["batch.micro_batch=64"])
     assert "does not fit: set batch.micro_batch to" in make_plan(huge, 8, "L40S", 0.4).warnings[0]
     with pytest.raises(ConfigError, match="--gpu h100: did you mean 'H100'"):
         make_plan(config, 8, "h100", 0.4)
 
 
+def test_a_gpu_of_no_table_is_its_peak_and_its_memory(command, refused):
+    own = ("--peak-tflops", "71", "--memory-gb", "23")
+    done = command("plan", "tiny-dense", "--gpu", "RTX-3090", *own, "--json")
+    found = json.loads(done.stdout)
+    assert (found["gpu"], found["peak_flops"]) == ("RTX-3090", 71e12)
+    assert found["memory_bytes"] == 23 * 2**30
+    config = load_config(CONFIG)
+    half = make_plan(config, 8, "H100", peak_flops=GPUS["H100"].peak_flops / 2)
+    assert half.days == 2 * make_plan(config, 8).days
+    assert half.gpu == "H100 (as given)"
+    assert "for another give --peak-tflops" in refused("plan", CONFIG, "--gpu", "RTX-3090")
+    assert "--gpu is not given" in refused("plan", CONFIG, "--memory-gb", "24")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
+def test_a_run_file_of_ours_triggers_no_warning_of_ours(path):
+    assert make_plan(load_config(path), 1).warnings == []
+
+
 def test_the_command_prints_a_table_or_json(command):
     shown = command("plan", CONFIG, "--gpus", "8", "--gpu", "H200")
     assert shown.returncode == 0, shown.stderr
-    for text in ("ZeRO-1 (this run)", "activations", "largest micro-batch", "days", "warning: "):
+    for text in ("ZeRO-1 (this run)", "activations", "largest micro-batch", "minutes at an"):
         assert text in shown.stdout
     found = json.loads(command("plan", CONFIG, "--gpus", "8", "--json").stdout)
     assert set(found["stages"]) == {"1", "2", "3"}

@@ -1,3 +1,5 @@
+import re
+
 import pytest
 import torch
 
@@ -12,7 +14,13 @@ from sparse_gpt.train.gpus import GPUS
         ("NVIDIA H100 PCIe", 756e12),
         ("NVIDIA H100 80GB HBM3", 989e12),
         ("NVIDIA H100 NVL", None),  # another H100, whose peak is not here
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA A100 80GB PCIe", 312e12),
+        ("NVIDIA A100-SXM4-40GB MIG 1g.5gb", None),
+        ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),  # a seventh of one
+        ("NVIDIA H200 NVL", None),
+        ("NVIDIA GeForce RTX 4090", 165.2e12),
+        ("NVIDIA GeForce RTX 4090 Laptop GPU", None),
+        ("AMD Instinct MI300X", 1307.4e12),
     ],
 )
 def test_a_device_has_the_peak_of_its_own_data_sheet(monkeypatch, name, peak):
@@ -24,7 +32,7 @@ def test_a_cpu_has_no_peak_that_we_know():
     assert World(0, 0, 1, torch.device("cpu")).peak_flops is None
 
 
-def test_no_name_begins_as_that_of_a_gpu_of_another_peak():
+def test_no_name_is_that_of_gpus_of_two_peaks():
     for gpu in GPUS.values():
-        alike = {other.peak_flops for other in GPUS.values() if gpu.torch_name in other.torch_name}
-        assert alike == {gpu.peak_flops}
+        alike = {o.peak_flops for o in GPUS.values() if re.fullmatch(o.torch_name, gpu.torch_name)}
+        assert alike <= {gpu.peak_flops}
