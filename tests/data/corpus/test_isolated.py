@@ -5,7 +5,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -13,28 +13,11 @@ import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from elsewhere import here, numbers, pid
 from ranks import ENVIRONMENT, ROOT
 
 from sparse_gpt.data.corpus.isolated import isolated
 from sparse_gpt.errors import DataError, Resumable
-
-
-def numbers(count: int, then: int | str | None = None) -> Iterator[tuple[int, bytes]]:
-    for number in range(count):
-        yield number, b"x" * number
-    if isinstance(then, str):
-        raise DataError(then)
-    if then is not None:
-        os.kill(os.getpid(), then)
-
-
-def here() -> Iterator[tuple[str, bytes]]:
-    yield os.getcwd(), b""
-
-
-def pid() -> Iterator[tuple[int, bytes]]:
-    yield os.getpid(), b""
-    yield 0, b""
 
 
 def test_it_yields_what_the_function_yields_in_a_process_that_is_used_again() -> None:
@@ -104,8 +87,9 @@ def test_a_crash_in_native_code_ends_a_command_in_one_line(
     )
     while process.poll() is None:
         for reader in _readers(process.pid):
-            if sum(reader.cpu_times()[:2]) > 0.5:  # it has begun, and is at it
-                reader.send_signal(signal.SIGSEGV)
+            with suppress(psutil.Error):  # once it is at the file
+                if any(file.path.endswith("a.parquet") for file in reader.open_files()):
+                    reader.send_signal(signal.SIGSEGV)
         time.sleep(0.005)
     assert process.stderr is not None
     lines = [line for line in process.stderr.read().splitlines() if line.strip()]
