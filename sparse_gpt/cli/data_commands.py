@@ -35,7 +35,9 @@ def _conditions(texts: list[str]) -> dict[str, str]:
 def prepare(
     sources: Annotated[list[str], typer.Argument(help=SOURCES)],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
-    held_out: Annotated[float, typer.Option(help="Fraction of documents for validation.")] = 0.01,
+    held_out: Annotated[
+        float, typer.Option(help="Fraction of documents for validation, at least one.")
+    ] = 0.01,
     separator: Annotated[
         str | None,
         typer.Option(help=r"Split text files into documents before this text; \n is a line end."),
@@ -150,6 +152,7 @@ def train_vocab(
 def info(folder: Folder, as_json: Json = False) -> None:
     """Documents, tokens and vocabulary of a folder of shards."""
     from sparse_gpt.data import open_shards
+    from sparse_gpt.data.preparation.units import held_out_below
     from sparse_gpt.data.tokenizer import END_OF_TEXT
 
     dataset = open_shards(folder)
@@ -182,7 +185,14 @@ def info(folder: Folder, as_json: Json = False) -> None:
     show(table)
     if manifest.options.get("cut_last"):
         share = f"{manifest.options['held_out']:g}"
-        print(f"one text without a separator: about the last {share} of it is held out")
+        print(f"the corpus is one document: about the last {share} of it is held out")
+    if moved := manifest.options.get("moved"):
+        share, side = manifest.options["held_out"], "trained on"
+        if int(moved, 16) >= held_out_below(share):
+            side = "held out"
+        print(
+            f"a share of {share:g} left no document to be {side}: one is, by its hash the nearest"
+        )
     if manifest.markers:
         print(
             f"documents with a literal {END_OF_TEXT} in their text: {manifest.markers:,}; it is "

@@ -3,16 +3,18 @@
 import base64
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+import numpy as np
 
 from sparse_gpt.data.content_hash import content_hash
 from sparse_gpt.data.corpus.documents import read
 from sparse_gpt.data.corpus.rejects import MAX_REJECTED, Reject, Tally
-from sparse_gpt.data.corpus.slices import cut
+from sparse_gpt.data.corpus.slices import Slice, cut
 from sparse_gpt.data.corpus.sources import SourceFile, find_files
-from sparse_gpt.data.preparation.units import Options, held_out_below
+from sparse_gpt.data.preparation.small import with_both_sides
+from sparse_gpt.data.preparation.units import Options
 from sparse_gpt.data.vocabulary import PATTERNS, check_pattern
 from sparse_gpt.errors import DataError
 from sparse_gpt.files import new_file
@@ -59,7 +61,8 @@ def train_vocab(
         raise DataError(f"{out.parent}: no such folder; make it first")
     files = find_files(sources, rows=bool(conditions))
     with new_file(out) as aside:
-        bpe = learn(_texts(files, options.of(files)), size, pattern, progress)
+        options = with_both_sides(options, _slices(files, separator))
+        bpe = learn(_texts(files, options), size, pattern, progress)
         alphabet = byte_alphabet()
         learned = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
         if len(learned) != size - 1:
@@ -98,18 +101,23 @@ def learn(
     return bpe
 
 
+def _slices(files: list[SourceFile], separator: str | None) -> Iterator[Slice]:
+    return (part for file in files for part in cut(file, separator).slices)
+
+
 def _texts(files: list[SourceFile], options: Options) -> Iterator[str]:
     """The training documents' texts."""
     tally = Tally(MAX_REJECTED)
-    slices = (part for file in files for part in cut(file, options.separator)[0])
-    below = 0 if options.cut_last else held_out_below(options.held_out)
-    for document in islice(read(slices, options.reading), 1 if options.cut_last else None):
+    for document in read(_slices(files, options.separator), options.reading):
         if isinstance(document, Reject):
             tally.add(0, [document])
             continue
         tally.add(1, [])
-        if content_hash(document.text) >= below:
+        hash = np.array([content_hash(document.text)], np.uint64)
+        if options.cut_last or not options.holds_out(hash).all():
             yield document.text
+            if options.cut_last:
+                return
     tally.add(0, [], whole=True)
 
 

@@ -59,8 +59,8 @@ class Document(NamedTuple):
 @dataclass(frozen=True)
 class Reading:
     """How documents are taken from files: rows count if each key of `where` has its value, and
-    documents from `min_chars` characters on. Of a text without a separator `cut_last`, a share of
-    it, is a document by itself; `keep_separator`: it is part of the document it opens."""
+    documents from `min_chars` characters on. Of each document `cut_last`, a share of it, is a
+    document by itself; `keep_separator`: it is part of the document it opens."""
 
     separator: str | None
     text_field: str
@@ -101,8 +101,11 @@ def documents(block: Block, reading: Reading) -> Iterator[Document | Reject]:
     else:
         found = _texts(block, reading)
     for document in found:
-        if isinstance(document, Reject) or _is_wanted(document.text, reading.min_chars):
+        if isinstance(document, Reject):
             yield document
+        elif _is_wanted(document.text, reading.min_chars):
+            parts = _cut(document, block.file, reading) if reading.cut_last else [document]
+            yield from (part for part in parts if _is_wanted(part.text, reading.min_chars))
 
 
 def is_separated(file: SourceFile, separator: str) -> bool:
@@ -211,10 +214,7 @@ def _texts(block: Block, reading: Reading) -> Iterator[Document | Reject]:
     if block.line == 1:
         content = content.removeprefix(codecs.BOM_UTF8)
     pieces, dropped = [content], 0
-    if reading.cut_last:
-        at = _last(content, reading.cut_last)
-        pieces = [content[:at], content[at:]]
-    elif reading.separator is not None:
+    if reading.separator is not None:
         pattern = separator_pattern(reading.separator, b"\r\n" in content)
         marks = [match.span() for match in pattern.finditer(content)]
         ends = [*(start for start, _ in marks), len(content)]
@@ -234,10 +234,20 @@ def _texts(block: Block, reading: Reading) -> Iterator[Document | Reject]:
         line += piece.count(b"\n") + dropped
 
 
+def _cut(document: Document, file: SourceFile, reading: Reading) -> list[Document]:
+    content = document.text.encode()
+    at = _last(content, reading.cut_last)
+    lines = content.count(b"\n", 0, at) if file.kind == "text" else 0
+    return [
+        document._replace(text=content[:at].decode()),
+        document._replace(text=content[at:].decode(), line=document.line + lines),
+    ]
+
+
 def _last(content: bytes, share: float) -> int:
     """Where the last share of a text begins: behind a line's end, or a space, where there is one
     within as much again, so that no character is cut."""
-    size = max(1, round(share * len(content)))
+    size = max(1, min(round(share * len(content)), len(content) - 1))
     latest = len(content) - size
     earliest = max(0, latest - size)
     for end in (b"\n", b" "):

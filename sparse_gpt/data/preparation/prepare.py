@@ -6,7 +6,7 @@
 Where units are many each worker does whole ones; else workers tokenize chunks, and the parent
 writes what comes back in the order of the input. A document is held out if its content hash lies
 under held_out · 2^64: the same text always falls on the same side, whatever else is in the corpus,
-so exact duplicates cannot cross. Of a corpus that is one text the last part is held out.
+so exact duplicates cannot cross. Small corpora that have nothing on one side: small.py.
 
 Input or options that turn out to be bad take with them whatever this run has written; a crash, an
 interrupt, a full disk or too many rejected documents leave the finished units for the next run.
@@ -34,6 +34,7 @@ from sparse_gpt.data.corpus.slices import cut_all
 from sparse_gpt.data.corpus.sources import find_files
 from sparse_gpt.data.preparation.dedup import Seen
 from sparse_gpt.data.preparation.parts import Part, claim, forget, publishing, writing
+from sparse_gpt.data.preparation.small import with_both_sides
 from sparse_gpt.data.preparation.tokenizing import do_unit, pieces, tokenize
 from sparse_gpt.data.preparation.units import (
     Options,
@@ -80,8 +81,8 @@ def prepare(
 
     workers       processes that tokenize; with more than one, a calling script needs the usual
                   `if __name__ == "__main__":`, for they are spawned
-    held_out      fraction of the documents for validation, chosen by hash; 0 for none. One text
-                  file without a separator is one document: that share of its end is cut off
+    held_out      fraction of the documents for validation, chosen by hash, but at least one; 0 for
+                  none. Of a single document that share of its end is cut off
     shard_tokens  tokens a shard at most, unless one document is longer
     separator     where text files are split into documents, its line ends being CRLF too; None:
                   one document a file
@@ -127,12 +128,12 @@ def prepare(
             raise DataError(f"{out}: lies in the source {source}; write the shards elsewhere")
     tell = partial(print, file=sys.stderr) if progress else None
     files = find_files(sources, bool(conditions), tell)
-    options = options.of(files)
     with claim(out, share), _disk_full(out):
         cuts = cut_all(files, separator, out, (share.number, share.count), workers, progress)
         slices = [part for of_file in cuts for part in of_file.slices]
         if not slices:
             raise DataError(f"the corpus is empty: {len(files)} file(s), 0 bytes; name some text")
+        options = with_both_sides(options, slices)
         if (
             tell
             and separator
@@ -299,12 +300,18 @@ def _refuse_empty(splits: Splits, out: Path, options: Options) -> None:
             "the corpus is one document, which cannot be both trained on and held out; split it "
             "with a separator, or set held_out to 0"
         )
+    shards = [shard for split in SPLITS for shard in splits[split]]
+    hashes = np.concatenate([np.fromfile(out / f"{s.name}.idx", INDEX)["hash"] for s in shards])
+    if len(np.unique(hashes)) == 1:
+        raise DataError(
+            f"all {train + held_out} documents are the same text, which cannot be both trained on "
+            "and held out; set held_out to 0"
+        )
     if train == 0:
         raise DataError(
             f"all {held_out} documents are held out; lower held_out below {options.held_out}"
         )
-    indexes = [np.fromfile(out / f"{shard.name}.idx", INDEX) for shard in splits["train"]]
-    lowest = int(min(index["hash"].min() for index in indexes)) / 2**64
+    lowest = int(hashes.min()) / 2**64
     raise DataError(
         f"none of the {train} documents is held out at held_out {options.held_out}; "
         f"{math.ceil(lowest * 1e4) / 1e4} is the smallest that holds one out, 0 asks for none"

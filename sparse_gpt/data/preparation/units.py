@@ -11,7 +11,7 @@ The records of all units together are the manifest's shards; nothing is merged o
 import hashlib
 import json
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,7 +23,6 @@ from pydantic import TypeAdapter
 from sparse_gpt.data.corpus.documents import Reading
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import SLICE_BYTES, Slice
-from sparse_gpt.data.corpus.sources import SourceFile
 from sparse_gpt.data.shards.format import INDEX
 from sparse_gpt.data.shards.manifest import FORMAT, SPLITS, Splits, shards_to_json
 from sparse_gpt.data.shards.reader import damages
@@ -86,7 +85,8 @@ _FORM = TypeAdapter(Record)
 @dataclass(frozen=True)
 class Options:
     """What changes the shards, besides the input and the tokenizer; see `prepare`. `cut_last`: the
-    corpus is one text, whose last part is held out. `keep_separator`: in the document it opens."""
+    corpus is one document, whose last part is held out. `keep_separator`: in the document it opens.
+    `moved`: the hash, in hex, of a document that is on the other side than its hash says."""
 
     held_out: float
     shard_tokens: int
@@ -97,6 +97,7 @@ class Options:
     dedup: bool = False
     cut_last: bool = False
     keep_separator: bool = True
+    moved: str | None = None
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -114,15 +115,17 @@ class Options:
             self.separator, self.text_field, self.min_chars, self.where, share, self.keep_separator
         )
 
-    def of(self, files: Sequence[SourceFile]) -> "Options":
-        """These options for a corpus of these files."""
-        one = len(files) == 1 and files[0].kind == "text" and self.separator is None
-        return replace(self, cut_last=one and self.held_out > 0)
+    def holds_out(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
+        """Which documents, by their hashes, are for validation, unless there is but one."""
+        found: npt.NDArray[np.bool_] = hashes < np.uint64(held_out_below(self.held_out))
+        if self.moved is not None:
+            found ^= hashes == np.uint64(int(self.moved, 16))
+        return found
 
     def fields(self) -> dict[str, Any]:
         """What is said of them in manifests and keys; what came later only where it is set, so that
         shards of before keep their names."""
-        usual = {"cut_last": False, "keep_separator": True}
+        usual = {"cut_last": False, "keep_separator": True, "moved": None}
         return {k: v for k, v in asdict(self).items() if k not in usual or v != usual[k]}
 
 
@@ -258,8 +261,7 @@ class UnitWriter:
 
     def __init__(self, out: Path, unit: Unit, tokenizer: Tokenizer, options: Options) -> None:
         self._out, self._unit = out, unit
-        self._below = np.uint64(held_out_below(options.held_out))
-        self._cut_last = options.cut_last
+        self._options = options
         self._shards = {
             split: Shards(
                 out,
@@ -285,7 +287,10 @@ class UnitWriter:
         self._rejected.extend(found.rejects)
         self._markers += found.markers
         hashes = found.hashes
-        held_out = np.arange(len(hashes)) > 0 if self._cut_last else hashes < self._below
+        if self._options.cut_last:
+            held_out = np.arange(len(hashes)) > 0
+        else:
+            held_out = self._options.holds_out(hashes)
         for split, rows in zip(SPLITS, (~held_out, held_out), strict=True):
             of_split = found.only(rows)
             self._shards[split].extend(of_split.tokens, of_split.lengths, of_split.hashes)
