@@ -9,7 +9,7 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 from rich.table import Table
@@ -227,14 +227,25 @@ def prove(
 
 @app.command(epilog="Example: sparse-gpt compare runs/tiny-dense runs/tiny-sparse")
 def compare(
-    runs: Annotated[list[Path], typer.Argument(help="Run directories; ratios are to the first.")],
+    runs: Annotated[list[Path], typer.Argument(help="Runs, or folders of runs, as a sweep's.")],
+    sort: Annotated[
+        Literal["loss", "flops", "speed"] | None, typer.Option(help="The least first; NaN last.")
+    ] = None,
+    as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")] = False,
     as_json: Json = False,
 ) -> None:
-    """Parameters, costs, loss and speed of runs side by side."""
+    """Parameters, costs, loss and speed of runs side by side; ratios are to the first."""
+    import csv
+
     from sparse_gpt.plan.compare import comparison, summaries
 
-    found = summaries(runs)
-    if as_json:
+    found = summaries(runs, sort)
+    if as_csv:
+        rows = [{"run": run, **vars(summary)} for run, summary in found.items()]
+        writer = csv.DictWriter(sys.stdout, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+    elif as_json:
         print_json({run: vars(summary) for run, summary in found.items()})
     else:
         show(comparison(found))

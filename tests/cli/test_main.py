@@ -1,5 +1,6 @@
 """The command line as a user meets it: tables, help, and bad input in one line with exit code 2."""
 
+import csv
 import json
 import shlex
 
@@ -167,16 +168,20 @@ def test_train_refuses_more_ranks_than_samples(command, refused, run_file, tmp_p
     assert not (tmp_path / "run").exists()
 
 
+def write_run(run, ffn, *steps):
+    """A run's record: a first validation, and then these rows."""
+    run.mkdir(parents=True)
+    tree = yaml.safe_load((ROOT / "configs/tiny-dense.yaml").read_text())
+    tree["model"]["ffn"] = ffn
+    (run / "config.yaml").write_text(yaml.safe_dump(tree))
+    rows = [{"step": 0, "gflops": 0, "val/loss": 10.8}, *steps]
+    (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
 def test_compare_puts_runs_side_by_side(command, refused, tmp_path):
     for name, ffn, speed in (("dense", "dense", 100.0), ("sparse", "default", 150.0)):
-        run = tmp_path / name
-        run.mkdir()
-        tree = yaml.safe_load((ROOT / "configs/tiny-dense.yaml").read_text())
-        tree["model"]["ffn"] = ffn
-        (run / "config.yaml").write_text(yaml.safe_dump(tree))
-        rows = [{"step": 0, "gflops": 0, "val/loss": 10.8}]
-        rows += [{"step": 1, "gflops": 5.0, "val/loss": 7.0, "perf/tokens_per_second": speed}]
-        (run / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        step = {"step": 1, "gflops": 5.0, "val/loss": 7.0, "perf/tokens_per_second": speed}
+        write_run(tmp_path / name, ffn, step)
     done = command("compare", tmp_path / "dense", tmp_path / "sparse", "--json")
     found = list(json.loads(done.stdout).values())
     assert [run["ffn_macs"] for run in found] == [131_072, 58_304]
@@ -189,7 +194,24 @@ def test_compare_puts_runs_side_by_side(command, refused, tmp_path):
     idle = 4 * (64 - 2) * 2 * 64 * 128  # layers, blocks, analysis and synthesis
     assert sparse["parameters"] - sparse["active_parameters"] == idle
     assert "active for a token" in table
-    assert "holds no metrics.jsonl" in refused("compare", tmp_path)
+    (tmp_path / "empty").mkdir()
+    assert "holds no metrics.jsonl" in refused("compare", tmp_path / "empty")
+
+
+def test_compare_lists_a_sweep_with_names_whole_and_what_ended_in_nan(command, tmp_path):
+    sweep, stem = tmp_path / "sweep", "sparse-d1024-lr0.002-s0-with-a-long-name-3e"
+    for power, loss in ((18, 3.5), (19, 3.0), (20, None), (21, 3.25)):
+        step = {"step": 1, "gflops": 10.0**power / 1e9, "perf/tokens_per_second": 5.0}
+        step |= {"train/loss": loss, "val/loss": 4.0 if loss is None else loss}
+        write_run(sweep / "runs" / f"{stem}{power}", "dense", step)
+    write_run(sweep / "runs/not-begun", "dense")
+    shown = command("compare", sweep, "--sort", "loss").stdout
+    lines = shown.splitlines()
+    assert [line.split()[2] for line in lines[1:]] == ["3.0000", "3.2500", "3.5000", "NaN"]
+    assert [line.split()[0] for line in lines[1:]] == [f"{stem}{p}" for p in (19, 21, 18, 20)]
+    rows = list(csv.DictReader(command("compare", sweep, "--csv").stdout.splitlines()))
+    assert [row["validation_loss"] for row in rows] == ["3.5", "3.0", "nan", "3.25"]
+    assert rows[0]["run"] == str(sweep / "runs" / f"{stem}18")
 
 
 def test_options_that_contradict_each_other_are_refused(command, run_file, tmp_path):
