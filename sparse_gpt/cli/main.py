@@ -4,6 +4,7 @@ Exit codes: 0 done, 2 bad input (one clear line), 1 failure, 75 stopped by a sig
 checkpoint. What takes seconds to import is imported inside the command that needs it.
 """
 
+import io
 import sys
 from importlib.metadata import version
 from pathlib import Path
@@ -52,6 +53,8 @@ def _root(asked: Version = False) -> None:
 
 def main() -> None:
     """Run the command line; bad input ends in one line and exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an encoding without a letter shows its code
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         app()
     except InputError as error:
