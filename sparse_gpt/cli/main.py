@@ -5,6 +5,7 @@ checkpoint. What takes seconds to import is imported inside the command that nee
 """
 
 import errno
+import io
 import os
 import sys
 from importlib.metadata import version
@@ -57,6 +58,8 @@ def _root(asked: Version = False) -> None:
 def main() -> None:
     """Run the command line; bad input, and a file that the system refuses, end in one line and
     exit code 2."""
+    if isinstance(sys.stdout, io.TextIOWrapper):  # an encoding without a letter shows its code
+        sys.stdout.reconfigure(errors="backslashreplace")
     try:
         try:
             app()

@@ -3,11 +3,13 @@
 import csv
 import json
 import shlex
+import subprocess
+import sys
 
 import pytest
 import typer
 import yaml
-from ranks import ROOT, sparse_gpt
+from ranks import ENVIRONMENT, ROOT, sparse_gpt
 
 from sparse_gpt.cli.main import app
 
@@ -166,6 +168,18 @@ def test_train_refuses_more_ranks_than_samples(command, refused, run_file, tmp_p
     )
     assert "16" in message
     assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
+def test_an_encoding_without_our_letters_loses_nothing(encoding):
+    done = subprocess.run(
+        [sys.executable, "-m", "sparse_gpt", "plan", "tiny-dense", "--gpus", "2"],
+        env={**ENVIRONMENT, "PYTHONIOENCODING": encoding, "COLUMNS": "20"},
+        cwd=ROOT, capture_output=True, timeout=60,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr.decode()
+    times = {"ascii": r"\xd7", "latin-1": "×"}[encoding]
+    assert f"2 {times} H100" in " ".join(done.stdout.decode(encoding).split())
 
 
 def write_run(run, ffn, *steps):
