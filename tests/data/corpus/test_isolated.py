@@ -6,6 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -93,8 +94,9 @@ def test_its_death_is_told_and_the_next_goes_on(
 def test_a_crash_in_native_code_ends_a_command_in_one_line(
     tmp_path: Path, command: list[str]
 ) -> None:
-    texts = [f"document {n} of several words " * 40 for n in range(40_000)]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=4_000)
+    texts = [f"document {n} of several words " * 50 for n in range(40_000)]
+    how: dict[str, Any] = {"row_group_size": 1_000, "compression": "none", "use_dictionary": False}
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", **how)
     process = subprocess.Popen(
         [sys.executable, "-m", "sparse_gpt", *command],
         cwd=tmp_path,
@@ -103,9 +105,10 @@ def test_a_crash_in_native_code_ends_a_command_in_one_line(
         text=True,
     )
     while process.poll() is None:
-        for reader in _readers(process.pid):
-            if sum(reader.cpu_times()[:2]) > 0.5:  # it has begun, and is at it
-                reader.send_signal(signal.SIGSEGV)
+        with suppress(psutil.Error):  # one that is gone by now
+            for reader in _readers(process.pid):
+                if reader.io_counters().read_chars > 20e6:  # of 62e6; 8e6 before it begins
+                    reader.send_signal(signal.SIGSEGV)
         time.sleep(0.005)
     assert process.stderr is not None
     lines = [line for line in process.stderr.read().splitlines() if line.strip()]
@@ -116,9 +119,6 @@ def test_a_crash_in_native_code_ends_a_command_in_one_line(
     assert [path.name for path in tmp_path.iterdir()] == ["a.parquet"]
 
 
-def _readers(parent: int) -> list[Any]:
-    try:
-        every = psutil.Process(parent).children(recursive=True)
-        return [process for process in every if "_serve" in " ".join(process.cmdline())]
-    except psutil.Error:
-        return []
+def _readers(parent: int) -> list[psutil.Process]:
+    every = psutil.Process(parent).children(recursive=True)
+    return [process for process in every if "_serve" in " ".join(process.cmdline())]
