@@ -36,11 +36,13 @@ from rich.table import Table
 from sparse_gpt import data
 from sparse_gpt.cluster.hostfile import on_hosts
 from sparse_gpt.config.load import load_config
+from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.errors import InputError
 from sparse_gpt.evaluate.checkpoint import load_trained
 from sparse_gpt.files import write_sealed
 from sparse_gpt.model.costs import parameter_counts
 from sparse_gpt.train.checkpoint.manifest import read_manifest
+from sparse_gpt.train.checks import check_settings
 from sparse_gpt.train.metrics_file import read_metrics
 from sparse_gpt.train.run_dir import finished, read_provenance
 
@@ -148,17 +150,19 @@ class Fuzz:
         except ValueError:
             text = whole
         path.write_bytes(text if self.rng.random() < 0.6 else self.bytes(whole))
-        return lambda: parameter_counts(load_config(path).model)
+        return lambda: judge(load_config(path))
 
     def overrides(self) -> Callable[[], object]:
         """`key=value`."""
         path = self.folder / "run.yaml"
         keys = ["model", "model.ffn", "model.d_model", "optimizer.lr", "batch", "data", "schedule",
-                "deepspeed", "deepspeed.zero_optimization", "duration", "x"]  # fmt: skip
+                "deepspeed", "deepspeed.zero_optimization", "deepspeed.bf16", "duration", "x",
+                "deepspeed.zero_optimization.stage", "deepspeed.timers"]  # fmt: skip
         value = self.rng.choice(ODD)
         text = f"{self.rng.choice(keys)}={value if isinstance(value, str) else json.dumps(value)}"
-        words = [text if self.rng.random() < 0.7 else self.bytes(text.encode()).decode("latin-1")]
-        return lambda: parameter_counts(load_config(path, words).model)
+        if self.rng.random() < 0.3:
+            text = self.bytes(text.encode("utf-8", "surrogatepass")).decode("latin-1")
+        return lambda: judge(load_config(path, [text]))
 
     def manifests(self) -> Callable[[], object]:
         """Of shards, sealed again, so that the damage is not found by its hash."""
@@ -261,6 +265,12 @@ KINDS = [
     "run_files", "overrides", "manifests", "shard_files", "corpora", "rank_files", "hostfiles",
     "checkpoints",
 ]  # fmt: skip
+
+
+def judge(config: RunConfig) -> None:
+    """What is asked of a run before anything of it exists."""
+    parameter_counts(config.model)
+    check_settings(config, world_size=1)
 
 
 def outcome(use: Callable[[], object]) -> tuple[str, str]:

@@ -28,6 +28,7 @@ from sparse_gpt.train.feed import held_out, open_data, train_batches
 from sparse_gpt.train.run_dir import MAY_CHANGE, read_provenance, what_computes
 from sparse_gpt.train.start_from import check_start
 
+_LARGEST_BUCKET = 10**11
 _OFFLOADS = ("offload_optimizer", "offload_param")
 
 
@@ -74,6 +75,11 @@ def check_settings(config: RunConfig, world_size: int) -> None:
         raise ConfigError(
             "compile: ZeRO-3 gathers the weights of each part in hooks that a compiled block "
             "cannot run; use deepspeed.zero_optimization.stage: 2, or compile: false"
+        )
+    if (bucket := zero.get("reduce_bucket_size", 0)) > _LARGEST_BUCKET:
+        raise ConfigError(
+            f"deepspeed.zero_optimization.reduce_bucket_size: {bucket} elements are allocated, "
+            "and no device holds them; the model's parameters are enough"
         )
     for part in _OFFLOADS:
         device = (zero.get(part) or {}).get("device", "none")

@@ -38,6 +38,7 @@ def native(run_file, keys, *overrides, world_size=2):
         ({"zero_optimization": {"stagee": 1}}, "stagee: unknown key; did you mean 'stage'"),
         ({"zero_optimization": {"mics_shard_size": 1}}, "mics_shard_size: unknown key"),
         ({"zero_optimization": {"reduce_bucket_size": "many"}}, "reduce_bucket_size: inp"),
+        ({"zero_optimization": {"reduce_bucket_size": 10**90}}, "0 elements are allocated, and no"),
         ({"zero_optimization": {"offload_param": {"device": "CPU"}}}, "offload_param.device: inp"),
         (
             {"zero_optimization": {"cpu_offload": True, "offload_optimizer": {"device": "cpu"}}},
