@@ -13,7 +13,8 @@ shards_app = typer.Typer(no_args_is_help=True, help="Look at tokenized data, che
 vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a corpus.")
 
 SOURCES = (
-    "Text, JSON Lines (also .gz, .zst) or parquet files, folders, globs, hf:NAME[:SUBSET][:SPLIT]."
+    "Text, JSON, JSON Lines, CSV (also .gz, .zst, .bz2, .xz) or parquet files, folders, globs, "
+    "hf:NAME[:SUBSET][:SPLIT]."
 )
 Folder = Annotated[str, typer.Argument(help="A folder of shards, or its URL (s3://, gs://).")]
 Pattern = Annotated[

@@ -1,9 +1,11 @@
 """Files that can only be read front to back, or a group of rows at a time: of compressed ones a
 slice is the whole file, of parquet a row group."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -41,32 +43,41 @@ def open_content(
         if codec is None:
             yield file, file.tell
             return
-        raw: Any = gzip.GzipFile(fileobj=file) if codec == "gzip" else _Zstd(file)
+        raw: Any = gzip.GzipFile(fileobj=file) if codec == "gzip" else _Streams(file, codec)
         try:
             yield io.BufferedReader(raw), file.tell
-        except (EOFError, zlib.error, zstandard.ZstdError) as error:
+        except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
             raise OSError(str(error)) from None
 
 
-class _Zstd(io.RawIOBase):
-    """The content of frames of zstd one after another. zstandard's own reader takes a frame that is
-    cut short for its end, and pyarrow's refuses long windows."""
+_ENGINES: dict[str, Callable[[], Any]] = {  # of one stream
+    "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj(),
+    "bzip2": bz2.BZ2Decompressor,
+    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+}
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._pieces = self._content(file)
+
+class _Streams(io.RawIOBase):
+    """The content of streams one after another, and zeros behind them. zstandard's own reader takes
+    a frame that is cut short for its end, those of bz2 and lzma a damaged stream for what is to be
+    ignored, and pyarrow's refuses long windows."""
+
+    def __init__(self, file: BinaryIO, codec: str) -> None:
+        self._pieces = self._content(file, _ENGINES[codec])
         self._rest = memoryview(b"")
 
-    def _content(self, file: BinaryIO) -> Iterator[bytes]:
-        engine = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
-        packed = file.read(_READ)
-        while packed:
-            frame = engine.decompressobj()
-            while not frame.eof:
+    def _content(self, file: BinaryIO, engine: Callable[[], Any]) -> Iterator[bytes]:
+        packed = b""
+        while packed := packed or file.read(_READ):
+            packed = packed.lstrip(b"\0")
+            if not packed:
+                continue
+            stream = engine()
+            while not stream.eof:
                 if not packed:
-                    raise EOFError("the file ends within a frame")
-                yield frame.decompress(packed)
-                packed = frame.unused_data if frame.eof else file.read(_READ)
-            packed = packed or file.read(_READ)
+                    raise EOFError("the file ends within a stream")
+                yield stream.decompress(packed)
+                packed = stream.unused_data if stream.eof else file.read(_READ)
 
     def readable(self) -> bool:
         return True
