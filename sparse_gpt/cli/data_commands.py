@@ -47,7 +47,7 @@ def prepare(
         bool, typer.Option("--drop-separator", help="It is no part of the text.")
     ] = False,
     text_field: Annotated[
-        str, typer.Option(help="Key of the text in JSON Lines, or its column.")
+        str, typer.Option(help="Key of the text in JSON, or its column; a.b is b within a.")
     ] = "text",
     min_chars: Annotated[int, typer.Option(help="Leave out shorter documents.")] = 0,
     where: Annotated[

@@ -30,6 +30,7 @@ from sparse_gpt.data.corpus.readers import (
     parquet_tables,
     rows_of,
     shown,
+    value_at,
 )
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import SLICE_BYTES, Slice, separator_pattern
@@ -205,7 +206,7 @@ def _table_blocks(part: Slice, reading: Reading) -> Iterator[Block]:
 
 def _rows(block: Block, reading: Reading) -> Iterator[Document | Reject]:
     name, columns = block.file.name, _columns(reading)
-    for number, values in enumerate(rows_of(block.content, columns), block.line):
+    for number, values in enumerate(rows_of(block.content, columns, name), block.line):
         row = dict(zip(columns, values, strict=True))
         if any(_decoded(row[key]) != value for key, value in reading.where):
             continue
@@ -321,12 +322,12 @@ def _json_text(line: bytes, reading: Reading) -> str | None:
 def _row_text(row: dict[str, Any], reading: Reading) -> str | None:
     """As `_json_text`, of a row."""
     field = reading.text_field
-    if any(shown(row.get(key)) != value for key, value in reading.where):
+    if any(shown(value_at(row, key)) != value for key, value in reading.where):
         return None
-    if field not in row:
+    text = value_at(row, field)
+    if text is ...:
         keys = ", ".join(row) or "none"
         raise ValueError(f"no key {field!r}; keys there: {keys} (set the text field)")
-    text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"{field!r} is {type(text).__name__}, must be a string")
     if not text.isascii():

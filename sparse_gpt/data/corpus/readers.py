@@ -26,7 +26,9 @@ _READ = 1 << 14  # bytes of a file; what they hold at most, of zeros, is some 50
 
 def shown(value: Any) -> str:
     """A value of a row as `where` compares it: text as it is, anything else as JSON, or as it is
-    written where JSON has no such thing: a date is 2026-11-27."""
+    written where JSON has no such thing: a date is 2026-11-27. What is missing is null."""
+    if value is ...:
+        value = None
     if value is None or isinstance(value, bool | int | float | list | dict):
         return json.dumps(value, default=str)
     return str(value)
@@ -144,9 +146,10 @@ def packed(table: "pa.Table") -> bytes:
     return bytes(sink.getvalue())
 
 
-def rows_of(content: bytes, columns: list[str]) -> Iterator[list[Any]]:
+def rows_of(content: bytes, columns: list[str], source: str) -> Iterator[list[Any]]:
     """The columns' values in each row of a packed table, or of b"", which has none; text comes as
-    bytes, which may be broken."""
+    bytes, which may be broken. Raises DataError, naming the source, if a struct has no such field.
+    """
     if not content:
         return
     import pyarrow as pa
@@ -154,7 +157,7 @@ def rows_of(content: bytes, columns: list[str]) -> Iterator[list[Any]]:
     table = pa.ipc.open_stream(content).read_all()
     values = []
     for name in columns:
-        column = table.column(name)
+        column = _nested(table, name, source)
         if pa.types.is_dictionary(column.type):
             column = column.cast(column.type.value_type)
         if column.type in (pa.string(), pa.large_string(), pa.string_view()):
@@ -163,13 +166,48 @@ def rows_of(content: bytes, columns: list[str]) -> Iterator[list[Any]]:
     yield from map(list, zip(*values, strict=True))
 
 
+def value_at(row: Any, field: str) -> Any:
+    """The value of a field of a row, by its own name, or, of a dotted one, in objects within; `...`
+    where there is none."""
+    if field in row:
+        return row[field]
+    for key in field.split("."):
+        if not isinstance(row, dict) or key not in row:
+            return ...
+        row = row[key]
+    return row
+
+
+def top_columns(columns: list[str], found: list[str]) -> list[str]:
+    """The columns of a table in which these are found: those of their names, or the structs that a
+    dotted name reaches into."""
+    tops = (name if name in found else name.partition(".")[0] for name in columns)
+    return list(dict.fromkeys(tops))
+
+
+def _nested(table: "pa.Table", name: str, source: str) -> "pa.ChunkedArray":
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if name in table.column_names:
+        return table.column(name)
+    require_columns([name], table.column_names, source)
+    top, *keys = name.split(".")
+    column = table.column(top)
+    for key in keys:
+        if not pa.types.is_struct(column.type) or column.type.get_field_index(key) < 0:
+            raise DataError(f"{source}: no column {name!r}; {top!r} there is {column.type}")
+        column = pc.struct_field(column, key)
+    return column
+
+
 def require_columns(columns: list[str], found: list[str], source: str) -> None:
     """Raise DataError if a column is not found, naming those that are."""
-    for name in columns:
-        if name not in found:
+    for name, top in ((name, *top_columns([name], found)) for name in columns):
+        if top not in found:
             raise DataError(f"{source}: no column {name!r}; columns there: {', '.join(found)}")
-        if found.count(name) > 1:
-            raise DataError(f"{source}: has {found.count(name)} columns {name!r}; rename one")
+        if found.count(top) > 1:
+            raise DataError(f"{source}: has {found.count(top)} columns {top!r}; rename one")
 
 
 def _first_line(error: BaseException) -> str:

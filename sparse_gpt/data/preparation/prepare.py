@@ -86,7 +86,8 @@ def prepare(
     separator     where text files are split into documents, its line ends being CRLF too; None:
                   one document a file
     keep_separator  as the head of the document it opens; else it is no part of the text
-    text_field    the key of the text in JSON Lines, or its column in parquet and hub data sets
+    text_field    the key of the text in JSON, or its column in CSV, parquet and hub data sets;
+                  "a.b" is b in the object or struct a, unless there is a key of this name
     min_chars     documents of fewer characters are left out
     where         rows are left out unless each of these keys has this value (as JSON writes it, if
                   it is no string)

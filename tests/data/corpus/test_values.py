@@ -97,6 +97,40 @@ def test_every_form_of_the_same_documents_gives_the_same_ids(
     assert {name: ids for name, ids in found.items() if ids != first} == {}
 
 
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json", "a.parquet", "hub"])
+def test_a_dotted_field_reaches_into_objects_and_structs(tmp_path: Path, name: str) -> None:
+    made = [
+        {"a": {"b": {"c": f"text {n}"}, "lang": "en"}, "a.b": f"own {n}", "n": n} for n in range(30)
+    ]
+    made[7]["a"]["lang"] = None
+    made[8]["a"] = None
+    if name == "a.parquet":
+        pq.write_table(pa.Table.from_pylist(made), tmp_path / name)
+    elif name == "hub":
+        (tmp_path / name).mkdir()
+        pq.write_table(pa.Table.from_pylist(made), tmp_path / name / "train.parquet")
+    else:
+        text = json.dumps(made) if name == "a.json" else "\n".join(map(json.dumps, made))
+        (tmp_path / name).write_text(text)
+    source = f"hf:{tmp_path / name}" if name == "hub" else str(tmp_path / name)
+
+    def taken(field: str, **where: str) -> list[str]:
+        (file,) = find_files([source])
+        reading = Reading(None, field, where=tuple(where.items()))
+        return [
+            found.text if isinstance(found, Document) else "rejected"
+            for found in read(cut(file, None).slices, reading)
+        ]
+
+    others = [n for n in range(30) if n not in (7, 8)]
+    assert taken("a.b.c", **{"a.lang": "en"}) == [f"text {n}" for n in others]
+    assert taken("a.b.c")[7:9] == ["text 7", "rejected"]
+    assert taken("a.b") == [f"own {n}" for n in range(30)]
+    says = "no key 'a.b.x'; keys there: a, a.b, n|no column 'a.b.x'; 'a' there is struct"
+    with pytest.raises(DataError, match=f"{says}|no column 'a.b.x'; columns there"):
+        prepare([source], tmp_path / "out", text_field="a.b.x")
+
+
 def documents(path: Path, content: str | bytes) -> list[Document | Reject]:
     path.write_bytes(content.encode() if isinstance(content, str) else content)
     (file,) = find_files([path])
