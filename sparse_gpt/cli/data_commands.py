@@ -80,6 +80,10 @@ def prepare(
             "Slurm array's task or RANK and WORLD_SIZE say.",
         ),
     ] = None,
+    append: Annotated[
+        bool,
+        typer.Option("--append", help="Add to a finished corpus what is not in it; same options."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Tokenize documents into shards; run again to resume."""
@@ -103,6 +107,7 @@ def prepare(
         engine=engine,
         max_rejected=0 if strict else max_rejected,
         part=part,
+        append=append,
         progress=not as_json,
     )
     if made is not None:

@@ -84,7 +84,7 @@ def test_a_separator_that_is_nowhere_is_told(tmp_path, monkeypatch, capsys):
 
 
 def test_documents_of_shards_are_shown(tmp_path, monkeypatch, capsys):
-    texts = [f"document {n} é\x1b[31m\nits second line, {n * n}" for n in range(60)]
+    texts = [f"document {n} é\x1b[31m\nits second line, {n * n}" for n in range(30)]
     lines = "\n".join(json.dumps({"text": text}) for text in texts)
     (tmp_path / "a.jsonl").write_text(lines)
     shards = tmp_path / "shards"
