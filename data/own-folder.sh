@@ -1,12 +1,12 @@
 #!/usr/bin/env bash
-# A folder of your own, read with all folders in it: .txt (a document a file), .jsonl, .ndjson or .json (an
-# object a line), each also .gz or .zst, and .parquet. Files of other kinds are left alone.
+# A folder of your own, read with all folders in it: .txt, .text and .md (a document a file), .jsonl, .ndjson,
+# .json, .csv and .tsv, each also .gz, .zst, .bz2 or .xz, and .parquet. Files of other kinds are left alone.
 #
 #     data/own-folder.sh FOLDER [OUT] [OPTION...]        OUT: shards/ and the folder's name
 #
 # Options go to `sparse-gpt prepare` after those below; of one given twice the last counts. E.g.
 #
-#     --held-out 0.1                 of few documents: one in a hundred may be none
+#     --held-out 0.1                 more of few documents than the one there is at least
 #     --text-field content           key or column of the text, if it is not `text`
 #     --separator '\n\n\n'           text files hold many documents, with this between them
 #     --where language=en            only rows with this value; not for text files

@@ -2,19 +2,22 @@
 
 import sys
 from pathlib import Path
+from random import randrange
 from typing import Annotated, Literal
 
 import typer
 from rich.table import Table
 
-from sparse_gpt.cli.terminal import Json, print_json, show, unescaped
+from sparse_gpt.cli.terminal import Json, print_json, printable, show, unescaped
 
 shards_app = typer.Typer(no_args_is_help=True, help="Look at tokenized data, check and convert it.")
 vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a corpus.")
 
 SOURCES = (
-    "Text, JSON Lines (also .gz, .zst) or parquet files, folders, globs, hf:NAME[:SUBSET][:SPLIT]."
+    "Text, JSON, JSON Lines, CSV (also .gz, .zst, .bz2, .xz) or parquet files, folders, globs, "
+    "hf:NAME[:SUBSET][:SPLIT]."
 )
+MOST_FOUND = 20  # documents that `shards show --grep` names
 Folder = Annotated[str, typer.Argument(help="A folder of shards, or its URL (s3://, gs://).")]
 Pattern = Annotated[
     str, typer.Option(help="How text is split before merging: r50k, cl100k or o200k.")
@@ -46,7 +49,7 @@ def prepare(
         bool, typer.Option("--drop-separator", help="It is no part of the text.")
     ] = False,
     text_field: Annotated[
-        str, typer.Option(help="Key of the text in JSON Lines, or its column.")
+        str, typer.Option(help="Key of the text in JSON, or its column; a.b is b within a.")
     ] = "text",
     min_chars: Annotated[int, typer.Option(help="Leave out shorter documents.")] = 0,
     where: Annotated[
@@ -77,6 +80,10 @@ def prepare(
             "Slurm array's task or RANK and WORLD_SIZE say.",
         ),
     ] = None,
+    append: Annotated[
+        bool,
+        typer.Option("--append", help="Add to a finished corpus what is not in it; same options."),
+    ] = False,
     as_json: Json = False,
 ) -> None:
     """Tokenize documents into shards; run again to resume."""
@@ -100,6 +107,7 @@ def prepare(
         engine=engine,
         max_rejected=0 if strict else max_rejected,
         part=part,
+        append=append,
         progress=not as_json,
     )
     if made is not None:
@@ -202,6 +210,55 @@ def info(folder: Folder, as_json: Json = False) -> None:
     if manifest.rejected:
         named_in = f"{folder.rstrip('/')}/rejected.jsonl"  # of a URL there: it is not copied
         print(f"broken documents set aside: {manifest.rejected:,}, named in {named_in}")
+
+
+@shards_app.command("show", epilog="Example: sparse-gpt shards show shards/novels --grep Bennet")
+def show_documents(
+    folder: Folder,
+    document: Annotated[
+        int | None, typer.Option(metavar="N", help="This one, counted from 1; the default is 1.")
+    ] = None,
+    grep: Annotated[
+        str | None, typer.Option(metavar="TEXT", help=r"Where this text is; \n is a line end.")
+    ] = None,
+    random: Annotated[bool, typer.Option("--random", help="Any one.")] = False,
+    split: Annotated[
+        Literal["train", "held_out"], typer.Option(help="Which split's documents.")
+    ] = "train",
+) -> None:
+    """Decode a document of a folder of shards, or find a text in them."""
+    from sparse_gpt.data import open_shards, tokenizer_beside
+    from sparse_gpt.errors import DataError
+
+    if (document is not None) + (grep is not None) + random > 1:
+        raise DataError("--document, --grep and --random: give one of them")
+    dataset = open_shards(folder)
+    source = dataset.train if split == "train" else dataset.held_out
+    tokenizer = tokenizer_beside(source.folder, dataset.manifest.tokenizer)
+    count = source.n_documents
+    if not count:
+        raise DataError(f"{folder}: has no documents in {split}")
+    if grep is not None:
+        found = 0
+        for number in range(count):
+            text = tokenizer.decode(source.document(number))
+            if (at := text.find(str(unescaped(grep)))) < 0:
+                continue
+            around = text[max(0, at - 30) : at + len(grep) + 30]
+            print(f"document {number + 1:,}: {printable(' '.join(around.split()))}")
+            found += 1
+            if found == MOST_FOUND:
+                print(f"these are the first {found}")
+                return
+        if not found:
+            raise DataError(f"{folder}: {grep!r} is in none of the {count:,} documents of {split}")
+        return
+    number = randrange(count) + 1 if random else (document or 1)
+    if document is not None and not 1 <= document <= count:
+        raise DataError(f"--document {document}: {split} has the documents 1 to {count}")
+    ids = source.document(number - 1)
+    print(f"document {number:,} of {count:,} in {split}, {len(ids):,} tokens\n")
+    print(printable(tokenizer.decode(ids)))
 
 
 @shards_app.command(epilog="Example: sparse-gpt shards verify shards/novels")

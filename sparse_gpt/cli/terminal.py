@@ -1,5 +1,6 @@
 """What the commands share: arguments and options, and how a table is printed."""
 
+import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any
@@ -48,6 +49,14 @@ def print_json(value: Any, indent: int | None = 1) -> None:
 def show(table: Table) -> None:
     """Print a table; into a file or a pipe, too wide for 80 columns, it keeps its lines whole."""
     Console(width=None if sys.stdout.isatty() else 120).print(table)
+
+
+def printable(text: str) -> str:
+    """Text as it is, but that nothing in it steers a terminal, or is unknown to its encoding."""
+    if sys.stdout.isatty():
+        text = re.sub(r"[^\S \n\t]|[\0-\x08\x0e-\x1f\x7f-\x9f]", lambda c: ascii(c[0])[1:-1], text)
+    encoding = sys.stdout.encoding or "utf-8"
+    return text.encode(encoding, "backslashreplace").decode(encoding)
 
 
 def unescaped(text: str | None) -> str | None:

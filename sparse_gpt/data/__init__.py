@@ -1,6 +1,6 @@
 """Corpora become batches; this room knows nothing of models, engines or runs.
 
-    prepare       documents (text, JSON Lines, parquet, the hub) to token shards, resumable
+    prepare       documents (text, JSON, CSV, parquet, the hub) to token shards, resumable
     open_shards   a folder of shards, memory-mapped: .train, .held_out, .manifest
     open_blend    several of them in fixed shares
     train_vocab   documents to a byte-pair vocabulary for `prepare`

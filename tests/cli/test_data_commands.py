@@ -6,6 +6,7 @@ import sys
 import pytest
 
 from sparse_gpt.cli.main import main
+from sparse_gpt.data import prepare as data_prepare
 from sparse_gpt.data import train_vocab
 from sparse_gpt.data.shards.manifest import read_manifest
 
@@ -80,6 +81,47 @@ def test_a_separator_that_is_nowhere_is_told(tmp_path, monkeypatch, capsys):
         main()
     told = capsys.readouterr().err
     assert r"separator '\n---\n': is in no text file; each is one document" in told
+
+
+def test_documents_of_shards_are_shown(tmp_path, monkeypatch, capsys):
+    texts = [f"document {n} é\x1b[31m\nits second line, {n * n}" for n in range(30)]
+    lines = "\n".join(json.dumps({"text": text}) for text in texts)
+    (tmp_path / "a.jsonl").write_text(lines)
+    shards = tmp_path / "shards"
+    data_prepare([tmp_path / "a.jsonl"], shards, held_out=0.1, shard_tokens=500)
+
+    def shown(*options):
+        command = ["sparse-gpt", "shards", "show", str(shards), *options]
+        monkeypatch.setattr(sys, "argv", command)
+        with pytest.raises(SystemExit) as stopped:
+            main()
+        return stopped.value.code or 0, *capsys.readouterr()
+
+    found = {}
+    for split in ("train", "held_out"):
+        count = read_manifest(shards).documents(split)
+        for number in range(1, count + 1):
+            code, out, err = shown("--document", str(number), "--split", split)
+            head, _, text = out.partition("\n\n")
+            assert (code, err) == (0, "")
+            assert head.startswith(f"document {number} of {count} in {split}, ")
+            found[split, number] = text.removesuffix("\n")
+    assert sorted(found.values()) == sorted(texts)
+    assert shown()[1] == shown("--document", "1")[1]
+    assert shown("--random")[1].partition("\n\n")[2].removesuffix("\n") in texts
+    (split, number), text = next(item for item in found.items() if "169" in item[1])
+    said = shown("--grep", r"13 é\x1b[31m\nits".replace(r"\x1b", "\x1b"), "--split", split)[1]
+    assert said.startswith(f"document {number}: ")
+    assert shown("--grep", "second")[1].splitlines()[-1] == "these are the first 20"
+    for options, says in [
+        (("--grep", "third"), "'third' is in none of the"),
+        (("--document", "0"), "--document 0: train has the documents 1 to "),
+        (("--document", "999"), "--document 999: train has the documents 1 to "),
+        (("--document", "1", "--random"), "--document, --grep and --random: give one of them"),
+    ]:
+        code, out, err = shown(*options)
+        assert (code, out) == (2, "")
+        assert says in err
 
 
 def test_vocab_train_chooses_documents_as_prepare_does(prepare, tmp_path, monkeypatch, capsys):

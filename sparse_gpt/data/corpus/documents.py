@@ -2,7 +2,8 @@
 
     slices ──blocks──▶ blocks ──documents──▶ documents, and rejects
 
-JSON Lines have one object a line, and blank lines are skipped; text is one document a file, or
+JSON Lines have one object a line, and blank lines are skipped; JSON documents and CSV are rows as
+values.py finds them; text is one document a file, or
 split before each `separator`, whose line ends match CRLF too, and which stays at the head of the
 document it opens, or is dropped. Text is taken exactly as it lies in the file, CRLF included; a
 byte-order mark at the head of a file is dropped. So are documents of nothing but white space.
@@ -29,10 +30,12 @@ from sparse_gpt.data.corpus.readers import (
     parquet_rows,
     rows_of,
     shown,
+    value_at,
 )
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import SLICE_BYTES, Slice, separator_pattern
 from sparse_gpt.data.corpus.sources import SourceFile
+from sparse_gpt.data.corpus.values import value_lines
 from sparse_gpt.errors import DataError
 
 _json = json.JSONDecoder().decode  # json.loads without its questions, which cost a tenth
@@ -89,7 +92,7 @@ def blocks(part: Slice, reading: Reading) -> Iterator[Block]:
     elif file.kind in ("parquet", "hub"):
         yield from _table_blocks(part, reading)
     else:
-        yield from _compressed_blocks(part)
+        yield from _streamed_blocks(part, reading)
 
 
 def documents(block: Block, reading: Reading) -> Iterator[Document | Reject]:
@@ -98,8 +101,10 @@ def documents(block: Block, reading: Reading) -> Iterator[Document | Reject]:
         found = _rows(block, reading)
     elif block.file.kind == "jsonl":
         found = _json_lines(block, reading)
-    else:
+    elif block.file.kind == "text":
         found = _texts(block, reading)
+    else:
+        found = _values(block, reading)
     for document in found:
         if isinstance(document, Reject):
             yield document
@@ -143,7 +148,7 @@ def _content(part: Slice) -> Iterator[bytes]:
         raise DataError(f"{part.file.path}: changed while it was being read; run again")
 
 
-def _compressed_blocks(part: Slice) -> Iterator[Block]:
+def _streamed_blocks(part: Slice, reading: Reading) -> Iterator[Block]:
     file, line, done = part.file, 1, 0
     for _ in _content(part):
         pass  # that it is what was cut
@@ -152,7 +157,12 @@ def _compressed_blocks(part: Slice) -> Iterator[Block]:
             if file.kind == "text":
                 yield Block(file, 1, content.read(), part.end)
                 return
-            for lines in line_blocks(content, SLICE_BYTES):
+            if file.kind == "jsonl":
+                found = line_blocks(content, SLICE_BYTES)
+            else:
+                rows = value_lines(content, file.kind, file.path, _columns(reading))
+                found = _joined(rows, SLICE_BYTES)
+            for lines in found:
                 here = place()
                 yield Block(file, line, lines, here - done)
                 line, done = line + lines.count(b"\n"), here
@@ -163,6 +173,16 @@ def _compressed_blocks(part: Slice) -> Iterator[Block]:
 
 def _unreadable(file: SourceFile, error: OSError) -> DataError:
     return DataError(f"{file.path}: damaged or not {file.codec or 'readable'}: {error}")
+
+
+def _joined(lines: Iterator[bytes], size: int) -> Iterator[bytes]:
+    block = bytearray()
+    for line in lines:
+        block += line
+        if len(block) >= size:
+            yield bytes(block)
+            block.clear()
+    yield bytes(block)
 
 
 def _columns(reading: Reading) -> list[str]:
@@ -188,7 +208,7 @@ def _table_blocks(part: Slice, reading: Reading) -> Iterator[Block]:
 
 def _rows(block: Block, reading: Reading) -> Iterator[Document | Reject]:
     name, columns = block.file.name, _columns(reading)
-    for number, values in enumerate(rows_of(block.content, columns), block.line):
+    for number, values in enumerate(rows_of(block.content, columns, name), block.line):
         row = dict(zip(columns, values, strict=True))
         if any(_decoded(row[key]) != value for key, value in reading.where):
             continue
@@ -274,10 +294,22 @@ def _json_lines(block: Block, reading: Reading) -> Iterator[Document | Reject]:
                 yield Document(name, number, text)
 
 
+def _values(block: Block, reading: Reading) -> Iterator[Document | Reject]:
+    name = block.file.name
+    for number, row in map(_json, block.content.decode().splitlines()):
+        try:
+            text = _row_text(row, reading) if isinstance(row, dict) else None
+        except ValueError as error:
+            row = str(error)
+        if isinstance(row, str):
+            yield Reject(name, number, row)
+        elif text is not None:
+            yield Document(name, number, text)
+
+
 def _json_text(line: bytes, reading: Reading) -> str | None:
     """The text in a line, or None if it is not wanted; raises ValueError that says what is wrong
     with the line."""
-    field = reading.text_field
     try:
         row = _json(line.decode())
     except UnicodeDecodeError as error:
@@ -285,13 +317,19 @@ def _json_text(line: bytes, reading: Reading) -> str | None:
     except (ValueError, RecursionError) as error:
         raise ValueError(f"not JSON: {error}; each line must be one object") from None
     if not isinstance(row, dict):
-        raise ValueError(f"not a JSON object; each line must be one, with {field!r}")
-    if any(shown(row.get(key)) != value for key, value in reading.where):
+        raise ValueError(f"not a JSON object; each line must be one, with {reading.text_field!r}")
+    return _row_text(row, reading)
+
+
+def _row_text(row: dict[str, Any], reading: Reading) -> str | None:
+    """As `_json_text`, of a row."""
+    field = reading.text_field
+    if any(shown(value_at(row, key)) != value for key, value in reading.where):
         return None
-    if field not in row:
+    text = value_at(row, field)
+    if text is ...:
         keys = ", ".join(row) or "none"
         raise ValueError(f"no key {field!r}; keys there: {keys} (set the text field)")
-    text = row[field]
     if not isinstance(text, str):
         raise ValueError(f"{field!r} is {type(text).__name__}, must be a string")
     if not text.isascii():
@@ -299,8 +337,8 @@ def _json_text(line: bytes, reading: Reading) -> str | None:
             text.encode()
         except UnicodeEncodeError as error:  # an escape like \ud800
             raise ValueError(
-                f"{field!r} holds half a surrogate pair at character {error.start}; no encoding "
-                "can hold it"
+                f"{field!r} holds half a surrogate pair, or a byte that is not UTF-8, at character "
+                f"{error.start}"
             ) from None
     return text
 

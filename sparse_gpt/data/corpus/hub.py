@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import xxhash
 
-from sparse_gpt.data.corpus.readers import ROWS, require_columns
+from sparse_gpt.data.corpus.readers import ROWS, require_columns, top_columns
 from sparse_gpt.errors import DataError, Resumable
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def hub_tables(source: str, hash: str, columns: list[str]) -> "Iterator[pa.Table
         part = dataset.shard(num_shards=len(shards), index=number)
         for table in part.with_format("arrow").iter(batch_size=ROWS):
             require_columns(columns, table.column_names, source)
-            yield table.select(columns)
+            yield table.select(top_columns(columns, table.column_names))
     except DataError:
         raise
     except Exception as error:  # Arrow's, zlib's, httpx's, of whoever is between here and the hub
@@ -105,7 +105,8 @@ def _narrow(source: str, columns: tuple[str, ...]) -> Any:
         return dataset
     require_columns(list(columns), list(builder.info.features), source)
     narrow = copy.copy(builder)
-    narrow.config = replace(builder.config, columns=list(columns))
+    tops = top_columns(list(columns), list(builder.info.features))
+    narrow.config = replace(builder.config, columns=tops)
     narrow.info = builder.info.copy()
     return narrow.as_streaming_dataset(split=split)
 

@@ -1,9 +1,11 @@
 """Files that can only be read front to back, or a group of rows at a time: of compressed ones a
 slice is the whole file, of parquet a row group."""
 
+import bz2
 import gzip
 import io
 import json
+import lzma
 import zlib
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -25,7 +27,9 @@ _READ = 1 << 14  # bytes of a file; what they hold at most, of zeros, is some 50
 
 def shown(value: Any) -> str:
     """A value of a row as `where` compares it: text as it is, anything else as JSON, or as it is
-    written where JSON has no such thing: a date is 2026-11-27."""
+    written where JSON has no such thing: a date is 2026-11-27. What is missing is null."""
+    if value is ...:
+        value = None
     if value is None or isinstance(value, bool | int | float | list | dict):
         return json.dumps(value, default=str)
     return str(value)
@@ -42,32 +46,41 @@ def open_content(
         if codec is None:
             yield file, file.tell
             return
-        raw: Any = gzip.GzipFile(fileobj=file) if codec == "gzip" else _Zstd(file)
+        raw: Any = gzip.GzipFile(fileobj=file) if codec == "gzip" else _Streams(file, codec)
         try:
             yield io.BufferedReader(raw), file.tell
-        except (EOFError, zlib.error, zstandard.ZstdError) as error:
+        except (EOFError, zlib.error, lzma.LZMAError, zstandard.ZstdError) as error:
             raise OSError(str(error)) from None
 
 
-class _Zstd(io.RawIOBase):
-    """The content of frames of zstd one after another. zstandard's own reader takes a frame that is
-    cut short for its end, and pyarrow's refuses long windows."""
+_ENGINES: dict[str, Callable[[], Any]] = {  # of one stream
+    "zstd": lambda: zstandard.ZstdDecompressor(max_window_size=_WINDOW).decompressobj(),
+    "bzip2": bz2.BZ2Decompressor,
+    "xz": lambda: lzma.LZMADecompressor(lzma.FORMAT_XZ),
+}
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._pieces = self._content(file)
+
+class _Streams(io.RawIOBase):
+    """The content of streams one after another, and zeros behind them. zstandard's own reader takes
+    a frame that is cut short for its end, those of bz2 and lzma a damaged stream for what is to be
+    ignored, and pyarrow's refuses long windows."""
+
+    def __init__(self, file: BinaryIO, codec: str) -> None:
+        self._pieces = self._content(file, _ENGINES[codec])
         self._rest = memoryview(b"")
 
-    def _content(self, file: BinaryIO) -> Iterator[bytes]:
-        engine = zstandard.ZstdDecompressor(max_window_size=_WINDOW)
-        packed = file.read(_READ)
-        while packed:
-            frame = engine.decompressobj()
-            while not frame.eof:
+    def _content(self, file: BinaryIO, engine: Callable[[], Any]) -> Iterator[bytes]:
+        packed = b""
+        while packed := packed or file.read(_READ):
+            packed = packed.lstrip(b"\0")
+            if not packed:
+                continue
+            stream = engine()
+            while not stream.eof:
                 if not packed:
-                    raise EOFError("the file ends within a frame")
-                yield frame.decompress(packed)
-                packed = frame.unused_data if frame.eof else file.read(_READ)
-            packed = packed or file.read(_READ)
+                    raise EOFError("the file ends within a stream")
+                yield stream.decompress(packed)
+                packed = stream.unused_data if stream.eof else file.read(_READ)
 
     def readable(self) -> bool:
         return True
@@ -139,12 +152,7 @@ def packed(table: "pa.Table") -> bytes:
     import pyarrow as pa
 
     for number, name in enumerate(table.column_names):
-        column = table.column(number)
-        if pa.types.is_dictionary(column.type):
-            column = column.cast(column.type.value_type)
-        if column.type in (pa.string(), pa.large_string(), pa.string_view()):
-            column = column.cast(pa.large_binary())  # else broken text fails a whole batch
-        table = table.set_column(number, name, column)
+        table = table.set_column(number, name, as_bytes(table.column(number)))
     table.validate(full=True)
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
@@ -152,23 +160,71 @@ def packed(table: "pa.Table") -> bytes:
     return bytes(sink.getvalue())
 
 
-def rows_of(content: bytes, columns: list[str]) -> Iterator[list[Any]]:
-    """The columns' values in each row of a packed table, or of b"", which has none."""
+def as_bytes(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
+    """A column of text as bytes, which may be broken: else broken text fails a whole batch."""
+    import pyarrow as pa
+
+    if pa.types.is_dictionary(column.type):
+        column = column.cast(column.type.value_type)
+    if column.type in (pa.string(), pa.large_string(), pa.string_view()):
+        column = column.cast(pa.large_binary())
+    return column
+
+
+def rows_of(content: bytes, columns: list[str], source: str) -> Iterator[list[Any]]:
+    """The columns' values in each row of a packed table, or of b"", which has none; text comes as
+    bytes. Raises DataError, naming the source, if a struct has no such field."""
     if not content:
         return
     import pyarrow as pa
 
     table = pa.ipc.open_stream(content).read_all()
-    yield from map(list, zip(*(table.column(name).to_pylist() for name in columns), strict=True))
+    values = [as_bytes(_nested(table, name, source)).to_pylist() for name in columns]
+    yield from map(list, zip(*values, strict=True))
+
+
+def value_at(row: Any, field: str) -> Any:
+    """The value of a field of a row, by its own name, or, of a dotted one, in objects within; `...`
+    where there is none."""
+    if field in row:
+        return row[field]
+    for key in field.split("."):
+        if not isinstance(row, dict) or key not in row:
+            return ...
+        row = row[key]
+    return row
+
+
+def top_columns(columns: list[str], found: list[str]) -> list[str]:
+    """The columns of a table in which these are found: those of their names, or the structs that a
+    dotted name reaches into."""
+    tops = (name if name in found else name.partition(".")[0] for name in columns)
+    return list(dict.fromkeys(tops))
+
+
+def _nested(table: "pa.Table", name: str, source: str) -> "pa.ChunkedArray":
+    import pyarrow as pa
+    import pyarrow.compute as pc
+
+    if name in table.column_names:
+        return table.column(name)
+    require_columns([name], table.column_names, source)
+    top, *keys = name.split(".")
+    column = table.column(top)
+    for key in keys:
+        if not pa.types.is_struct(column.type) or column.type.get_field_index(key) < 0:
+            raise DataError(f"{source}: no column {name!r}; {top!r} there is {column.type}")
+        column = pc.struct_field(column, key)
+    return column
 
 
 def require_columns(columns: list[str], found: list[str], source: str) -> None:
     """Raise DataError if a column is not found, naming those that are."""
-    for name in columns:
-        if name not in found:
+    for name, top in ((name, *top_columns([name], found)) for name in columns):
+        if top not in found:
             raise DataError(f"{source}: no column {name!r}; columns there: {', '.join(found)}")
-        if found.count(name) > 1:
-            raise DataError(f"{source}: has {found.count(name)} columns {name!r}; rename one")
+        if found.count(top) > 1:
+            raise DataError(f"{source}: has {found.count(top)} columns {top!r}; rename one")
 
 
 def _first_line(error: BaseException) -> str:

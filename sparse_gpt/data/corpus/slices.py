@@ -49,7 +49,7 @@ class Slice:
     @property
     def streamed(self) -> bool:
         """Whether it may hold far more text than a worker should return at a time."""
-        return self.file.codec is not None or self.file.kind in ("parquet", "hub")
+        return self.file.codec is not None or self.file.kind not in ("text", "jsonl")
 
 
 class Cut(NamedTuple):
@@ -205,7 +205,7 @@ def _cuts(
         for number, ((_, rows), end) in enumerate(zip(groups, ends, strict=False)):
             yield start, end, row, number
             start, row = end, row + rows
-    elif file.codec is not None:
+    elif file.codec is not None or file.kind not in ("text", "jsonl"):
         if size:
             yield 0, size, 1, 0
     else:

@@ -2,35 +2,46 @@
 
 A source is a file, a folder (its files with a known suffix, in its folders and linked ones too, but
 for hidden ones and `_SUCCESS`), a glob (of files and folders), or a data set of the hub
-(`hf:NAME[:SUBSET][:SPLIT]`). The suffixes .jsonl, .ndjson and .json mean JSON Lines, .parquet rows
-of columns, anything else UTF-8 text; .gz and .zst after any of them but .parquet are undone.
+(`hf:NAME[:SUBSET][:SPLIT]`). The suffixes, in any case, .jsonl and .ndjson mean JSON Lines, .json
+those or a JSON document, .csv and .tsv a header and rows, .parquet rows of columns, anything else
+UTF-8 text; .gz, .zst, .bz2 and .xz after any of them but .parquet are undone.
 """
 
+import codecs
 import glob
+import json
 import os
-from collections import Counter
+from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from sparse_gpt.data.corpus.hub import HUB
+from sparse_gpt.data.corpus.readers import open_content
 from sparse_gpt.errors import DataError
 
 SUFFIXES = {
     ".txt": "text",
+    ".text": "text",
+    ".md": "text",
     ".jsonl": "jsonl",
     ".ndjson": "jsonl",
-    ".json": "jsonl",
+    ".json": "json",
+    ".csv": "csv",
+    ".tsv": "tsv",
     ".parquet": "parquet",
 }
 _LITTER = {"_SUCCESS"}  # of Spark
-CODECS = {".gz": "gzip", ".zst": "zstd"}
+CODECS = {".gz": "gzip", ".zst": "zstd", ".bz2": "bzip2", ".xz": "xz"}
+_LONG_LINE = 1 << 20  # bytes; a longer first line of an object is a line of JSON Lines
+
+LeftOut = defaultdict[str, list[str]]  # names by kind
 
 
 @dataclass(frozen=True)
 class SourceFile:
-    """One input file: where it is, its name without the way to it, and "text", "jsonl", "parquet"
-    or "hub"; codec: "gzip" or "zstd" if it is compressed."""
+    """One input file: where it is, its name without the way to it, and "text", "jsonl", "json",
+    "csv", "tsv", "parquet" or "hub"; codec: one of CODECS' if it is compressed."""
 
     path: Path
     name: str
@@ -49,7 +60,7 @@ def find_files(
     files: list[SourceFile] = []
     for source in sources:
         path = Path(source)
-        left_out: Counter[str] = Counter()
+        left_out: LeftOut = defaultdict(list)
         if str(source).startswith(HUB):
             files.append(SourceFile(path, str(source), "hub"))
         elif path.is_dir():
@@ -85,7 +96,7 @@ def find_files(
     return files
 
 
-def _of_folder(folder: Path, left_out: Counter[str]) -> list[Path]:
+def _of_folder(folder: Path, left_out: LeftOut) -> list[Path]:
     """What to read of a folder, sorted; counts what not, by its kind.
 
     Links to folders are followed last, and no folder is entered twice, by whatever names it has.
@@ -101,7 +112,7 @@ def _of_folder(folder: Path, left_out: Counter[str]) -> list[Path]:
                     folders.clear()
                     continue
                 seen.add(real)
-                left_out["hidden folders"] += sum(map(_is_hidden, folders))
+                left_out["hidden folders"] += filter(_is_hidden, folders)
                 folders[:] = sorted(name for name in folders if not _is_hidden(name))
                 paths = [os.path.join(where, name) for name in folders]
                 links += [path for path in paths if os.path.islink(path)]
@@ -113,7 +124,7 @@ def _of_folder(folder: Path, left_out: Counter[str]) -> list[Path]:
     return _once([path for path in files if path.is_file()])
 
 
-def _of_pattern(pattern: str, left_out: Counter[str]) -> list[Path]:
+def _of_pattern(pattern: str, left_out: LeftOut) -> list[Path]:
     found: list[Path] = []
     for path in map(Path, glob.glob(pattern, recursive=True)):
         if path.is_file() and path.name not in _LITTER:
@@ -131,14 +142,14 @@ def _once(paths: list[Path]) -> list[Path]:
     return sorted(by_file.values())
 
 
-def _is_wanted(name: str, left_out: Counter[str]) -> bool:
+def _is_wanted(name: str, left_out: LeftOut) -> bool:
     if _is_hidden(name) or name in _LITTER:
-        left_out["hidden"] += 1
+        left_out["hidden"].append(name)
     elif _is_known(Path(name)):
         return True
     else:
         suffix = Path(name).suffix
-        left_out[suffix or "without a suffix"] += 1
+        left_out[suffix or "without a suffix"].append(name)
     return False
 
 
@@ -150,15 +161,20 @@ def _refuse(error: OSError) -> None:
     raise DataError(f"{error.filename}: cannot be read: {error.strerror}")
 
 
-def _listed(head: str, left_out: Counter[str]) -> str:
-    """What was counted, most first; "" if nothing."""
-    counts = ", ".join(f"{n:,} {kind}" for kind, n in left_out.most_common() if n)
+def _listed(head: str, left_out: LeftOut) -> str:
+    """What was counted, most first, with a name or two; "" if nothing."""
+    kinds = sorted(left_out.items(), key=lambda item: -len(item[1]))
+    counts = ", ".join(
+        f"{len(names):,} {kind} ({', '.join([*names[:2], *['…'][: len(names) - 2]])})"
+        for kind, names in kinds
+        if names
+    )
     return f"{head} {counts}" if counts else ""
 
 
 def _suffix(path: Path) -> str:
-    """The suffix that says the kind: the one before .gz or .zst."""
-    return Path(path.stem).suffix if path.suffix in CODECS else path.suffix
+    """The suffix that says the kind: the one before that of a compressed file."""
+    return (Path(path.stem) if path.suffix.lower() in CODECS else path).suffix.lower()
 
 
 def _is_known(path: Path) -> bool:
@@ -166,8 +182,32 @@ def _is_known(path: Path) -> bool:
 
 
 def _source_file(path: Path, name: str) -> SourceFile:
-    codec = CODECS.get(path.suffix)
+    codec = CODECS.get(path.suffix.lower())
     kind = SUFFIXES.get(_suffix(path), "text")
     if codec and kind == "parquet":
         raise DataError(f"{path}: parquet has its own compression; undo the {path.suffix}")
+    if kind == "json" and not _is_json_document(path, codec):
+        kind = "jsonl"
     return SourceFile(path, name, kind, codec)
+
+
+def _is_json_document(path: Path, codec: str | None) -> bool:
+    """Whether a file is an array, or objects of several lines, rather than JSON Lines: its first
+    line that is not blank says it."""
+    try:
+        with open_content(path, codec) as (content, _):
+            line = content.readline(_LONG_LINE).removeprefix(codecs.BOM_UTF8)
+            while line.isspace():
+                line = content.readline(_LONG_LINE)
+    except OSError:  # who reads it will say so
+        return False
+    text = line.decode(errors="replace").rstrip()
+    if text.lstrip().startswith("["):
+        return True
+    try:
+        json.loads(text)
+    except json.JSONDecodeError as error:
+        return bool(text) and len(line) < _LONG_LINE and error.pos == len(text)
+    except (ValueError, RecursionError):
+        pass
+    return False

@@ -17,6 +17,7 @@ from sparse_gpt.data.corpus.rejects import REJECTED
 from sparse_gpt.data.corpus.slices import NOTES
 from sparse_gpt.data.preparation.units import Unit, count_records, files_of, refuse_strangers
 from sparse_gpt.data.shards.manifest import MANIFEST
+from sparse_gpt.data.vocabulary import VOCAB_FILE
 from sparse_gpt.errors import DataError, Resumable
 from sparse_gpt.files import TEMPORARY, lock, locked
 
@@ -87,7 +88,7 @@ def claim(out: Path, part: Part) -> Iterator[None]:
         _hold(out, part, stack)
         if part.count == 1:  # nobody else's
             stack.callback(_remove_temporaries, out)
-        names = {MANIFEST, REJECTED}
+        names = {MANIFEST, REJECTED, VOCAB_FILE}
         others = {path.name for path in out.iterdir() if _PART_FILE.fullmatch(path.name)}
         refuse_strangers(out, names | others | {TEMPORARY + name for name in names})
         try:

@@ -22,7 +22,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from itertools import groupby
+from itertools import chain, groupby
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from sparse_gpt.data.corpus.documents import is_separated
 from sparse_gpt.data.corpus.rejects import MAX_REJECTED, Tally, write_rejects
 from sparse_gpt.data.corpus.slices import cut_all
 from sparse_gpt.data.corpus.sources import find_files
+from sparse_gpt.data.preparation.appending import continued, not_yet, old_rejects
 from sparse_gpt.data.preparation.dedup import Seen
 from sparse_gpt.data.preparation.parts import Part, claim, forget, publishing, writing
 from sparse_gpt.data.preparation.small import with_both_sides
@@ -46,6 +47,7 @@ from sparse_gpt.data.preparation.units import (
     plan,
     records,
     refuse_other_units,
+    units_of,
 )
 from sparse_gpt.data.shards.format import INDEX
 from sparse_gpt.data.shards.manifest import SPLITS, Manifest, Splits, read_manifest, write_manifest
@@ -74,6 +76,7 @@ def prepare(
     engine: str = "auto",
     max_rejected: float = MAX_REJECTED,
     part: str | None = None,
+    append: bool = False,
     progress: bool = False,
 ) -> Manifest | None:
     """Tokenize files, folders, globs or hub data sets into the shard folder `out`; run again to
@@ -87,7 +90,8 @@ def prepare(
     separator     where text files are split into documents, its line ends being CRLF too; None:
                   one document a file
     keep_separator  as the head of the document it opens; else it is no part of the text
-    text_field    the key of the text in JSON Lines, or its column in parquet and hub data sets
+    text_field    the key of the text in JSON, or its column in CSV, parquet and hub data sets;
+                  "a.b" is b in the object or struct a, unless there is a key of this name
     min_chars     documents of fewer characters are left out
     where         rows are left out unless each of these keys has this value (as JSON writes it, if
                   it is no string)
@@ -101,6 +105,8 @@ def prepare(
                   `rejected.jsonl`; with 0, the first stops the run
     part          "i/n": do the i-th of n parts of the units; the parts may run at the same time, on
                   several machines that share `out`
+    append        add what of the sources is not in it to the finished corpus in `out`, made with
+                  the same options; its shards stay as they are, the manifest is a new one
     progress      say on stderr what is left out of the sources and whether the separator is in
                   none, and draw progress if that is a terminal
 
@@ -129,19 +135,31 @@ def prepare(
     tell = partial(print, file=sys.stderr) if progress else None
     files = find_files(sources, bool(conditions), tell)
     with claim(out, share), _disk_full(out):
+        old = read_manifest(out) if append else None
+        if old is not None:
+            options = continued(options, tokenizer, old, out)
         cuts = cut_all(files, separator, out, (share.number, share.count), workers, progress)
+        if old is not None:
+            found, cuts = len(cuts), not_yet(cuts, old)
+            if tell and len(cuts) < found:
+                tell(f"in {out} already: {found - len(cuts):,} of {found:,} files")
+            if not cuts:
+                forget(out)
+                return old
         slices = [part for of_file in cuts for part in of_file.slices]
         if not slices:
             raise DataError(f"the corpus is empty: {len(files)} file(s), 0 bytes; name some text")
-        options = with_both_sides(options, slices)
+        if old is None:
+            options = with_both_sides(options, slices)
         if (
             tell
             and separator
             and not any(is_separated(file, separator) for file in files if file.kind == "text")
         ):
             tell(f"separator {separator!r}: is in no text file; each is one document")
-        units = plan(slices, options, tokenizer)
-        refuse_other_units(out, units)
+        before = units_of(old.splits) if old else set()
+        units = plan(slices, options, tokenizer, 1 + max((n for n, _ in before), default=-1))
+        refuse_other_units(out, units, before)
         mine = share.of(units)
         with writing(out, mine):
             work = _Work(out, options, load, workers, Tally(max_rejected), progress)
@@ -149,7 +167,8 @@ def prepare(
             if sum(1 for _ in records(out, units)) < len(units):
                 return None
             with publishing(out, units):
-                _publish(out, units, options, tokenizer, [row for _, row in cuts], max_rejected)
+                rows = [row for _, row in cuts]
+                _publish(out, units, options, tokenizer, rows, max_rejected, old)
                 forget(out)
     return read_manifest(out)
 
@@ -247,10 +266,15 @@ def _publish(
     tokenizer: Tokenizer,
     rows: list[dict[str, Any]],
     max_rejected: float,
+    old: Manifest | None,
 ) -> None:
     splits: Splits = {split: [] for split in SPLITS}
     engines: set[str] = set()
     tally, duplicates, markers = Tally(max_rejected), 0, 0
+    if old is not None:
+        splits = {split: list(old.splits[split]) for split in SPLITS}
+        engines |= set(old.tokenizer.get("engines", []))
+        markers = old.markers
     for record in records(out, units):
         for split in SPLITS:
             splits[split] += record.splits[split]
@@ -261,15 +285,16 @@ def _publish(
     tally.add(0, [], whole=True)
     _refuse_empty(splits, out, options)
     tokenizer.publish(out)
+    rejects_before = list(old_rejects(out, old)) if old else []
     rejected = (reject for record in records(out, units) for reject in record.rejected)
     write_manifest(
         out,
         {**tokenizer.identity(), "engines": sorted(engines)},
         tokenizer.vocabulary,
-        options.fields(),
-        rows,
+        old.options if old else options.fields(),
+        [*old.sources, *rows] if old else rows,
         splits,
-        rejected=write_rejects(out, rejected),
+        rejected=write_rejects(out, chain(rejects_before, rejected)),
         duplicates=duplicates,
         **({"markers": markers} if markers else {}),
     )

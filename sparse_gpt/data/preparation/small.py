@@ -1,11 +1,10 @@
 """Small corpora, of which a share taken by hash may be nothing or all."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from sparse_gpt.data.content_hash import content_hash
-from sparse_gpt.data.corpus.documents import read
-from sparse_gpt.data.corpus.hub import HUB
+from sparse_gpt.data.corpus.documents import Document, Reading, read
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import Slice
 from sparse_gpt.data.preparation.units import Options, held_out_below
@@ -20,8 +19,8 @@ def with_both_sides(options: Options, slices: Iterable[Slice]) -> Options:
     hub are left alone. Raises DataError if a file cannot be read."""
     below = held_out_below(options.held_out)
     lowest, highest, texts = 2**64, -1, 0
-    for number, document in enumerate(read(slices, options.reading) if below else ()):
-        if number == _SMALL or document.file.startswith(HUB):
+    for number, document in enumerate(_documents(slices, options.reading) if below else ()):
+        if number == _SMALL or document is None:
             return options
         if isinstance(document, Reject):
             continue
@@ -34,3 +33,11 @@ def with_both_sides(options: Options, slices: Iterable[Slice]) -> Options:
     if lowest >= highest:  # no text, or the same again and again
         return options
     return replace(options, moved=f"{lowest if lowest >= below else highest:016x}")
+
+
+def _documents(slices: Iterable[Slice], reading: Reading) -> Iterator[Document | Reject | None]:
+    """None where they begin to come from a hub."""
+    for part in slices:
+        if part.file.kind == "hub":
+            yield None
+        yield from read([part], reading)

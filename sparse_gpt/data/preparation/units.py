@@ -151,8 +151,9 @@ class Unit:
         return out / f"{self.name('unit')}-{self.key}.json"
 
 
-def plan(slices: list[Slice], options: Options, tokenizer: Tokenizer) -> list[Unit]:
-    """All units of the input, in its order; a pure function of its bytes and the options."""
+def plan(slices: list[Slice], options: Options, tokenizer: Tokenizer, first: int = 0) -> list[Unit]:
+    """All units of the input, in its order, numbered from `first`; a pure function of its bytes and
+    the options."""
     units: list[Unit] = []
     key = ""
     for group in _grouped(slices, options.shard_tokens * BYTES_PER_TOKEN):
@@ -160,7 +161,7 @@ def plan(slices: list[Slice], options: Options, tokenizer: Tokenizer) -> list[Un
         before = key if options.dedup else ""
         identity = json.dumps([FORMAT, tokenizer.identity(), options.fields(), content, before])
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
-        units.append(Unit(len(units), key, list(_grouped(group, SLICE_BYTES))))
+        units.append(Unit(first + len(units), key, list(_grouped(group, SLICE_BYTES))))
     return units
 
 
@@ -195,12 +196,19 @@ def refuse_strangers(out: Path, allowed: set[str]) -> None:
             raise DataError(f"{out}: not empty: it holds {path.name!r}; choose another folder")
 
 
-def refuse_other_units(out: Path, units: list[Unit]) -> None:
-    """Raise DataError unless every unit's file in `out` is of these units."""
-    ours = {(unit.number, unit.key) for unit in units}
+def units_of(splits: Splits) -> set[tuple[int, str]]:
+    """Number and key of the units that made shards; of imported ones none."""
+    names = (f"{shard.name}.bin" for split in SPLITS for shard in splits[split])
+    return {_unit_of(match) for name in names if (match := _NAME.fullmatch(name))}
+
+
+def refuse_other_units(out: Path, units: list[Unit], old: set[tuple[int, str]]) -> None:
+    """Raise DataError unless every unit's file in `out` is of these units or an old one; with old
+    ones, there may be records of such that made no shards."""
+    ours = {(unit.number, unit.key) for unit in units} | old
     for path in sorted(out.iterdir()):
         match = _NAME.fullmatch(path.name)
-        if match and _unit_of(match) not in ours:
+        if match and _unit_of(match) not in ours and not (old and match[2]):
             raise DataError(
                 f"{out}: holds shards made from other input or options ({path.name}); choose "
                 "another folder, or delete this one to start afresh"

@@ -58,6 +58,7 @@ class Split:
         self._paths = [folder / shard.name for shard in shards]
         self._counts = np.array([shard.tokens for shard in shards], np.int64)
         self._ends = np.cumsum(self._counts)
+        self._documents = np.cumsum([shard.documents for shard in shards])
         self._maps: dict[int, npt.NDArray[np.unsignedinteger]] = {}
         self._opens: dict[int, npt.NDArray[np.uint64]] = {}
 
@@ -107,6 +108,14 @@ class Split:
                 row[filled] = 1  # the next shard begins with a document
                 shard, first = (shard + 1) % len(self._paths), 0
         return out.cumsum(1, dtype=np.int32)
+
+    def document(self, number: int) -> npt.NDArray[np.unsignedinteger]:
+        """The tokens of a document, counted from 0, without the end of text before it."""
+        shard = int(np.searchsorted(self._documents, number, side="right"))
+        opens = self._index(shard)
+        at = number - int(self._documents[shard]) + len(opens)
+        end = opens[at + 1] if at + 1 < len(opens) else self._counts[shard]
+        return self._map(shard)[int(opens[at]) + 1 : int(end)]
 
     def _read_across(self, shard: int, first: int, row: npt.NDArray[np.unsignedinteger]) -> None:
         filled = 0

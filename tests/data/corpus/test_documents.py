@@ -142,13 +142,13 @@ def test_white_space_documents_are_dropped(tmp_path: Path) -> None:
 
 def test_folders_and_globs_are_sorted(tmp_path: Path) -> None:
     (tmp_path / "sub").mkdir()
-    for name in ("b.txt", "a.txt", "sub/c.jsonl", "notes.md"):
+    for name in ("b.txt", "a.txt", "sub/c.jsonl", "notes.rst"):
         write(tmp_path / name, "x")
     assert [f.name for f in find_files([tmp_path])] == ["a.txt", "b.txt", "sub/c.jsonl"]
     assert [f.name for f in find_files([f"{tmp_path}/*.txt"])] == ["a.txt", "b.txt"]
     assert [f.name for f in find_files([f"{tmp_path}/s*"])] == ["c.jsonl"]
-    assert find_files([tmp_path / "notes.md"]) == [
-        SourceFile(tmp_path / "notes.md", "notes.md", "text")
+    assert find_files([tmp_path / "notes.rst"]) == [
+        SourceFile(tmp_path / "notes.rst", "notes.rst", "text")
     ]
 
 
@@ -156,18 +156,24 @@ def test_litter_is_left_out_and_told(tmp_path: Path) -> None:
     for folder in (".cache", "sub/.ipynb_checkpoints"):
         (tmp_path / folder).mkdir(parents=True)
         write(tmp_path / folder / "copy.txt", "x")
-    for name in ("a.txt", "._a.txt", "_SUCCESS", "b.md", "c", "sub/d.txt"):
+    for name in ("a.txt", "._a.txt", "_SUCCESS", "b.pdf", "c", "sub/d.txt"):
         write(tmp_path / name, "x")
     told: list[str] = []
     assert [f.name for f in find_files([tmp_path], tell=told.append)] == ["a.txt", "sub/d.txt"]
     [line] = told
     assert line.startswith(f"{tmp_path}: left out: ")
-    kinds = "2 hidden, 2 hidden folders, 1 .md, 1 without a suffix"
-    assert set(line.partition("out: ")[2].split(", ")) == set(kinds.split(", "))
+    listed = line.partition("out: ")[2]
+    for kind in ("1 .pdf (b.pdf)", "1 without a suffix (c)"):
+        assert kind in listed
+    for kind, first, second in (
+        ("2 hidden", "._a.txt", "_SUCCESS"),
+        ("2 hidden folders", ".cache", ".ipynb_checkpoints"),
+    ):
+        assert f"{kind} ({first}, {second})" in listed or f"{kind} ({second}, {first})" in listed
     told.clear()
     found = find_files([f"{tmp_path}/*.txt", f"{tmp_path}/sub"], tell=told.append)
     assert [f.name for f in found] == ["a.txt", "d.txt"]
-    assert told == [f"{tmp_path}/sub: left out: 1 hidden folders"]
+    assert told == [f"{tmp_path}/sub: left out: 1 hidden folders (.ipynb_checkpoints)"]
 
 
 def test_linked_folders_are_read_once_and_loops_end(tmp_path: Path) -> None:

@@ -1,6 +1,8 @@
+import bz2
 import datetime
 import gzip
 import json
+import lzma
 import os
 import subprocess
 import sys
@@ -137,7 +139,7 @@ def test_blocks_of_lines_are_the_lines(
 
 @settings(max_examples=150, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    codec=st.sampled_from([".gz", ".zst"]),
+    codec=st.sampled_from([".gz", ".zst", ".bz2", ".xz"]),
     streams=st.lists(st.binary(max_size=400), min_size=1, max_size=4),
     cut_at=st.integers(0, 2000),
     flip=st.integers(0, 2000),
@@ -146,7 +148,7 @@ def test_streams_are_read_whole_or_refused(
     tmp_path: Path, codec: str, streams: list[bytes], cut_at: int, flip: int
 ) -> None:
     """Cut short it is refused, but between streams; with a bit flipped it is never another text."""
-    pack = {".gz": gzip.compress, ".zst": zstd}[codec]
+    pack = {".gz": gzip.compress, ".zst": zstd, ".bz2": bz2.compress, ".xz": lzma.compress}[codec]
     texts = [b"".join(b"%02x" % byte for byte in stream) for stream in streams]
     packed, (name, _) = [pack(text) for text in texts], CODECS_OF[codec]
     path = tmp_path / f"a.txt{codec}"
@@ -179,6 +181,8 @@ def test_streams_are_read_whole_or_refused(
 CODECS_OF = {
     ".gz": ("gzip", b"\0" * 1000),
     ".zst": ("zstd", b"\x50\x2a\x4d\x18\x04\x00\x00\x00skip"),
+    ".bz2": ("bzip2", b""),
+    ".xz": ("xz", b"\0" * 40_000),
 }
 
 

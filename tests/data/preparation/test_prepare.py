@@ -418,6 +418,65 @@ def test_grown_input_extends_a_folder(corpus: Path, tmp_path: Path) -> None:
     assert content(tmp_path / "out") == content(tmp_path / "fresh")
 
 
+def test_files_are_appended_and_old_shards_stay(tmp_path: Path) -> None:
+    """With a vocabulary of its own; the same command again, and one that was killed, go on."""
+    source, out, vocab = tmp_path / "in", tmp_path / "out", tmp_path / "own.tiktoken"
+    source.mkdir()
+    words = ["one", "two", "three", "four", "five", "six", "seven"]
+    texts = [f"{words[n % 7]} document, number {n}" for n in range(900)]
+    json_lines(source / "a.jsonl", texts[:300])
+    with open(source / "a.jsonl", "a") as file:
+        file.write("{\n")
+    train_vocab([source], vocab, size=300)
+    options: dict[str, Any] = {"held_out": 0.1, "shard_tokens": 2_000, "vocab": vocab}
+    first = prepare([source], out, **options)
+    before = content(out)
+    json_lines(source / "b.jsonl", texts[300:600])
+    prepare([source], out, append=True, **options)
+    both = content(out)
+    (source / "c.jsonl").write_text(" \n{\n" + (source / "b.jsonl").read_text().replace("d", "D"))
+    (source / "d.txt").write_text(texts[0])  # a text that is there already: on its side
+    made = prepare([source], out, append=True, max_rejected=0.1, **options)
+    after = content(out)
+    again = prepare([source], out, append=True, **options)
+    assert first is not None
+    assert made is not None
+    assert made == again == read_manifest(out)
+    assert after == content(out)
+    assert made.hash not in (first.hash, json.loads(both["manifest.json"])["hash"])
+    changed = {"manifest.json", "rejected.jsonl"}
+    for old, new in ((before, both), (both, after)):
+        assert {name: new[name] for name in old if name not in changed} == {
+            name: value for name, value in old.items() if name not in changed
+        }
+    assert verify(out) == []
+    assert [row["name"] for row in made.sources] == ["a.jsonl", "b.jsonl", "c.jsonl", "d.txt"]
+    assert made.rejected == len((out / "rejected.jsonl").read_text().splitlines()) == 2
+    train, held = hashes(out, "train"), hashes(out, "held_out")
+    assert not set(train) & set(held)
+    expected = [*texts[:600], *(text.replace("d", "D") for text in texts[300:600]), texts[0]]
+    assert len(expected) == len(train + held)
+    assert set(map(content_hash, texts[:600])) < set(train + held)
+    shutil.rmtree(out)  # what a run that was killed before its manifest leaves goes on
+    for name, value in {**after, **{name: both[name] for name in changed}}.items():
+        out.mkdir(exist_ok=True)
+        (out / name).write_bytes(value)
+    prepare([source], out, append=True, max_rejected=0.1, **options)
+    assert content(out) == after
+    for other, says in [
+        ({"separator": "x"}, "was made with separator None, not 'x'; append with the same"),
+        ({"keep_separator": False}, "was made with keep_separator True, not False"),
+        ({"vocab": None}, "was made with vocab_size '300', not '50257'"),
+        ({"dedup": True}, "append cannot find duplicates"),
+    ]:
+        with pytest.raises(DataError, match=says):
+            prepare([source], out, append=True, **{**options, **other})
+        assert content(out) == after
+    with pytest.raises(DataError, match=r"new: not a folder of shards \(no manifest"):
+        prepare([source], tmp_path / "new", append=True, **options)
+    assert not (tmp_path / "new").exists()
+
+
 def test_a_literal_end_of_text_is_counted_and_can_be_dropped(tmp_path: Path) -> None:
     mark = "<|endoftext|>"
     (tmp_path / "a.txt").write_text(mark.join(f"text {n}\n" for n in range(200)))
