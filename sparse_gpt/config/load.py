@@ -20,6 +20,7 @@ from sparse_gpt.model.config import merge
 _MOST_NODES, _MOST_BYTES, _DEEPEST = 20_000, 1 << 20, 100  # of a run file
 _LONGEST = 100  # characters of what is no text
 _TEXT, _MERGE = "tag:yaml.org,2002:str", "tag:yaml.org,2002:merge"
+_NUMBERS = {"tag:yaml.org,2002:int", "tag:yaml.org,2002:float"}
 
 
 def find_file(path: Path, folder: str = "") -> Path:
@@ -124,8 +125,9 @@ def parse(text: str) -> tuple[Any, yaml.Node | None]:
 
 
 def _check_nodes(root: yaml.Node) -> None:
-    """Raises YAMLError for keys that come twice or are no text, for endless numbers, and where
-    there are too many nodes, each alias counted as what it stands for."""
+    """Makes text of keys that are numbers. Raises YAMLError for keys that come twice or are of
+    another kind, for endless numbers, and where there are too many nodes, each alias counted as
+    what it stands for."""
     pending, count = [root], 0
     while pending:
         node = pending.pop()
@@ -140,6 +142,8 @@ def _check_nodes(root: yaml.Node) -> None:
                 pending.append(value)
                 if key.tag == _MERGE:
                     continue
+                if key.tag in _NUMBERS:
+                    key.tag = _TEXT  # as it is written: a learning rate of a study, say
                 if key.tag != _TEXT:
                     raise _marked("a key that is no text; quote it", key)
                 if key.value in seen:

@@ -9,7 +9,7 @@ import yaml
 from hypothesis import given
 from hypothesis import strategies as st
 
-from sparse_gpt.config.load import find_file, lay_over, load_config, to_yaml
+from sparse_gpt.config.load import find_file, lay_over, load_config, read_yaml, to_yaml
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.config import ffn_preset
 from sparse_gpt.model.costs import model_report
@@ -128,7 +128,9 @@ def test_bad_values_get_one_line_that_names_the_key(file, change, message):
 
 
 def test_a_key_that_is_no_text(file):
-    for key in ("1", "~", "on", "2001-01-01", "!!binary aGk=", "[a]", "{a: b}"):
+    numbers = read_yaml(file("lr: {1e-3: [0], 2: [1]}"))["lr"]
+    assert numbers == {"1e-3": [0], "2": [1]}  # as written
+    for key in ("~", "on", "2001-01-01", "!!binary aGk=", "[a]", "{a: b}"):
         for text in (f"? {key}\n: 2\n", f"deepspeed:\n  x: {{? {key} : 2}}\n"):
             with pytest.raises(ConfigError, match=r"run\.yaml:\d+: .*a key that is no text; quote"):
                 load_config(file(GOOD + text))

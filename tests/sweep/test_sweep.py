@@ -166,7 +166,7 @@ def test_a_family_has_a_largest_budget(sweep_tree, tmp_path):
             {"budgets": [1e300]},
             "budgets: 1e+300 for d32: steps: input should be less than or equal",
         ),
-        ({1: 2}, "a key that is no text; quote it"),
+        ({None: 2}, "a key that is no text; quote it"),
     ],
 )
 def test_a_wrong_sweep_file_is_refused_in_one_line(sweep_tree, tmp_path, change, says):

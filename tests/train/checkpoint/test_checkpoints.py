@@ -19,8 +19,11 @@ from sparse_gpt.train.checkpoint.weights import load_weights
 from sparse_gpt.train.checkpoint.zero_state import snapshot
 from sparse_gpt.train.metrics_file import read_metrics
 
+_PATH = ((1, 2, 4), (3, 1, 8), (0, 2, 2), (2, 4, 4), (3, 2, 8))  # ZeRO stage, ranks, micro-batch
 
-def test_any_stage_and_world_size_take_over_from_any_other(run_file, tmp_path):
+
+@pytest.mark.parametrize("path", [_PATH[:3], pytest.param(_PATH, marks=pytest.mark.long)])
+def test_any_stage_and_world_size_take_over_from_any_other(run_file, tmp_path, path):
     """Stopped by a signal to one rank each time; the batches and losses stay those of one run.
 
     At a constant learning rate the steps do not depend on the length of the run, so that until its
@@ -29,9 +32,9 @@ def test_any_stage_and_world_size_take_over_from_any_other(run_file, tmp_path):
     options = ("log={batch_hash: true}", "schedule.final_lr_ratio=1", "checkpoint.every=1000")
     moved, whole = tmp_path / "moved", tmp_path / "whole"
     reached = 0
-    path = ((1, 2, 4), (3, 1, 8), (0, 2, 2), (2, 4, 4), (3, 2, 8))
-    for zero_stage, world_size, micro_batch in path:
-        last = (zero_stage, world_size) == (3, 2)
+    for part in path:
+        zero_stage, world_size, micro_batch = part
+        last = part == path[-1]
         steps = f"duration.steps={reached + 4 if last else 100_000}"
         overrides = (steps, stage(zero_stage), f"batch.micro_batch={micro_batch}")
         ranks = start_ranks(
