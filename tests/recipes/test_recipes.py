@@ -95,7 +95,7 @@ def test_a_folder_of_ones_own(tmp_path: Path) -> None:
     mine = tmp_path / "home/mine"
     (mine / "deep").mkdir(parents=True)
     (mine / "letter.txt").write_text("Dear reader,\r\n")
-    (mine / "notes.md").write_text("of another kind\n")
+    (mine / "notes.rst").write_text("of another kind\n")
     texts = [f"text number {n} é" for n in range(600)]
     lines = "".join(json.dumps({"text": text}) + "\n" for text in texts[:300])
     (mine / "deep/rows.jsonl.gz").write_bytes(gzip.compress(lines.encode()))
