@@ -79,14 +79,25 @@ def publish_text(path: Path, text: str) -> None:
 def publish_bytes(path: Path, content: bytes) -> None:
     """Make `path` a file of this content. Processes that do so at once take turns. An OSError names
     a file, and leaves none."""
-    with locked(temporary(path), wait=True):  # else one empties what another is about to name
+    try:
+        with _written_aside(path) as aside:
+            aside.write_bytes(content)
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
+
+
+@contextmanager
+def _written_aside(path: Path) -> Iterator[Path]:
+    """The temporary file of `path`, there and locked: it becomes `path` at the end, or goes."""
+    aside = temporary(path)
+    with locked(aside, wait=True):  # else one empties what another is about to name
         try:
-            temporary(path).write_bytes(content)
+            yield aside
             publish(path)
-        except OSError as error:
-            error.filename = error.filename or str(path)
+        except BaseException:
             with suppress(OSError):
-                temporary(path).unlink()
+                aside.unlink()
             raise
 
 
@@ -172,14 +183,8 @@ def new_file(out: str | Path) -> Iterator[Path]:
         out = real(out)
         if os.path.lexists(out) and not out.is_file():
             raise DataError(f"{out}: is there already, and is no file; choose another name")
-        aside = temporary(out)
-        with locked(aside, wait=True):  # what cannot be written is not worked for
-            try:
-                yield aside
-                publish(out)
-            except BaseException:
-                aside.unlink(missing_ok=True)
-                raise
+        with _written_aside(out) as aside:  # what cannot be written is not worked for
+            yield aside
 
 
 @contextmanager
