@@ -12,7 +12,7 @@ from sparse_gpt.data.content_hash import content_hash
 from sparse_gpt.data.corpus.documents import read
 from sparse_gpt.data.corpus.rejects import MAX_REJECTED, Reject, Tally
 from sparse_gpt.data.corpus.slices import Slice, cut
-from sparse_gpt.data.corpus.sources import SourceFile, find_files
+from sparse_gpt.data.corpus.sources import find_files
 from sparse_gpt.data.preparation.small import with_both_sides
 from sparse_gpt.data.preparation.units import Options
 from sparse_gpt.data.vocabulary import PATTERNS, check_pattern
@@ -61,8 +61,9 @@ def train_vocab(
         raise DataError(f"{out.parent}: no such folder; make it first")
     files = find_files(sources, rows=bool(conditions))
     with new_file(out) as aside:
-        options = with_both_sides(options, _slices(files, separator))
-        bpe = learn(_texts(files, options), size, pattern, progress)
+        slices = [part for file in files for part in cut(file, separator).slices]
+        options = with_both_sides(options, slices)
+        bpe = learn(_texts(slices, options), size, pattern, progress)
         alphabet = byte_alphabet()
         learned = sorted(bpe.get_vocab().items(), key=lambda item: item[1])
         if len(learned) != size - 1:
@@ -101,14 +102,10 @@ def learn(
     return bpe
 
 
-def _slices(files: list[SourceFile], separator: str | None) -> Iterator[Slice]:
-    return (part for file in files for part in cut(file, separator).slices)
-
-
-def _texts(files: list[SourceFile], options: Options) -> Iterator[str]:
+def _texts(slices: list[Slice], options: Options) -> Iterator[str]:
     """The training documents' texts."""
     tally = Tally(MAX_REJECTED)
-    for document in read(_slices(files, options.separator), options.reading):
+    for document in read(slices, options.reading):
         if isinstance(document, Reject):
             tally.add(0, [document])
             continue

@@ -3,10 +3,10 @@
     slices ──blocks──▶ blocks ──documents──▶ documents, and rejects
 
 JSON Lines have one object a line, and blank lines are skipped; JSON documents and CSV are rows as
-values.py finds them; text is one document a file, or
-split before each `separator`, whose line ends match CRLF too, and which stays at the head of the
-document it opens, or is dropped. Text is taken exactly as it lies in the file, CRLF included; a
-byte-order mark at the head of a file is dropped. So are documents of nothing but white space.
+values.py finds them; text is one document a file, or split before each `separator`, whose line ends
+match CRLF too, and which stays at the head of the document it opens, or is dropped. Text is taken
+exactly as it lies in the file, CRLF included; a byte-order mark at the head of a file is dropped.
+So are documents of nothing but white space.
 
 What can only be read front to back, or takes more room than a slice should, comes in blocks of
 whole documents, which cost little to make: one process makes them, others take the documents out.
