@@ -41,12 +41,14 @@ LeftOut = defaultdict[str, list[str]]  # names by kind
 @dataclass(frozen=True)
 class SourceFile:
     """One input file: where it is, its name without the way to it, and "text", "jsonl", "json",
-    "csv", "tsv", "parquet" or "hub"; codec: one of CODECS' if it is compressed."""
+    "csv", "tsv", "parquet" or "hub"; codec: one of CODECS' if it is compressed; held_out: all of it
+    is for validation."""
 
     path: Path
     name: str
     kind: str
     codec: str | None = None
+    held_out: bool = False
 
 
 def find_files(
