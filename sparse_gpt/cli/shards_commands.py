@@ -108,7 +108,8 @@ def show_stats(
         table.add_row(f"length, {name}", *("" if n is None else f"{n:,.0f}" for n in lengths))
     show(table)
     sources = sorted(sources, key=lambda row: -row.get("bytes", 0))
-    files = Table("source", "side", title=f"{len(sources):,} source(s), the largest first")
+    print(f"{len(sources):,} source(s), the largest first:")
+    files = Table("source", "side")
     files.add_column("bytes", justify="right")
     for row in sources[:MOST_SOURCES]:
         size = row.get("bytes")
