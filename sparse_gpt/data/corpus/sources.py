@@ -1,10 +1,11 @@
 """Which files the sources are.
 
 A source is a file, a folder (its files with a known suffix, in its folders and linked ones too, but
-for hidden ones and `_SUCCESS`), a glob (of files and folders), or a data set of the hub
-(`hf:NAME[:SUBSET][:SPLIT]`). The suffixes, in any case, .jsonl and .ndjson mean JSON Lines, .json
-those or a JSON document, .csv and .tsv a header and rows, .parquet rows of columns, anything else
-UTF-8 text; .gz, .zst, .bz2 and .xz after any of them but .parquet are undone.
+for hidden ones and `_SUCCESS`), a glob (of files and folders), a URL of these (remote.py), or a
+data set of the hub (`hf:NAME[:SUBSET][:SPLIT]`). The suffixes, in any case, .jsonl and .ndjson mean
+JSON Lines, .json those or a JSON document, .csv and .tsv a header and rows, .parquet rows of
+columns, anything else UTF-8 text; .gz, .zst, .bz2 and .xz after any of them but .parquet are
+undone.
 """
 
 import codecs
@@ -18,6 +19,7 @@ from pathlib import Path
 
 from sparse_gpt.data.corpus.hub import HUB
 from sparse_gpt.data.corpus.readers import open_content
+from sparse_gpt.data.corpus.remote import fetched, is_remote, listed
 from sparse_gpt.errors import DataError
 
 SUFFIXES = {
@@ -63,15 +65,14 @@ def find_files(
     for source in sources:
         path = Path(source)
         left_out: LeftOut = defaultdict(list)
-        if str(source).startswith(HUB):
+        if is_remote(source):
+            files += _remote_files(str(source), left_out, tell)
+        elif str(source).startswith(HUB):
             files.append(SourceFile(path, str(source), "hub"))
         elif path.is_dir():
             found = _of_folder(path, left_out)
             if not found:
-                raise DataError(
-                    f"{path}: the folder holds no {', '.join(SUFFIXES)} file, compressed or not"
-                    + _listed("; there are", left_out)
-                )
+                raise _nothing_known(str(source), left_out)
             files += [_source_file(p, p.relative_to(path).as_posix()) for p in found]
         elif os.path.lexists(path):
             if not path.exists():
@@ -96,6 +97,32 @@ def find_files(
             raise DataError(f"{file.path}: where chooses among rows, but this file is plain text")
         seen.add(real)
     return files
+
+
+def _nothing_known(folder: str, left_out: LeftOut) -> DataError:
+    known = ", ".join(SUFFIXES)
+    return DataError(
+        f"{folder}: the folder holds no {known} file, compressed or not"
+        + _listed("; there are", left_out)
+    )
+
+
+def _remote_files(
+    url: str, left_out: LeftOut, tell: Callable[[str], None] | None
+) -> list[SourceFile]:
+    """The local copies of what a URL leads to."""
+    found = listed(url, tell)
+    files = found.files
+    if found.folder:
+        shown = [file for file in files if not any(map(_is_hidden, Path(file.name).parts[:-1]))]
+        left_out["in hidden folders"] += [file.name for file in files if file not in shown]
+        files = [file for file in shown if _is_wanted(Path(file.name).name, left_out)]
+        if not files:
+            raise _nothing_known(url, left_out)
+    names = [file.name for file in files]
+    copies = [*fetched(files, tell), *found.copies]
+    names += [copy.name for copy in found.copies]
+    return [_source_file(copy, name) for copy, name in zip(copies, names, strict=True)]
 
 
 def _of_folder(folder: Path, left_out: LeftOut) -> list[Path]:
