@@ -13,7 +13,7 @@ vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a co
 
 SOURCES = (
     "Text, JSON, JSON Lines, CSV (also .gz, .zst, .bz2, .xz) or parquet files, folders, globs, "
-    "hf:NAME[:SUBSET][:SPLIT]."
+    "URLs of these (https://, s3://, gs://), hf:NAME[:SUBSET][:SPLIT]."
 )
 Pattern = Annotated[
     str, typer.Option(help="How text is split before merging: r50k, cl100k or o200k.")

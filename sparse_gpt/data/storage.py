@@ -41,7 +41,7 @@ def cannot_be_read(url: str, error: BaseException) -> DataError:
     """What an error of any kind of storage says of a URL, in one line."""
     if (extra := _EXTRAS.get(url.partition("://")[0])) and isinstance(error, ImportError):
         return DataError(f"{url}: reading it needs: pip install 'sparse-gpt[{extra}]'")
-    cause = error.__cause__ or error
+    cause = (not isinstance(error, ImportError) and error.__cause__) or error
     reason = str(cause).partition("\n")[0] or type(cause).__name__
     if (status := status_of(error)) is not None:
         reason = f"the server answers {status} {getattr(cause, 'message', '')}".rstrip()
@@ -55,7 +55,7 @@ def cannot_be_read(url: str, error: BaseException) -> DataError:
 def status_of(error: BaseException) -> int | None:
     """What a server has answered instead of a file, if that is what the error is about."""
     cause = error.__cause__ or error
-    status = getattr(cause, "status", getattr(cause, "code", None))
+    status = getattr(cause, "status" if hasattr(cause, "status") else "code", None)
     return status if isinstance(status, int) else None
 
 

@@ -12,9 +12,9 @@ the newest copy is taken. Processes that want one file at the same time take tur
 import glob
 import re
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
@@ -35,14 +35,20 @@ _VERSIONS = (
 @dataclass(frozen=True)
 class RemoteFile:
     """One file: its URL, its name within the source, bytes and version, each None if the server
-    does not say; `storage` is fsspec's, `path` the file's in it."""
+    does not say; `storage` is fsspec's, `path` the file's in it. `old`: a copy of before, which has
+    to do."""
 
     storage: Any
     path: str
-    url: str
     name: str
-    size: int | None
-    version: str | None
+    size: int | None = None
+    version: str | None = None
+    old: Path | None = None
+
+    @property
+    def url(self) -> str:
+        """Its own, whatever pattern it was found by."""
+        return str(self.storage.unstrip_protocol(self.path))
 
     @property
     def place(self) -> Path:
@@ -53,17 +59,7 @@ class RemoteFile:
     @property
     def copy(self) -> Path:
         """Where its copy is, or is to be."""
-        return self.place / _short(self.version or "unknown") / Path(self.name).name
-
-
-@dataclass(frozen=True)
-class Listing:
-    """The files of a source, sorted; `folder`: they are all that a folder holds. `copies`: there
-    are no files, for nobody answered, but copies of before."""
-
-    files: list[RemoteFile]
-    folder: bool = False
-    copies: tuple[Path, ...] = ()
+        return self.old or self.place / _short(self.version or "") / Path(self.name).name
 
 
 def is_remote(source: str | Path) -> bool:
@@ -71,68 +67,91 @@ def is_remote(source: str | Path) -> bool:
     return "://" in str(source)
 
 
-def listed(url: str, tell: Callable[[str], None] | None) -> Listing:
-    """What a URL leads to. `tell` gets a line where a copy has to do. Raises DataError if it cannot
-    be read, or a pattern matches nothing."""
+def listed(
+    url: str, is_wanted: Callable[[str], bool], tell: Callable[[str], None] | None
+) -> list[RemoteFile]:
+    """The files that a URL leads to, sorted; of folders those whose names within are wanted. `tell`
+    gets a line where a copy of before has to do. Raises DataError if the URL cannot be read, or a
+    pattern matches nothing."""
     try:
         storage, path = open_storage(url)
         if glob.has_magic(path.replace("?", "") if _is_web(url) else path):
-            names = sorted(storage.glob(path))
-            if not names:
-                raise DataError(f"{url}: the pattern matches no file")
-            found = [_file(storage, name, storage.info(name), _name(name)) for name in names]
-            return Listing([file for file in found if file is not None])
-    except DataError:
-        raise
+            return _matching(storage, path, is_wanted)
+    except DataError as error:
+        raise DataError(f"{url}: {error}") from None
     except Exception as error:  # each kind of storage has its own
         raise cannot_be_read(url, error) from None
     try:
         info = storage.info(path)
         if info["type"] == "directory":
-            root = f"{info['name'].rstrip('/')}/"
-            inside = sorted(storage.find(path, detail=True).items())
-            found = [_file(storage, at, of, at.removeprefix(root)) for at, of in inside]
-            return Listing([file for file in found if file is not None], folder=True)
+            return list(_inside(storage, info, is_wanted))
     except Exception as error:
-        old = _copies(RemoteFile(storage, path, storage.unstrip_protocol(path), "", None, None))
+        copies = _copies(RemoteFile(storage, path, ""))
         is_answer = isinstance(error.__cause__ or error, FileNotFoundError | PermissionError)
-        if not old or is_answer or status_of(error) is not None:
+        if not copies or is_answer or status_of(error) is not None:
             raise cannot_be_read(url, error) from None
+        old = copies[-1]
         if tell:
-            when = time.strftime("%Y-%m-%d", time.localtime(old[-1].stat().st_mtime))
-            tell(f"{cannot_be_read(url, error)}; the copy of {when} is taken: {old[-1]}")
-        return Listing([], copies=(old[-1],))
-    file = _file(storage, path, info, _name(path))
-    return Listing([file] if file is not None else [])
+            when = time.strftime("%Y-%m-%d", time.localtime(old.stat().st_mtime))
+            tell(f"{cannot_be_read(url, error)}; the copy of {when} is taken: {old}")
+        return [RemoteFile(storage, path, old.name, old=old)]
+    return [_file(storage, path, info, _name(path))]
+
+
+def _matching(storage: Any, pattern: str, is_wanted: Callable[[str], bool]) -> list[RemoteFile]:
+    """As the shell does, a pattern finds nothing hidden unless it says so; folders are read."""
+    root = re.split(r"[*?[]", pattern, maxsplit=1)[0].rpartition("/")[0]
+    found: list[RemoteFile] = []
+    for path in sorted(storage.glob(pattern)):
+        if "/." in path[len(root) :] and "/." not in pattern:
+            continue
+        info = storage.info(path)
+        if info["type"] == "file":
+            found.append(_file(storage, path, info, _name(path)))
+        elif "**" not in pattern:
+            inside = _inside(storage, info, is_wanted)
+            found += [replace(file, name=_name(file.path)) for file in inside]
+    if not found:
+        raise DataError("the pattern matches no file")
+    return found
+
+
+def _inside(
+    storage: Any, folder: dict[str, Any], is_wanted: Callable[[str], bool]
+) -> Iterator[RemoteFile]:
+    root = f"{folder['name'].rstrip('/')}/"
+    for path, info in sorted(storage.find(root, detail=True).items()):
+        if info["type"] == "file" and is_wanted(name := path.removeprefix(root)):
+            yield _file(storage, path, info, name)
 
 
 def fetched(files: list[RemoteFile], tell: Callable[[str], None] | None) -> list[Path]:
     """The local copies, made where they are missing; `tell` gets a line for a file that has changed
     since it was copied, and progress is drawn then. Raises DataError if a file cannot be copied."""
-    missing = [file for file in files if file.version is None or not file.copy.exists()]
+    missing = [file for file in files if not (file.old or (file.version and file.copy.exists()))]
     total = sum(file.size or 0 for file in missing)
     if missing:
         require_room(missing[0].url, total, cache("sources"))
         with Progress("copying", total, tell is not None) as bar:
             done = 0
             for file in missing:
-                _fetch(file, tell, lambda of_file, done=done: bar.at(done + of_file))
+                _fetch(file, tell, bar, done)
                 done += file.size or 0
     return [file.copy for file in files]
 
 
-def _fetch(file: RemoteFile, tell: Callable[[str], None] | None, at: Callable[[int], None]) -> None:
+def _fetch(file: RemoteFile, tell: Callable[[str], None] | None, bar: Progress, done: int) -> None:
     from fsspec.callbacks import Callback
 
     copy, aside = file.copy, temporary(file.copy)
     copy.parent.mkdir(parents=True, exist_ok=True)
     with locked(file.place / ".lock", wait=True):
-        if file.version is not None and copy.exists():  # another process was first
+        if file.version and copy.exists():  # another process was first
             return
-        if tell and file.version is not None and _copies(file):
+        if tell and file.version and _copies(file):
             tell(f"{file.url}: has changed since it was copied; it is copied anew")
         try:
-            callback = Callback(hooks={"at": lambda size, value, **_: at(value)})
+            callback = Callback(hooks={"at": lambda size, value, **_: bar.at(done + value)})
             file.storage.get_file(file.path, str(aside), callback=callback)
             size = aside.stat().st_size
             if file.size is not None and size != file.size:
@@ -148,14 +167,10 @@ def _fetch(file: RemoteFile, tell: Callable[[str], None] | None, at: Callable[[i
                 aside.unlink()
 
 
-def _file(storage: Any, path: str, info: dict[str, Any], name: str) -> RemoteFile | None:
-    """None for what is no file."""
-    if info["type"] != "file":
-        return None
-    url = storage.unstrip_protocol(path)
+def _file(storage: Any, path: str, info: dict[str, Any], name: str) -> RemoteFile:
     if Path(name).name in ("", ".."):
-        raise DataError(f"{url}: names no file; give the address of one")
-    return RemoteFile(storage, path, url, name, info.get("size"), _version(info))
+        raise DataError(f"{path}: names no file; give the address of one")
+    return RemoteFile(storage, path, name, info.get("size"), _version(info))
 
 
 def _version(info: dict[str, Any]) -> str | None:

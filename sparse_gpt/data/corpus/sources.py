@@ -15,6 +15,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sparse_gpt.data.corpus.hub import HUB
@@ -111,18 +112,20 @@ def _remote_files(
     url: str, left_out: LeftOut, tell: Callable[[str], None] | None
 ) -> list[SourceFile]:
     """The local copies of what a URL leads to."""
-    found = listed(url, tell)
-    files = found.files
-    if found.folder:
-        shown = [file for file in files if not any(map(_is_hidden, Path(file.name).parts[:-1]))]
-        left_out["in hidden folders"] += [file.name for file in files if file not in shown]
-        files = [file for file in shown if _is_wanted(Path(file.name).name, left_out)]
-        if not files:
-            raise _nothing_known(url, left_out)
-    names = [file.name for file in files]
-    copies = [*fetched(files, tell), *found.copies]
-    names += [copy.name for copy in found.copies]
-    return [_source_file(copy, name) for copy, name in zip(copies, names, strict=True)]
+    files = listed(url, partial(_is_wanted_within, left_out=left_out), tell)
+    if not files:
+        raise _nothing_known(url, left_out)
+    copies = fetched(files, tell)
+    return [_source_file(copy, file.name) for copy, file in zip(copies, files, strict=True)]
+
+
+def _is_wanted_within(name: str, left_out: LeftOut) -> bool:
+    """Of a file's name within a folder."""
+    *folders, last = name.split("/")
+    if any(map(_is_hidden, folders)):
+        left_out["in hidden folders"].append(name)
+        return False
+    return _is_wanted(last, left_out)
 
 
 def _of_folder(folder: Path, left_out: LeftOut) -> list[Path]:

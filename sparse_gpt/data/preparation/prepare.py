@@ -67,8 +67,8 @@ def prepare(
     append: bool = False,
     progress: bool = False,
 ) -> Manifest | None:
-    """Tokenize files, folders, globs or hub data sets into the shard folder `out`; run again to
-    resume.
+    """Tokenize files, folders, globs, URLs of these or hub data sets into the shard folder `out`;
+    run again to resume.
 
     workers       processes that tokenize; with more than one, a calling script needs the usual
                   `if __name__ == "__main__":`, for they are spawned
