@@ -154,6 +154,14 @@ class EvalConfig(Section):
     """Tokens of each source's held-out split; null: all."""
 
 
+class ParallelConfig(Section):
+    """What ranks share besides the batch, see docs/scaling-out.md."""
+
+    blocks: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
+    """Ranks over which the blocks of each dictionary are shared: each holds its share of them, and
+    tokens travel. `auto`: what `sparse-gpt plan` finds fastest of what fits."""
+
+
 class FaultConfig(Section):
     """When a rank counts as lost, see docs/multi-node.md."""
 
@@ -198,6 +206,7 @@ class RunConfig(Section):
     """Whose weights the run begins with: RUN (its newest whole checkpoint), RUN@STEP, or the
     folder of a GPT-2 of transformers. The optimizer is new and the first step is 0; sparse FFNs are
     fitted to dense ones. null: new weights."""
+    parallel: ParallelConfig = ParallelConfig()
     deepspeed: dict[str, Any] = Field({})
     """Native DeepSpeed keys, merged last; what contradicts the run is refused."""
     checkpoint: CheckpointConfig = CheckpointConfig()

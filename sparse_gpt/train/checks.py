@@ -1,6 +1,7 @@
 """Whether a run can be. The command line, `--dry-run` and each rank call `check`; what only the
 ranks together can know is in preflight.py."""
 
+import math
 import os
 import shutil
 from bisect import bisect_right
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 
 from sparse_gpt.config.load import load_config
-from sparse_gpt.config.schema import RunConfig
+from sparse_gpt.config.schema import RunConfig, some
 from sparse_gpt.data import Blend
 from sparse_gpt.data.batches.batches import count_windows
 from sparse_gpt.data.batches.order import blend_counts
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.attention import has_flex
+from sparse_gpt.model.config import DictionaryConfig
 from sparse_gpt.train.deepspeed_config import (
     check_whole,
     deepspeed_config,
@@ -66,6 +68,7 @@ def check_settings(config: RunConfig, world_size: int) -> None:
                 f"deepspeed.{section}.{key}: false would let NaN into the weights; leave it out"
             )
     zero = deepspeed_config(config, world_size)["zero_optimization"]
+    _check_parallel(config, world_size, zero)
     if zero["stage"] == 3 and config.guard.checksum_every:
         raise ConfigError(
             "guard.checksum_every: ZeRO-3 keeps one copy of the weights, so there are no replicas "
@@ -99,6 +102,44 @@ def check_settings(config: RunConfig, world_size: int) -> None:
             f"deepspeed.zero_optimization.stage: 0 trains wrongly in {config.precision}; use 1"
         )
     check_whole(config, world_size)
+
+
+def _check_parallel(config: RunConfig, world_size: int, zero: Mapping[str, Any]) -> None:
+    """Raises ConfigError where blocks cannot be shared as the run says."""
+    ranks = config.parallel.blocks
+    if ranks == 1:
+        return
+    if ranks == "auto":
+        raise ConfigError(
+            "parallel.blocks: auto is chosen by sparse-gpt train before it starts ranks; here give "
+            "the number, which sparse-gpt plan tells"
+        )
+    spectral = getattr(config.model.ffn, "spectral", None)
+    if not isinstance(spectral, DictionaryConfig):
+        raise ConfigError(
+            f"parallel.blocks: {ranks}, but this model's FFN has no blocks to share (the preset "
+            "`default` has); use 1"
+        )
+    for what, number in (("blocks of a dictionary", spectral.blocks), ("ranks", world_size)):
+        if number % ranks:
+            both = math.gcd(spectral.blocks, world_size)
+            possible = some([n for n in range(1, both + 1) if both % n == 0])
+            raise ConfigError(
+                f"parallel.blocks: {ranks} does not divide the {number} {what}; possible: "
+                f"{possible}"
+            )
+    if zero["stage"] == 3:
+        raise ConfigError(
+            "parallel.blocks: DeepSpeed's ZeRO-3 does not take layers that are shared already; use "
+            "deepspeed.zero_optimization.stage: 1 or 2, where each rank then holds "
+            f"1/{ranks} of the blocks, or parallel.blocks: 1"
+        )
+    for key in ("contiguous_gradients", "reduce_scatter"):
+        if zero["stage"] and not zero.get(key, True):
+            raise ConfigError(
+                f"deepspeed.zero_optimization.{key}: false does not go with parallel.blocks; leave "
+                "it out"
+            )
 
 
 def _check_own(native: Mapping[str, Any], run: Mapping[str, Any]) -> None:

@@ -98,7 +98,7 @@ def train(config: RunConfig) -> None:
                 metrics["train/grad_norm"] = grad_norm.item()
                 metrics["guard/skipped"] = engine.guard.skipped
                 metrics |= telemetry.speed(state.step) | profile.metrics()
-                metrics |= engine.statistics.routing()
+                metrics |= engine.statistics.routing() | engine.exchanged()
                 if config.log.batch_hash:
                     metrics["data/batch_hash"] = batch_hash(batch, world)
             with telemetry.untimed():
