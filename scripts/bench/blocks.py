@@ -11,7 +11,7 @@ are real, on random tokens. Held: bytes of weights, gradient sums and optimizer 
 rank, between steps: on a GPU what is allocated, on a CPU the growth of resident memory, which is
 rough. Sent: bytes of a step on the mean rank: by collectives, as a ring moves them, 2 (n - 1)/n of
 what is all-reduced and (n - 1)/n of what is gathered or scattered; and by the exchange of rows
-(`perf/exchange_bytes`).
+(`perf/exchange_bytes`). `--skew` adds twins whose tokens all want the same blocks, those of one rank.
 """
 
 import argparse
@@ -76,12 +76,18 @@ class Counter:
 class Contestant:
     """An engine with a batch of random tokens."""
 
-    def __init__(self, config: RunConfig, ranks: int, stage: int, world: World) -> None:
+    def __init__(
+        self, config: RunConfig, ranks: int, stage: int, skewed: bool, world: World
+    ) -> None:
         self.ranks, self.stage, self.config, self.world = ranks, stage, config, world
         self.name = f"ZeRO-{stage}" + (f", blocks over {ranks}" if ranks > 1 else "")
+        self.name += ", skewed" if skewed else ""
         before = self._allocated()
         torch.manual_seed(0)
         self.engine = Engine(config, GPT(config.model), world, total_steps=10**9)
+        if skewed:
+            for dictionary in self.engine.statistics.dictionaries.values():
+                dictionary.moves[: dictionary.config.top_k] = 10**6
         shape = (config.global_batch // world.size, config.model.max_seq_len)
         self.tokens = torch.randint(config.model.vocab_size, shape, device=world.device)
         self.milliseconds(1)  # warm-up; the optimizer's state is there afterwards
@@ -166,8 +172,10 @@ def table(results: list[dict[str, Any]], title: str) -> Table:
     return shown
 
 
-def entrants(arguments: list[str], ranks: list[int], stages: list[int], size: int) -> Any:
-    """(config, ranks, stage) of each contestant that can be."""
+def entrants(
+    arguments: list[str], ranks: list[int], stages: list[int], skew: bool, size: int
+) -> Any:
+    """(config, ranks, stage, skewed) of each contestant that can be."""
     overrides = [text for text in arguments if "=" in text]
     [path] = [Path(text) for text in arguments if "=" not in text]
     for stage, over in itertools.product(stages, ranks):
@@ -176,7 +184,7 @@ def entrants(arguments: list[str], ranks: list[int], stages: list[int], size: in
         own = [f"deepspeed={{zero_optimization: {{stage: {stage}}}}}", f"parallel.blocks={over}"]
         config = load_config(path, [*overrides, *own])
         check_settings(config, size)
-        yield config, over, stage
+        yield from ((config, over, stage, skewed) for skewed in (False, True)[: 1 + skew])
 
 
 def main() -> None:
@@ -186,6 +194,7 @@ def main() -> None:
     parser.add_argument("config", nargs="+", help="a run file, and key=value for it")
     parser.add_argument("--ranks", type=int, nargs="+", default=[1, 2, 4], help="that share blocks")
     parser.add_argument("--stages", type=int, nargs="+", default=[1, 2, 3], help="of ZeRO")
+    parser.add_argument("--skew", action="store_true", help="and each with its twin, see above")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--steps", type=int, default=2, help="steps a contestant a round")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything there")
@@ -194,7 +203,7 @@ def main() -> None:
     warnings.simplefilter("ignore", FutureWarning)  # of torch, about DeepSpeed's calls
     world, counter = join_world(), Counter()
     try:
-        found = list(entrants(args.config, args.ranks, args.stages, world.size))
+        found = list(entrants(args.config, args.ranks, args.stages, args.skew, world.size))
     except ConfigError as error:
         parser.error(str(error))
     contestants = [Contestant(*entry, world) for entry in found]
