@@ -11,7 +11,7 @@ are real, on random tokens. Held: bytes of weights, gradient sums and optimizer 
 rank, between steps: on a GPU what is allocated, on a CPU the growth of resident memory, which is
 rough. Sent: bytes of a step on the mean rank: by collectives, as a ring moves them, 2 (n - 1)/n of
 what is all-reduced and (n - 1)/n of what is gathered or scattered; and by the exchange of rows
-(`perf/exchange_bytes`). `--skew` adds twins whose tokens all want the same blocks, those of one rank.
+(`perf/exchange_bytes`). `--skew` adds twins whose tokens all want the same blocks, of one rank.
 """
 
 import argparse
