@@ -43,6 +43,7 @@ def test_blocks_over_ranks_change_nothing_but_rounding(run_file, tmp_path):
     rows = 4 * travelling * D_MODEL * 4 + 2 * travelling * 4  # there and back, twice; with gains
     assert exchanged == {"perf/exchange_bytes": LAYERS * (rows + BLOCKS / 2 * 8)}
 
+    assert said["left out"] == [4] * 4  # ranks, in ZeRO 0 to 2 and in bf16
     what, suspects = said["differs"].split("; suspect ")
     assert "spectral.analysis differ" in what
     assert re.findall(r"rank (\d)", suspects) == ["1", "3"]  # of two either may be wrong
