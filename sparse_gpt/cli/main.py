@@ -222,6 +222,8 @@ def prove(
     proof = Proof(config, overrides or [], folder, steps, devices)
     proof.train()
     found = [proof.resumed("cut", devices), proof.resumed("elastic", other_devices)]
+    if proof.blocks != 1:
+        found.append(proof.resumed("unshared", devices, shared=False))
     table = Table(
         "run", "ranks", "same tokens", "first difference", "loss", "weights", "", box=None
     )
