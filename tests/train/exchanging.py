@@ -66,6 +66,18 @@ def ways(run_file: Path, world: World) -> dict[str, object]:
     return found
 
 
+def spoil(engine: Engine) -> int:
+    """How many ranks leave out a step in which one rank's blocks get a gradient of Inf."""
+    world = engine.world
+    blocks = next(iter(engine.statistics.dictionaries.values())).analysis
+    if world.rank == 3:
+        blocks.register_hook(lambda grad: grad + torch.inf)
+    before = blocks.detach().clone()
+    steps(engine, 0)
+    kept = engine.guard.trouble is not None and torch.equal(blocks, before)
+    return int(world.sum(torch.tensor(int(kept))).item())
+
+
 def main(run_file: Path, folder: Path) -> None:
     world = join_world()
     found: dict[str, object] = {"ways": ways(run_file, world)}
@@ -79,6 +91,9 @@ def main(run_file: Path, folder: Path) -> None:
             p.loads.tolist() for p in engine.statistics.dictionaries.values()
         ]
         found[f"exchanged {ranks}"] = engine.exchanged()
+
+    found["left out"] = [spoil(make(run_file, world, stage, 2)) for stage in (0, 1, 2)]
+    found["left out"] += [spoil(make(run_file, world, 1, 2, "precision=bf16"))]
 
     # A bit that differs in one rank's blocks is told of it alone.
     engine = make(run_file, world, 1, 2)
