@@ -284,13 +284,19 @@ app.command(epilog="Example: sparse-gpt plan 124m --gpus 8 --gpu H100")(plan)
 
 
 @app.command(epilog="Example: sparse-gpt doctor")
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    devices: Annotated[
+        int | None,
+        typer.Option(min=2, help="Ranks that talk to each other: all GPUs, on a CPU if given."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """What this machine has, and what will not work, with the fix."""
     from dataclasses import asdict
 
     from sparse_gpt.cluster.doctor import examine
 
-    findings = examine()
+    findings = examine(devices)
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
