@@ -36,7 +36,8 @@ GPUS = {
 }
 
 
-def known_peak(torch_name: str) -> float | None:
-    """FLOP/s of the device that torch calls so; None for one that is not in the table."""
-    known = (gpu.peak_flops for gpu in GPUS.values() if re.fullmatch(gpu.torch_name, torch_name))
+def known_gpu(torch_name: str) -> Gpu | None:
+    """The device that torch calls so, or its like with more memory; None if it is not in the
+    table."""
+    known = (gpu for gpu in GPUS.values() if re.fullmatch(gpu.torch_name, torch_name))
     return next(known, None)

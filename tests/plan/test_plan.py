@@ -12,7 +12,8 @@ from sparse_gpt.config.load import load_config
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.costs import parameter_counts
 from sparse_gpt.plan.memory import estimate, trace
-from sparse_gpt.plan.plan import RESERVED, largest_micro_batch, make_plan
+from sparse_gpt.plan.plan import make_plan
+from sparse_gpt.plan.stage import RESERVED, largest_micro_batch
 from sparse_gpt.train.gpus import GPUS
 
 CONFIG = ROOT / "configs/124m.yaml"
