@@ -10,6 +10,7 @@ import os
 import sys
 from importlib.metadata import version
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -30,6 +31,7 @@ app = typer.Typer(
     name="sparse-gpt",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if get_terminal_size().columns >= 60 else None,  # panels cut words
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Pretrain GPT-2-family models with sparse feed-forward networks.",
     epilog="Start with: ./scripts/quickstart",
@@ -284,7 +286,11 @@ def plan(
         str | None, typer.Option(help="Which: A100-80GB, H100 (if none), MI300X, RTX-4090, ...")
     ] = None,
     peak_tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="Of a GPU in dense bf16, else its data sheet's.")
+        str | None,
+        typer.Option(
+            metavar="NUMBER|measure",
+            help="TFLOP/s of a GPU in dense bf16, else its data sheet's; measure: of this one.",
+        ),
     ] = None,
     memory_gb: Annotated[
         float | None, typer.Option(min=0.1, help="GiB that a process can have of a GPU.")
@@ -300,11 +306,11 @@ def plan(
 ) -> None:
     """Memory of a rank and a step's traffic by ZeRO stage, FLOPs, time and warnings."""
     from sparse_gpt.config.load import load_config
-    from sparse_gpt.plan.plan import make_plan, plan_steps, plan_table
+    from sparse_gpt.plan.plan import given_gpu, make_plan, plan_steps, plan_table
 
     run = load_config(config, overrides or [])
-    peak = None if peak_tflops is None else peak_tflops * 1e12
     memory = None if memory_gb is None else int(memory_gb * 2**30)
+    gpu, peak, memory = given_gpu(gpu, peak_tflops, memory)
     made = make_plan(run, gpus, gpu, mfu, gpus_per_node, network * 1e9, peak, memory)
     if as_json:
         print_json(made.to_dict())
@@ -328,7 +334,7 @@ def doctor(as_json: Json = False) -> None:
         print_json([asdict(finding) for finding in findings])
     else:
         table = Table("", "what", "found", "fix", box=None)
-        marks = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "problem": "[red]✗[/]"}
+        marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
         for finding in findings:
             fix = "" if finding.status == "ok" else finding.fix
             table.add_row(marks[finding.status], finding.what, finding.found, fix)
