@@ -23,11 +23,15 @@ TEMPORARY = ".tmp-"
 # Of a folder that was written before: no waiting mends it, as room on a disk may come.
 LOST = {errno.ENOENT, errno.ENOTDIR, errno.EROFS, errno.EACCES, errno.EPERM}
 _ZEROS = "0" * 64
+_LONGEST = 255  # bytes of a name on every file system that we know
 
 
 def temporary(path: Path) -> Path:
-    """The name under which `path` is written."""
-    return path.with_name(TEMPORARY + path.name)
+    """The name under which `path` is written, no longer than a name may be where that is not."""
+    name = TEMPORARY + path.name
+    if len(os.fsencode(name)) > _LONGEST:
+        name = TEMPORARY + hashlib.sha256(os.fsencode(path.name)).hexdigest()[:16]
+    return path.with_name(name)
 
 
 def real(path: str | Path) -> Path:

@@ -198,6 +198,24 @@ def test_a_new_file_is_whole_or_as_it_was_also_through_a_link(tmp_path):
     assert [path.name for path in out.parent.iterdir()] == ["file"]
 
 
+@pytest.mark.parametrize("length", range(250, 257))
+def test_a_name_may_be_as_long_as_the_file_system_takes(tmp_path, length):
+    names = {kind: kind * length for kind in "fg"}
+    try:
+        for name in names.values():
+            (tmp_path / name).touch()
+            (tmp_path / name).unlink()
+    except OSError:
+        with pytest.raises(DataError, match="too long"), new_file(tmp_path / names["f"]):
+            pass
+        return
+    with new_file(tmp_path / names["f"]) as file:
+        file.write_text("whole")
+    with new_folder(tmp_path / names["g"]) as folder:
+        (folder / "in it").touch()
+    assert {path.name for path in tmp_path.iterdir()} == set(names.values())
+
+
 def test_a_new_file_takes_the_place_of_files_alone(tmp_path):
     (tmp_path / "folder").mkdir()
     os.mkfifo(tmp_path / "pipe")

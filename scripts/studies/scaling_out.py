@@ -22,7 +22,8 @@ from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.model.config import SIZES, DictionaryConfig
 from sparse_gpt.model.costs import model_report, parameter_counts
 from sparse_gpt.plan.memory import trace
-from sparse_gpt.plan.plan import RESERVED, Stage, make_plan
+from sparse_gpt.plan.plan import make_plan
+from sparse_gpt.plan.stage import RESERVED, Stage
 from sparse_gpt.plan.step import Cluster, StepCost, step_cost
 from sparse_gpt.train.gpus import GPUS
 

@@ -8,8 +8,10 @@ import errno
 import io
 import os
 import sys
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -18,6 +20,7 @@ from rich.table import Table
 from sparse_gpt.cli.config_commands import config_app
 from sparse_gpt.cli.data_commands import prepare, vocab_app
 from sparse_gpt.cli.evaluate_commands import evaluate, export, generate, inspect
+from sparse_gpt.cli.plan_commands import flops, plan
 from sparse_gpt.cli.shards_commands import shards_app
 from sparse_gpt.cli.sweep_commands import sweep_app
 from sparse_gpt.cli.terminal import Config, Json, Overrides, print_json, show
@@ -25,12 +28,14 @@ from sparse_gpt.errors import told
 from sparse_gpt.files import real
 
 if TYPE_CHECKING:
+    from sparse_gpt.cluster.launcher import Launch
     from sparse_gpt.config.schema import RunConfig
 
 app = typer.Typer(
     name="sparse-gpt",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if get_terminal_size().columns >= 60 else None,  # panels cut words
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Pretrain GPT-2-family models with sparse feed-forward networks.",
     epilog="Start with: ./scripts/quickstart",
@@ -120,29 +125,41 @@ def train(
     from sparse_gpt.cluster.this_machine import on_this_machine
     from sparse_gpt.config.load import load_config
     from sparse_gpt.errors import ConfigError
+    from sparse_gpt.plan.blocks import choose, with_blocks
     from sparse_gpt.train.checks import check
     from sparse_gpt.train.deepspeed_config import deepspeed_config
     from sparse_gpt.train.run_dir import finished
 
     if devices and hostfile:
         raise ConfigError("--devices is for this machine and --hostfile for several: give one")
-    arguments = ["--config", str(real(config)), *(overrides or [])]
+    overrides = list(overrides or [])
     if slurm:
         if hostfile or restarts or not devices:
             raise ConfigError(
                 "--slurm takes --devices, the GPUs of a node; no hostfile or restarts"
             )
-        _submit(load_config(config, overrides or []), nodes, devices, time, arguments, dry_run)
+        run = load_config(config, overrides)
+        arguments = ["--config", str(real(config)), *overrides]
+        _submit(run, nodes, devices, time, arguments, dry_run)
         return
     if nodes > 1 or time:
         raise ConfigError("--nodes and --time are for --slurm; for other clusters give --hostfile")
-    if hostfile:
-        launch = on_hosts(hostfile, arguments, master_port)
-        for path in environment_files() if launch.remote else []:
-            print(f"{path}: its settings go to the ranks of all hosts", file=sys.stderr)
-    else:
-        launch = on_this_machine(devices, arguments, master_port)
-    run = load_config(config, overrides or [])
+
+    def start(more: Sequence[str] = ()) -> "Launch":
+        arguments = ["--config", str(real(config)), *overrides, *more]
+        if hostfile:
+            return on_hosts(hostfile, arguments, master_port)
+        return on_this_machine(devices, arguments, master_port)
+
+    launch = start()
+    for path in environment_files() if launch.remote else []:
+        print(f"{path}: its settings go to the ranks of all hosts", file=sys.stderr)
+    run = load_config(config, overrides)
+    if run.parallel.blocks == "auto":
+        blocks, why = choose(run, launch.world_size, launch.world_size // max(1, len(launch.hosts)))
+        print(why, file=sys.stderr)
+        run = with_blocks(run, blocks)
+        launch = start([f"parallel.blocks={blocks}"])
     check(run, launch.world_size)
     if dry_run:
         print(launch)
@@ -208,6 +225,8 @@ def prove(
     proof = Proof(config, overrides or [], folder, steps, devices)
     proof.train()
     found = [proof.resumed("cut", devices), proof.resumed("elastic", other_devices)]
+    if proof.blocks != 1:
+        found.append(proof.resumed("unshared", devices, shared=False))
     table = Table(
         "run", "ranks", "same tokens", "first difference", "loss", "weights", "", box=None
     )
@@ -263,73 +282,29 @@ app.command(epilog="Example: sparse-gpt inspect runs/quickstart-sparse")(inspect
 app.command(epilog="Example: sparse-gpt export runs/quickstart-dense --out quickstart-gpt2")(export)
 
 
-@app.command(epilog="Example: sparse-gpt flops tiny-paper model.d_model=256")
-def flops(config: Config, overrides: Overrides = None, as_json: Json = False) -> None:
-    """FLOPs a token by block and component, dense beside sparse."""
-    from sparse_gpt.config.load import load_config
-    from sparse_gpt.plan.flops_table import costs_json, costs_table
-
-    model = load_config(config, overrides or []).model
-    if as_json:
-        print_json(costs_json(model))
-    else:
-        show(costs_table(model))
-
-
-@app.command(epilog="Example: sparse-gpt plan 124m --gpus 8 --gpu H100")
-def plan(
-    config: Config,
-    overrides: Overrides = None,
-    gpus: Annotated[int, typer.Option(min=1, help="Ranks of the run, one a GPU.")] = 1,
-    gpu: Annotated[
-        str | None, typer.Option(help="Which: A100-80GB, H100 (if none), MI300X, RTX-4090, ...")
-    ] = None,
-    peak_tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="Of a GPU in dense bf16, else its data sheet's.")
-    ] = None,
-    memory_gb: Annotated[
-        float | None, typer.Option(min=0.1, help="GiB that a process can have of a GPU.")
-    ] = None,
-    mfu: Annotated[
-        float, typer.Option(min=0.01, max=1, help="Share of the peak that will be reached.")
-    ] = 0.4,
-    gpus_per_node: Annotated[int, typer.Option(min=1, help="GPUs that share fast links.")] = 8,
-    network: Annotated[
-        float, typer.Option(min=0.1, help="GB/s a direction of a GPU's port between nodes.")
-    ] = 50,
-    as_json: Json = False,
-) -> None:
-    """Memory of a rank and a step's traffic by ZeRO stage, FLOPs, time and warnings."""
-    from sparse_gpt.config.load import load_config
-    from sparse_gpt.plan.plan import make_plan, plan_steps, plan_table
-
-    run = load_config(config, overrides or [])
-    peak = None if peak_tflops is None else peak_tflops * 1e12
-    memory = None if memory_gb is None else int(memory_gb * 2**30)
-    made = make_plan(run, gpus, gpu, mfu, gpus_per_node, network * 1e9, peak, memory)
-    if as_json:
-        print_json(made.to_dict())
-        return
-    show(plan_table(made))
-    if gpus > 1:
-        show(plan_steps(made))
-    for warning in made.warnings:
-        print(f"warning: {warning}")
+app.command(epilog="Example: sparse-gpt flops tiny-paper model.d_model=256")(flops)
+app.command(epilog="Example: sparse-gpt plan 124m --gpus 8 --gpu H100")(plan)
 
 
 @app.command(epilog="Example: sparse-gpt doctor")
-def doctor(as_json: Json = False) -> None:
+def doctor(
+    devices: Annotated[
+        int | None,
+        typer.Option(min=2, help="Ranks that talk to each other: all GPUs, on a CPU if given."),
+    ] = None,
+    as_json: Json = False,
+) -> None:
     """What this machine has, and what will not work, with the fix."""
     from dataclasses import asdict
 
     from sparse_gpt.cluster.doctor import examine
 
-    findings = examine()
+    findings = examine(devices)
     if as_json:
         print_json([asdict(finding) for finding in findings])
     else:
         table = Table("", "what", "found", "fix", box=None)
-        marks = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "problem": "[red]✗[/]"}
+        marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
         for finding in findings:
             fix = "" if finding.status == "ok" else finding.fix
             table.add_row(marks[finding.status], finding.what, finding.found, fix)

@@ -12,6 +12,7 @@ from typing import Literal
 import psutil
 import torch
 
+from sparse_gpt.cluster.links import LinksBroken, talk
 from sparse_gpt.model.ffn.grouped import chosen_product
 from sparse_gpt.train.precision import DTYPES
 
@@ -26,9 +27,12 @@ class Finding:
     fix: str = ""
 
 
-def examine() -> list[Finding]:
-    """Look at software, devices, memory and disk."""
-    return [*_software(), *_devices(), _products(), *_resources()]
+def examine(ranks: int | None = None) -> list[Finding]:
+    """Look at software, devices, memory and disk, and let `ranks` talk: by default one on each of
+    several GPUs."""
+    ranks = ranks or torch.cuda.device_count()
+    together = [_together(ranks)] if ranks > 1 else []
+    return [*_software(), *_devices(), *together, _products(), *_resources()]
 
 
 def _software() -> Iterator[Finding]:
@@ -64,9 +68,41 @@ def _devices() -> Iterator[Finding]:
             yield Finding(f"GPU {index}", "ok", name)
         else:
             yield Finding(f"GPU {index}", "note", f"{name}, without bf16", "precision=fp16")
-    if not torch.distributed.is_nccl_available():
+    if torch.distributed.is_nccl_available():
+        number = torch.cuda.nccl.version()
+        yield Finding("NCCL", "ok", ".".join(map(str, number)))
+    else:
         fix = "install a CUDA build of torch for Linux"
         yield Finding("NCCL", "problem", "this torch was built without it", fix)
+    yield from _among_gpus(torch.cuda.device_count())
+
+
+def _among_gpus(count: int) -> Iterator[Finding]:
+    names = {torch.cuda.get_device_name(index) for index in range(count)}
+    if len(names) > 1:
+        fix = "choose with CUDA_VISIBLE_DEVICES: all ranks go at the slowest one's pace"
+        yield Finding("GPUs", "note", f"are not alike: {', '.join(sorted(names))}", fix)
+    apart = [
+        f"{a}-{b}"
+        for a in range(count)
+        for b in range(a + 1, count)
+        if not torch.cuda.can_device_access_peer(a, b)
+    ]
+    if apart:
+        fix = "what they send goes through the host's memory: plan with --network's speed"
+        yield Finding("GPU links", "note", f"none between {', '.join(apart)}", fix)
+
+
+def _together(ranks: int) -> Finding:
+    try:
+        found = talk(ranks)
+    except LinksBroken as error:
+        fix = "NCCL_DEBUG=INFO says more; try NCCL_P2P_DISABLE=1, NCCL_SOCKET_IFNAME"
+        if not torch.cuda.is_available():
+            fix = "is 127.0.0.1 reachable, and is there memory for the ranks?"
+        return Finding("ranks", "problem", str(error), fix)
+    times = "all-reduce {all_reduce_4mb_ms} ms, all-to-all {all_to_all_4mb_ms} ms".format(**found)
+    return Finding("ranks", "ok", f"{ranks} over {found['backend']}, 4 MB: {times}")
 
 
 def _products() -> Finding:

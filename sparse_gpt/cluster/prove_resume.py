@@ -4,10 +4,12 @@
     killed    N steps on w ranks: SIGKILL of every process after the checkpoint
     cut       the killed run, started again on w ranks: equal to the bit
     elastic   the killed run, started again on w′ ranks: equal but for the order of additions
+    unshared  where blocks are over ranks: on w ranks that each hold all of them; equal likewise
 
 Compared are losses, gradient norms and a hash of the token ids, step by step, and the last weights.
 """
 
+import math
 import shutil
 import subprocess
 import sys
@@ -34,13 +36,15 @@ TOLERANCE = 1e-3
 class Comparison:
     """How a resumed run differs from the whole one.
 
-    step: the checkpoint that it went on from. first_difference: the first step at which a curve
-    differs at all, None if none does. loss, weights: largest relative differences, of the losses
-    after `step`, and of the last weights (the norm of the difference over the norm).
+    exact: whether it must not at all. step: the checkpoint that it went on from. first_difference:
+    the first step at which a curve differs, None if none does. loss, weights: largest relative
+    differences, of the losses after `step`, and of the last weights (the norm of the difference
+    over the norm).
     """
 
     name: str
     ranks: tuple[int, int]
+    exact: bool
     step: int
     same_tokens: bool
     first_difference: int | None
@@ -49,8 +53,8 @@ class Comparison:
 
     @property
     def holds(self) -> bool:
-        """Whether this is a proof: exact on equal ranks, within TOLERANCE on others."""
-        if self.ranks[0] == self.ranks[1]:
+        """Whether this is a proof: exact if the ranks share alike, else within TOLERANCE."""
+        if self.exact:
             return self.same_tokens and self.first_difference is None and self.weights == 0
         return self.same_tokens and self.loss <= TOLERANCE and self.weights <= TOLERANCE
 
@@ -72,7 +76,7 @@ class Proof:
             f"checkpoint={{every: {steps}}}",
             "log={every: 1, batch_hash: true}",
         ]
-        load_config(config, self.settings)
+        self.blocks = load_config(config, self.settings).parallel.blocks
         if any(out.glob("*")):
             raise ConfigError(f"{out}: is not empty; give a new folder with --out, or remove it")
         out.mkdir(parents=True, exist_ok=True)
@@ -83,26 +87,35 @@ class Proof:
         self._kill_after(self._start("killed", self.ranks), self.out / "killed" / "checkpoints")
 
     def resumed(
-        self, name: str, ranks: int, between: Callable[[Path], None] = lambda run_dir: None
+        self,
+        name: str,
+        ranks: int,
+        between: Callable[[Path], None] = lambda run_dir: None,
+        shared: bool = True,
     ) -> Comparison:
         """Go on from the killed run with `ranks` ranks, in a folder `name` of its own; compare.
 
-        between: called with that folder before the run is started again.
+        between: called with that folder before the run is started again. shared: blocks are over as
+        many of these ranks as they were, or as is possible; else each rank has all.
         """
         folder = self.out / name
         shutil.copytree(self.out / "killed", folder)
         between(folder)
-        self._finish(name, ranks)
-        return _compare(name, (self.ranks, ranks), self.steps, self.out / "whole", folder)
+        own = []
+        if isinstance(self.blocks, int) and (ranks, shared) != (self.ranks, True):
+            own = [f"parallel.blocks={math.gcd(self.blocks, ranks) if shared else 1}"]
+        self._finish(name, ranks, *own)
+        exact = ranks == self.ranks and shared
+        return _compare(name, (self.ranks, ranks), exact, self.steps, self.out / "whole", folder)
 
-    def _start(self, name: str, ranks: int) -> subprocess.Popen[bytes]:
+    def _start(self, name: str, ranks: int, *own: str) -> subprocess.Popen[bytes]:
         command = [sys.executable, "-m", "sparse_gpt", "train", str(self.config)]
-        command += ["--devices", str(ranks), *self.settings, f"run_dir={self.out / name}"]
+        command += ["--devices", str(ranks), *self.settings, *own, f"run_dir={self.out / name}"]
         with self._log(name).open("ab") as log:
             return subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
 
-    def _finish(self, name: str, ranks: int) -> None:
-        if code := self._start(name, ranks).wait():
+    def _finish(self, name: str, ranks: int, *own: str) -> None:
+        if code := self._start(name, ranks, *own).wait():
             raise ConfigError(f"{name}: ended with exit code {code}; see {self._log(name)}")
 
     def _log(self, name: str) -> Path:
@@ -126,7 +139,7 @@ class Proof:
 
 
 def _compare(
-    name: str, ranks: tuple[int, int], step: int, whole: Path, resumed: Path
+    name: str, ranks: tuple[int, int], exact: bool, step: int, whole: Path, resumed: Path
 ) -> Comparison:
     a, b = ({row["step"]: row for row in read_metrics(folder)} for folder in (whole, resumed))
     curves = {at: [row.get(tag) for tag in _CURVES] for at, row in a.items()}
@@ -141,6 +154,7 @@ def _compare(
     return Comparison(
         name=name,
         ranks=ranks,
+        exact=exact,
         step=step,
         same_tokens=_hashes(a) == _hashes(b) and len(a) == 2 * step + 1,
         first_difference=different[0] if different else None,

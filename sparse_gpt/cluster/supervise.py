@@ -25,6 +25,7 @@ from sparse_gpt.train.preemption import leave_terminal, stop_signals
 
 _POLL = 0.05  # seconds
 _LAST_WORDS = 10.0  # seconds in which the other ranks may say what they saw of one that failed
+_FAREWELL = 30.0  # seconds after the end of one host's ranks in which those of others must end
 _DONE, _FAILED, _BAD_INPUT = 0, 1, 2
 _UNKNOWN = 256  # no exit code: its parent has taken note of the end already
 
@@ -81,7 +82,7 @@ def _run(launch: Launch, asked: Sequence[signal.Signals], patience: float) -> tu
     process = subprocess.Popen(
         launch.command, env=environment, stdin=subprocess.PIPE, start_new_session=True
     )
-    ranks = _Ranks(process.pid, launch)
+    ranks, hosts = _Ranks(process.pid, launch), _Hosts(process.pid)
     deadline = float("inf")
     try:
         while process.poll() is None and time.monotonic() < deadline:
@@ -92,10 +93,18 @@ def _run(launch: Launch, asked: Sequence[signal.Signals], patience: float) -> tu
                 deadline = min(deadline, time.monotonic() + patience)
             if ranks.failure and ranks.failure[1] != PREEMPTED:
                 deadline = min(deadline, time.monotonic() + _LAST_WORDS)
+            if launch.remote and hosts.silent_for() > _FAREWELL:
+                break
         ranks.look()
+        hang = launch.remote and process.poll() is None and hosts.silent_for() > _FAREWELL
         orphans = bool(ranks.alive)
     finally:
         _end(process, launch)
+    if hang and not asked:
+        return _FAILED, (
+            "the ranks of one host have ended, and those of another hang: "
+            f"{_FAREWELL:.0f} s later all are ended; what they say is above"
+        )
     # What the first rank ended with says more than what the runner makes of it, unless the runner
     # has seen a signal end a rank before we looked.
     failure, runner = ranks.failure, process.returncode
@@ -109,6 +118,33 @@ def _run(launch: Launch, asked: Sequence[signal.Signals], patience: float) -> tu
         how = "after" if code == PREEMPTED else "without"
         return PREEMPTED, f"stopped {by} {how} a checkpoint; run again to go on"
     return _FAILED, _cause(runner, failure)
+
+
+class _Hosts:
+    """The ways into the hosts of a job: what pdsh has started, one for each."""
+
+    def __init__(self, runner: int) -> None:
+        self._runner = psutil.Process(runner)
+        self._looked, self._most, self._since = 0.0, 0, float("inf")
+
+    def silent_for(self) -> float:
+        """Seconds since the first host's ranks ended while others' go on; negative if none has."""
+        now = time.monotonic()
+        if now > self._looked + 1:
+            self._looked, ways = now, self._ways()
+            if ways < self._most:
+                self._since = min(self._since, now)
+            self._most = max(self._most, ways)
+        return now - self._since
+
+    def _ways(self) -> int:
+        with suppress(psutil.Error):
+            for process in self._runner.children(recursive=True):
+                with suppress(psutil.Error):
+                    if any(Path(word).name == "pdsh" for word in process.cmdline()[:2]):
+                        living = [way.status() for way in process.children()]
+                        return len(living) - living.count(psutil.STATUS_ZOMBIE)
+        return 0
 
 
 class _Ranks:

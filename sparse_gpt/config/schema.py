@@ -134,8 +134,17 @@ class CheckpointConfig(Section):
     """Further steps to save, kept for good."""
 
 
+class TraceConfig(Section):
+    """Steps to trace, see docs/logging.md."""
+
+    at: int = Field(gt=0)
+    """The first of them, as the log counts."""
+    steps: int = Field(1, gt=0, le=100)
+    """How many."""
+
+
 class LogConfig(Section):
-    """What `metrics.jsonl` and TensorBoard get."""
+    """What `metrics.jsonl`, TensorBoard and other trackers get, see docs/logging.md."""
 
     every: int = Field(1, gt=0)
     """Steps from one line to the next."""
@@ -143,6 +152,10 @@ class LogConfig(Section):
     """Steps from one sample of `time/` and `sparsity/` to the next."""
     batch_hash: bool = False
     """Log `data/batch_hash`, of a step's token ids: the same on any ranks."""
+    trackers: Annotated[tuple[Literal["wandb", "mlflow", "csv"], ...], Strict(False)] = ()
+    """Beside TensorBoard; they get a row once a checkpoint keeps its step."""
+    trace: TraceConfig | None = None
+    """Profile some steps, for TensorBoard and Perfetto."""
 
 
 class EvalConfig(Section):
@@ -152,6 +165,14 @@ class EvalConfig(Section):
     """Steps from one to the next; there is one before the first step and after the last."""
     max_tokens: int | None = Field(None, gt=0)
     """Tokens of each source's held-out split; null: all."""
+
+
+class ParallelConfig(Section):
+    """What ranks share besides the batch, see docs/scaling-out.md."""
+
+    blocks: Annotated[int, Field(gt=0)] | Literal["auto"] = 1
+    """Ranks over which the blocks of each dictionary are shared: each holds its share of them, and
+    tokens travel. `auto`: what `sparse-gpt plan` finds fastest of what fits."""
 
 
 class FaultConfig(Section):
@@ -198,6 +219,7 @@ class RunConfig(Section):
     """Whose weights the run begins with: RUN (its newest whole checkpoint), RUN@STEP, or the
     folder of a GPT-2 of transformers. The optimizer is new and the first step is 0; sparse FFNs are
     fitted to dense ones. null: new weights."""
+    parallel: ParallelConfig = ParallelConfig()
     deepspeed: dict[str, Any] = Field({})
     """Native DeepSpeed keys, merged last; what contradicts the run is refused."""
     checkpoint: CheckpointConfig = CheckpointConfig()

@@ -20,6 +20,8 @@ from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.model.attention import has_flex
 from sparse_gpt.model.config import ModelConfig
 from sparse_gpt.model.costs import parameter_counts
+from sparse_gpt.model.ffn import BlockDictionary
+from sparse_gpt.model.ffn.routing import Arrived
 from sparse_gpt.model.gpt import GPT, padded_vocabulary
 from sparse_gpt.model.loss import chunk_size
 from sparse_gpt.plan.step import REUSE, kept_gathered
@@ -61,14 +63,19 @@ class Memory:
 
 
 @lru_cache
-def trace(config: ModelConfig, precision: str, recompute: Recompute) -> Kept:
-    """What one sequence of full length keeps; allocates nothing and needs no device."""
-    one, widest = _kept(config.model_copy(update={"n_layer": 1}), precision, recompute)
-    two, _ = _kept(config.model_copy(update={"n_layer": 2}), precision, recompute)
+def trace(
+    config: ModelConfig, precision: str, recompute: Recompute, exchanged: bool = False
+) -> Kept:
+    """What one sequence of full length keeps; allocates nothing and needs no device.
+
+    exchanged: whether tokens travel to the blocks of dictionaries. As many rows then come as go.
+    """
+    one, widest = _kept(config.model_copy(update={"n_layer": 1}), precision, recompute, exchanged)
+    two, _ = _kept(config.model_copy(update={"n_layer": 2}), precision, recompute, exchanged)
     return Kept(ends=2 * one - two, block=two - one, widest=widest)
 
 
-def _kept(config: ModelConfig, precision: str, what: Recompute) -> tuple[int, int]:
+def _kept(config: ModelConfig, precision: str, what: Recompute, exchanged: bool) -> tuple[int, int]:
     storages: dict[int, tuple[int, Tensor]] = {}  # the tensor, so that no address is used again
 
     def pack(tensor: Tensor) -> Tensor:
@@ -78,6 +85,9 @@ def _kept(config: ModelConfig, precision: str, what: Recompute) -> tuple[int, in
 
     with FakeTensorMode(), _default_dtype(DTYPES[precision]):
         model = GPT(config)
+        for part in model.modules() if exchanged else ():
+            if isinstance(part, BlockDictionary):
+                part.exchange = _as_many
         model.recompute(what)
         tokens = torch.zeros(1, config.max_seq_len, dtype=torch.int64)
         with saved_tensors_hooks(pack, lambda tensor: tensor):
@@ -87,6 +97,12 @@ def _kept(config: ModelConfig, precision: str, what: Recompute) -> tuple[int, in
             storages.pop(tensor.untyped_storage()._cdata, None)
     sizes = [size for size, _ in storages.values()]
     return sum(sizes), max(sizes)
+
+
+def _as_many(rows: Tensor, gains: Tensor, loads: Tensor) -> Arrived:
+    """A `model.ffn.routing.Exchange` in which others send what this rank sends."""
+    blocks = torch.zeros(len(rows), 1, dtype=torch.int64)
+    return Arrived(rows.clone(), gains.clone(), blocks, Tensor.clone)
 
 
 @contextmanager
@@ -108,6 +124,7 @@ def estimate(
 ) -> Memory:
     """A rank's memory at its peak in ZeRO `stage`; `micro_batch` sequences, else the config's.
 
+    The blocks of dictionaries are over `parallel.blocks` ranks, a number; in ZeRO-3 over none.
     Left out is what no tensor of the run holds: the device's context, libraries, fragmentation.
     Of a buffer that DeepSpeed allocates and leaves empty, a CPU counts what is written to.
     """
@@ -116,8 +133,11 @@ def estimate(
     accumulates = config.global_batch // world_size > size
     width = DTYPES[config.precision].itemsize
     counts = parameter_counts(model)
-    parameters, dictionary = counts.total, counts.dictionaries // model.n_layer
-    share = -(-parameters // world_size)
+    ranks = shared_by(config) if stage < 3 else 1
+    # Of what a rank has whole where nothing is shared out by the stage, and of one dictionary.
+    parameters = counts.total - counts.dictionaries + counts.dictionaries // ranks
+    dictionary = counts.dictionaries // ranks // model.n_layer
+    share = -(-counts.total // world_size)
     head = padded_vocabulary(model) * model.d_model
     offload = _on_host(zero, "offload_optimizer") and stage > 0
     offload_param = _on_host(zero, "offload_param") and stage == 3
@@ -149,8 +169,8 @@ def estimate(
         # FlexAttention keeps what attention without documents does. Its lists of blocks, shared by
         # all layers, are 1/1000 of a bool for each query and key, and are left out.
         model = model.model_copy(update={"document_mask": False})
-    kept = trace(model, config.precision, config.activation_checkpointing)
-    plain = trace(model, config.precision, "none")
+    kept = trace(model, config.precision, config.activation_checkpointing, ranks > 1)
+    plain = trace(model, config.precision, "none", ranks > 1)
     activations = size * (kept.ends + model.n_layer * kept.block)
     again = size * (plain.block - kept.block)
 
@@ -184,6 +204,13 @@ def estimate(
         moment(between + (0 if offload else flat), 0, 0, buckets if stage == 3 else 0),
     )
     return max(moments, key=lambda memory: memory.total)
+
+
+def shared_by(config: RunConfig) -> int:
+    """Ranks over which blocks are. Raises ValueError where that is not chosen yet."""
+    if config.parallel.blocks == "auto":
+        raise ValueError("parallel.blocks is not chosen yet")
+    return config.parallel.blocks
 
 
 def bucket_size(config: RunConfig) -> int:

@@ -1,53 +1,32 @@
 """`sparse-gpt plan`: what a run would need and cost on given GPUs, before anything starts."""
 
+import math
 from collections.abc import Iterator
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from rich.table import Table
 
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.errors import ConfigError, did_you_mean
-from sparse_gpt.model.config import DictionaryConfig
 from sparse_gpt.model.costs import ffn_cost, model_report, parameter_counts, total
-from sparse_gpt.plan.memory import Memory, bucket_size, estimate, reuse_distance
-from sparse_gpt.plan.step import (
-    NETWORK,
-    Cluster,
-    StepCost,
-    gathered_elements,
-    reduced_elements,
-    step_cost,
-    step_table,
+from sparse_gpt.plan.blocks import (
+    Sharing,
+    best_by_gpus,
+    blocks_table,
+    fastest,
+    sharings,
+    with_blocks,
 )
+from sparse_gpt.plan.memory import bucket_size, shared_by
+from sparse_gpt.plan.stage import RESERVED, Stage, dictionary, stage_of
+from sparse_gpt.plan.step import NETWORK, Cluster, StepCost, step_table
 from sparse_gpt.progress import duration
 from sparse_gpt.train.checks import check_settings
-from sparse_gpt.train.deepspeed_config import deepspeed_config, native_settings
-from sparse_gpt.train.gpus import GPUS, PCIE_4, Gpu
-from sparse_gpt.train.precision import DTYPES
+from sparse_gpt.train.deepspeed_config import deepspeed_config
+from sparse_gpt.train.gpus import GPUS, PCIE_4, Gpu, measured_gpu
 
-RESERVED = 2 * 2**30
-"""Bytes of a GPU left free: context, NCCL's buffers, fragmentation."""
-
-_WIDTHS = {"fp32": 4, "fp16": 2, "bf16": 2}  # as DeepSpeed names types
 _PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A rank's memory in one ZeRO stage; the largest micro-batch that fits, None if none does; a
-    step's seconds and traffic."""
-
-    memory: Memory
-    fits: bool
-    largest_micro_batch: int | None
-    step: StepCost
-
-    def to_dict(self) -> dict[str, Any]:
-        """As JSON has it."""
-        memory = {**asdict(self.memory), "total": self.memory.total}
-        largest = {"fits": self.fits, "largest_micro_batch": self.largest_micro_batch}
-        return {**memory, **largest, "step": asdict(self.step)}
 
 
 @dataclass(frozen=True)
@@ -65,7 +44,11 @@ class Plan:
     micro_batch: int
     grad_accum: int
     configured_stage: int
+    blocks: int  # ranks over which the stages share the blocks of dictionaries, but ZeRO-3
     stages: dict[int, Stage]
+    sharings: dict[int, Sharing]  # in the configured stage, by the number of ranks
+    best_blocks: int | None  # the fastest number that fits
+    best_blocks_by_gpus: dict[int, int | None]  # on powers of two that can share the batch
     steps: int
     tokens: int
     training_flops: float
@@ -77,7 +60,10 @@ class Plan:
     def to_dict(self) -> dict[str, Any]:
         """As JSON has it."""
         stages = {str(number): stage.to_dict() for number, stage in self.stages.items()}
-        return {**vars(self), "stages": stages}
+        sharings = {str(number): sharing.to_dict() for number, sharing in self.sharings.items()}
+        by_gpus = {str(gpus): best for gpus, best in self.best_blocks_by_gpus.items()}
+        own = {"stages": stages, "sharings": sharings, "best_blocks_by_gpus": by_gpus}
+        return {**vars(self), **own}
 
 
 def make_plan(
@@ -90,14 +76,15 @@ def make_plan(
     peak_flops: float | None = None,
     memory: int | None = None,
 ) -> Plan:
-    """Memory and a step's traffic by ZeRO stage, the micro-batch to take, FLOPs and days.
+    """Memory and a step's traffic by ZeRO stage and by the ranks that share blocks, the micro-batch
+    to take, FLOPs and days. Where `parallel.blocks` is `auto`, it is what is fastest.
 
     `network`: bytes/s a direction that a GPU has between nodes. `peak_flops` and `memory` (bytes)
     go before what is known of the GPU; with both it need not be known. Raises ConfigError for a
     GPU that is not known or a run that cannot be shared by `gpus`.
     """
     name, device = _device(gpu, peak_flops, memory)
-    check_settings(config, gpus)
+    check_settings(with_blocks(config, 1), gpus)
     stage = deepspeed_config(config, gpus)["zero_optimization"]["stage"]
     first = 0 if config.precision == "fp32" else 1  # DeepSpeed's ZeRO-0 trains in fp32 alone
     cluster = Cluster(gpus, gpus_per_node, device.link, network)
@@ -105,8 +92,14 @@ def make_plan(
     steps = config.total_steps
     flops_of_step = report.training / report.seq * config.batch.global_tokens
     seconds = flops_of_step / (gpus * device.peak_flops * mfu)
+    shared = sharings(config, device.memory, cluster, seconds)
+    best = fastest(shared)
+    if config.parallel.blocks == "auto":
+        config = with_blocks(config, best or max(shared))
+    check_settings(config, gpus)
     stages = {
-        number: _stage(config, number, device, cluster, seconds) for number in range(first, 4)
+        number: stage_of(config, number, device.memory, cluster, seconds)
+        for number in range(first, 4)
     }
     parameters = parameter_counts(config.model)
     again = _recomputed_flops(config) / report.seq * config.batch.global_tokens * steps
@@ -122,15 +115,38 @@ def make_plan(
         micro_batch=config.batch.micro_batch,
         grad_accum=config.grad_accum(gpus),
         configured_stage=stage,
+        blocks=shared_by(config),
         stages=stages,
+        sharings=shared,
+        best_blocks=best,
+        best_blocks_by_gpus=best_by_gpus(config, device.memory, cluster) if len(shared) > 1 else {},
         steps=steps,
         tokens=steps * config.batch.global_tokens,
         training_flops=flops_of_step * steps,
         hardware_flops_at_most=flops_of_step * steps + again,
         mfu=mfu,
         days=seconds * steps / 86_400,
-        warnings=_warnings(config, gpus, device, stage, stages),
+        warnings=_warnings(config, device, stage, stages, best),
     )
+
+
+def given_gpu(
+    gpu: str | None, peak_tflops: str | None, memory: int | None
+) -> tuple[str | None, float | None, int | None]:
+    """What `make_plan` takes: a GPU's name, FLOP/s and bytes; those of this machine's where the
+    peak is to be measured. Raises ConfigError for a peak that is no positive number."""
+    if peak_tflops is None:
+        return gpu, None, memory
+    if peak_tflops == "measure":
+        here = measured_gpu()
+        return gpu or here.torch_name, here.peak_flops, memory or here.memory
+    try:
+        peak = float(peak_tflops)
+    except ValueError:
+        peak = 0.0
+    if not 0 < peak < math.inf:
+        raise ConfigError(f"--peak-tflops {peak_tflops}: give a number above 0, or measure")
+    return gpu, peak * 1e12, memory
 
 
 def _device(gpu: str | None, peak_flops: float | None, memory: int | None) -> tuple[str, Gpu]:
@@ -146,42 +162,9 @@ def _device(gpu: str | None, peak_flops: float | None, memory: int | None) -> tu
         hint = did_you_mean(gpu.upper(), GPUS) if gpu else ""
         raise ConfigError(
             f"--gpu {gpu or 'is not given'}: {hint and hint + ' '}known are {', '.join(GPUS)}; "
-            "for another give --peak-tflops and --memory-gb"
+            "for another give --peak-tflops (a number, or measure) and --memory-gb"
         )
     return gpu or "GPU", Gpu("", memory, peak_flops, PCIE_4)
-
-
-def _stage(
-    config: RunConfig, stage: int, device: Gpu, cluster: Cluster, products_seconds: float
-) -> Stage:
-    memory = estimate(config, cluster.gpus, stage)
-    best = largest_micro_batch(config, cluster.gpus, stage, device.memory)
-    parameters = parameter_counts(config.model).total
-    micro_batches = config.grad_accum(cluster.gpus)
-    width = DTYPES[config.precision].itemsize
-    wire = _WIDTHS.get(native_settings(config).get("communication_data_type", ""), width)
-    step = step_cost(
-        cluster,
-        products_seconds,
-        width * gathered_elements(parameters, stage, micro_batches, reuse_distance(config)),
-        wire * reduced_elements(parameters, stage, micro_batches),
-    )
-    return Stage(memory, _fits(memory, device.memory), best, step)
-
-
-def _fits(memory: Memory, available: int) -> bool:
-    return memory.total + RESERVED <= available
-
-
-def largest_micro_batch(config: RunConfig, gpus: int, stage: int, available: int) -> int | None:
-    """The largest power of two that divides a rank's share of a step and fits; None if none does.
-
-    `available`: bytes of a GPU.
-    """
-    local, size, best = config.global_batch // gpus, 1, None
-    while local % size == 0 and _fits(estimate(config, gpus, stage, micro_batch=size), available):
-        best, size = size, 2 * size
-    return best
 
 
 def _recomputed_flops(config: RunConfig) -> int:
@@ -198,7 +181,7 @@ def _recomputed_flops(config: RunConfig) -> int:
 
 
 def _warnings(
-    config: RunConfig, gpus: int, device: Gpu, stage: int, stages: dict[int, Stage]
+    config: RunConfig, device: Gpu, stage: int, stages: dict[int, Stage], blocks: int | None
 ) -> list[str]:
     found = []
     own = stages[stage]
@@ -207,12 +190,14 @@ def _warnings(
         fit = [str(number) for number, other in stages.items() if other.largest_micro_batch]
         if best:
             found.append(f"does not fit: set batch.micro_batch to {best}")
+        elif blocks:
+            found.append(f"does not fit: set parallel.blocks to {blocks}")
         elif fit:
             found.append(f"does not fit in ZeRO-{stage}: use stage {' or '.join(fit)}")
         else:
             found.append("fits in no ZeRO stage: more GPUs, activation_checkpointing, or offload")
     parameters = parameter_counts(config.model).total
-    much = not own.fits or own.memory.buffers > device.memory / 20
+    much = not own.fits or 2 * own.memory.total > device.memory
     if stage and much and bucket_size(config) > parameters:
         found.append(
             f"deepspeed.zero_optimization.reduce_bucket_size is larger than the model, "
@@ -222,7 +207,7 @@ def _warnings(
     found += _slow_links(config, stage, own.step)
     ffn = config.model.ffn
     keeps_all = config.activation_checkpointing == "none"
-    fixed = ffn.kind == "sparse" and not isinstance(ffn.spectral, DictionaryConfig)
+    fixed = ffn.kind == "sparse" and dictionary(config) is None
     if fixed and 2 * own.memory.activations > device.memory and keeps_all:
         found.append("this sparse FFN keeps much: activation_checkpointing=selective keeps less")
     return found
@@ -233,8 +218,7 @@ def _slow_links(config: RunConfig, stage: int, step: StepCost) -> Iterator[str]:
     if step.gather_seconds <= step.products_seconds:
         return
     why = "all weights come twice in a micro-batch" if stage == 3 else "all weights come once"
-    spectral = getattr(config.model.ffn, "spectral", None)
-    if isinstance(spectral, DictionaryConfig):
+    if spectral := dictionary(config):
         why += f", all {spectral.blocks} blocks of each layer though a token uses {spectral.top_k}"
     cure = "stage 1 or 2 where it fits, or a larger micro_batch" if stage == 3 else "larger batch"
     yield (
@@ -254,10 +238,11 @@ def plan_table(plan: Plan) -> Table:
     table = Table(
         title=f"A rank's memory in GiB: {parameters}, micro-batch "
         f"{plan.micro_batch} × {plan.grad_accum}, on {plan.gpus} × {plan.gpu} "
-        f"({plan.memory_bytes / 2**30:.0f} GiB)",
+        f"({plan.memory_bytes / 2**30:.0f} GiB)"
+        + (f", blocks over {plan.blocks} ranks (but in ZeRO-3)" if plan.blocks > 1 else ""),
         caption=f"{plan.steps:,} steps, {plan.tokens:,} tokens, {flops}\n"
-        f"{duration(86_400 * plan.days)} at an assumed MFU of {plan.mfu:.0%} of half precision's "
-        f"peak, {plan.peak_flops / 1e12:.4g} TFLOP/s. "
+        f"{duration(86_400 * plan.days)} at an assumed MFU of {plan.mfu:.0%} of a peak of "
+        f"{plan.peak_flops / 1e12:.4g} TFLOP/s. "
         f"{RESERVED / 2**30:.0f} GiB are left for context, NCCL and fragmentation.",
     )
     table.add_column("")
@@ -284,6 +269,11 @@ def plan_steps(plan: Plan) -> Table:
         f"GB/s ({plan.gpus_per_node} GPUs a node)"
     )
     return step_table(steps, plan.configured_stage, title)
+
+
+def plan_blocks(plan: Plan) -> Table:
+    """Memory and a step, a row a number of ranks that share the blocks of dictionaries."""
+    return blocks_table(plan.sharings, plan.configured_stage, plan.best_blocks_by_gpus)
 
 
 def _offloads(plan: Plan) -> bool:

@@ -1,6 +1,7 @@
 """Whether a run can be. The command line, `--dry-run` and each rank call `check`; what only the
 ranks together can know is in preflight.py."""
 
+import math
 import os
 import shutil
 from bisect import bisect_right
@@ -12,12 +13,13 @@ from typing import Any
 import torch
 
 from sparse_gpt.config.load import load_config
-from sparse_gpt.config.schema import RunConfig
+from sparse_gpt.config.schema import RunConfig, some
 from sparse_gpt.data import Blend
 from sparse_gpt.data.batches.batches import count_windows
 from sparse_gpt.data.batches.order import blend_counts
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.attention import has_flex
+from sparse_gpt.model.config import DictionaryConfig
 from sparse_gpt.train.deepspeed_config import (
     check_whole,
     deepspeed_config,
@@ -27,8 +29,15 @@ from sparse_gpt.train.deepspeed_config import (
 from sparse_gpt.train.feed import held_out, open_data, train_batches
 from sparse_gpt.train.run_dir import MAY_CHANGE, read_provenance, what_computes
 from sparse_gpt.train.start_from import check_start
+from sparse_gpt.train.trackers.follow import check_trackers
 
 _LARGEST_BUCKET = 10**11
+_MONITORS = {  # DeepSpeed's own, which know nothing of resumes
+    "comet": "there is no tracker of Comet; `log.trackers` of the run has wandb, mlflow and csv",
+    "csv_monitor": "set `log.trackers: [csv]` of the run instead",
+    "tensorboard": "each run writes it, and `log.trackers` adds wandb, mlflow and csv",
+    "wandb": "set `log.trackers: [wandb]` of the run instead",
+}
 _OFFLOADS = ("offload_optimizer", "offload_param")
 
 
@@ -55,6 +64,12 @@ def check_settings(config: RunConfig, world_size: int) -> None:
         if key in ("optimizer", "scheduler", "compile", "checkpoint", "activation_checkpointing"):
             ours = "schedule" if key == "scheduler" else key
             raise ConfigError(f"deepspeed.{key}: is the run's own; set `{ours}` of the run instead")
+        if key in _MONITORS:
+            raise ConfigError(f"deepspeed.{key}: is not used: {_MONITORS[key]}")
+    if trace := config.log.trace:
+        last, steps = trace.at + trace.steps - 1, config.total_steps
+        if last > steps:
+            raise ConfigError(f"log.trace: step {last} is past the {steps} of the run")
     native = native_settings(config)
     _check_own(native, own_settings(config, world_size))
     for section, key in (
@@ -66,6 +81,7 @@ def check_settings(config: RunConfig, world_size: int) -> None:
                 f"deepspeed.{section}.{key}: false would let NaN into the weights; leave it out"
             )
     zero = deepspeed_config(config, world_size)["zero_optimization"]
+    _check_parallel(config, world_size, zero)
     if zero["stage"] == 3 and config.guard.checksum_every:
         raise ConfigError(
             "guard.checksum_every: ZeRO-3 keeps one copy of the weights, so there are no replicas "
@@ -101,6 +117,44 @@ def check_settings(config: RunConfig, world_size: int) -> None:
     check_whole(config, world_size)
 
 
+def _check_parallel(config: RunConfig, world_size: int, zero: Mapping[str, Any]) -> None:
+    """Raises ConfigError where blocks cannot be shared as the run says."""
+    ranks = config.parallel.blocks
+    if ranks == 1:
+        return
+    if ranks == "auto":
+        raise ConfigError(
+            "parallel.blocks: auto is chosen by sparse-gpt train before it starts ranks; here give "
+            "the number, which sparse-gpt plan tells"
+        )
+    spectral = getattr(config.model.ffn, "spectral", None)
+    if not isinstance(spectral, DictionaryConfig):
+        raise ConfigError(
+            f"parallel.blocks: {ranks}, but this model's FFN has no blocks to share (the preset "
+            "`default` has); use 1"
+        )
+    for what, number in (("blocks of a dictionary", spectral.blocks), ("ranks", world_size)):
+        if number % ranks:
+            both = math.gcd(spectral.blocks, world_size)
+            possible = some([n for n in range(1, both + 1) if both % n == 0])
+            raise ConfigError(
+                f"parallel.blocks: {ranks} does not divide the {number} {what}; possible: "
+                f"{possible}"
+            )
+    if zero["stage"] == 3:
+        raise ConfigError(
+            "parallel.blocks: DeepSpeed's ZeRO-3 does not take layers that are shared already; use "
+            "deepspeed.zero_optimization.stage: 1 or 2, where each rank then holds "
+            f"1/{ranks} of the blocks, or parallel.blocks: 1"
+        )
+    for key in ("contiguous_gradients", "reduce_scatter"):
+        if zero["stage"] and not zero.get(key, True):
+            raise ConfigError(
+                f"deepspeed.zero_optimization.{key}: false does not go with parallel.blocks; leave "
+                "it out"
+            )
+
+
 def _check_own(native: Mapping[str, Any], run: Mapping[str, Any]) -> None:
     """Raises ConfigError where a native key contradicts what follows from the run."""
     for key in native.keys() & run.keys():
@@ -114,8 +168,9 @@ def _check_own(native: Mapping[str, Any], run: Mapping[str, Any]) -> None:
 
 
 def check_machine(config: RunConfig) -> None:
-    """Raises ConfigError for what the devices and compilers of this machine cannot do."""
+    """Raises ConfigError for what the devices, compilers and packages of this machine cannot do."""
     check_compiler(config)
+    check_trackers(config.log)
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("precision: fp16 needs a GPU; on the CPU use fp32 or bf16")
 

@@ -28,21 +28,23 @@ class ComponentProfile:
             for number, block in enumerate(report.blocks())
             for name in block
         }
-        self._marks: dict[str, list[Any]] = defaultdict(list)
+        self._begun: dict[str, Any] = {}
+        self._spans: dict[str, list[tuple[Any, Any]]] = defaultdict(list)
         self._measured: dict[str, list[torch.Tensor]] = defaultdict(list)
 
     @contextmanager
     def attached(self, sampled: bool) -> Iterator[None]:
         """On a sampled step, measure every forward pass inside the `with`."""
-        self._marks.clear()
+        self._begun.clear()
+        self._spans.clear()
         self._measured.clear()
         if not sampled:
             yield
             return
         hooks = []
         for name, module in self.components.items():
-            hooks.append(module.register_forward_pre_hook(self._mark(name)))
-            hooks.append(module.register_forward_hook(self._mark(name)))
+            hooks.append(module.register_forward_pre_hook(self._begin(name)))
+            hooks.append(module.register_forward_hook(self._end(name)))
             if hasattr(module, "sparsity"):
                 hooks.append(
                     module.register_forward_hook(self._measure("sparsity", name, module.sparsity))
@@ -73,26 +75,36 @@ class ComponentProfile:
 
         Empty after a step that was not sampled.
         """
-        if self._marks and self.device.type == "cuda":
+        if self._spans and self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
         result = {}
-        for name, marks in self._marks.items():
-            spans = zip(marks[::2], marks[1::2], strict=True)
+        for name, spans in self._spans.items():
             result[f"time/{name}"] = sum(self._milliseconds(start, end) for start, end in spans)
         for name, shares in self._measured.items():
             result[name] = torch.stack(shares).float().mean().item()
         return result
 
-    def _mark(self, name: str) -> Any:
+    def _begin(self, name: str) -> Any:
         def hook(*_: object) -> None:
-            if self.device.type == "cuda":
-                event = torch.cuda.Event(enable_timing=True)
-                event.record()
-                self._marks[name].append(event)
-            else:
-                self._marks[name].append(time.perf_counter())
+            self._begun[name] = self._now()
 
         return hook
+
+    def _end(self, name: str) -> Any:
+        """A second forward, for the backward, ends where all is there that it needs: its last
+        component may have begun only."""
+
+        def hook(*_: object) -> None:
+            self._spans[name].append((self._begun.pop(name), self._now()))
+
+        return hook
+
+    def _now(self) -> Any:
+        if self.device.type != "cuda":
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
 
     def _milliseconds(self, start: Any, end: Any) -> float:
         cuda = self.device.type == "cuda"

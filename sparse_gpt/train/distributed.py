@@ -16,7 +16,7 @@ import torch.distributed as dist
 from torch.distributed import distributed_c10d
 
 from sparse_gpt.errors import ConfigError, told
-from sparse_gpt.train.gpus import known_peak
+from sparse_gpt.train.gpus import known_gpu
 
 PREEMPTED = 75  # exit code of a run that saved and stopped because it was told to (EX_TEMPFAIL)
 # DeepSpeed's launcher looks at its ranks once a second and passes on the first failure that it
@@ -38,7 +38,8 @@ class World:
         """Peak FLOP/s of one device in half precision; None where it is not known."""
         if self.device.type != "cuda":
             return None
-        return known_peak(torch.cuda.get_device_name(self.device))
+        known = known_gpu(torch.cuda.get_device_name(self.device))
+        return known.peak_flops if known else None
 
     def sum(self, value: torch.Tensor) -> torch.Tensor:
         """A tensor summed over the ranks; stays on its device."""

@@ -4,10 +4,12 @@ What DeepSpeed would leave to chance is set here (fp32 gradient accumulation, th
 what it would silently ignore or override is refused.
 """
 
+from __future__ import annotations
+
 import contextlib
 import io
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -22,6 +24,9 @@ from sparse_gpt.train.distributed import World
 from sparse_gpt.train.guard import Guard
 from sparse_gpt.train.schedule import learning_rate
 from sparse_gpt.train.statistics import RunningStatistics
+
+if TYPE_CHECKING:  # loads DeepSpeed
+    from sparse_gpt.train.exchange import Traffic
 
 
 class Engine:
@@ -47,7 +52,15 @@ class Engine:
         if config.optimizer.width_transfer and new:
             transfer_width(model)
         model.recompute(config.activation_checkpointing)
+        self.traffic: Traffic | None = None
+        ranks = config.parallel.blocks
+        if isinstance(ranks, int) and ranks > 1:
+            from sparse_gpt.train.exchange import optimizer_groups, share_blocks
+
+            self.traffic = share_blocks(model, ranks, world)
         groups = parameter_groups(model, config.optimizer)
+        if self.traffic:
+            groups = optimizer_groups(groups)
         optimizer = torch.optim.AdamW(
             groups,
             lr=config.optimizer.lr,
@@ -93,6 +106,8 @@ class Engine:
         micro_batches = list(zip(*(part.split(size) for part in parts), strict=True))
         loss = torch.zeros((), device=self.world.device)
         self.statistics.begin()
+        if self.traffic:
+            self.traffic.begin()
         for micro_batch in micro_batches:
             micro_loss = self.deepspeed(*micro_batch)
             self.deepspeed.backward(micro_loss)
@@ -115,6 +130,20 @@ class Engine:
         self.deepspeed.train()
         loss_sum, count = self.world.sum(total).tolist()
         return float(loss_sum / count)
+
+    def exchanged(self) -> dict[str, float]:
+        """`perf/exchange_ms` and `perf/exchange_bytes`: of the last step's rows on their way to
+        blocks and back, the mean of all ranks; nothing where blocks are not shared. Collective.
+        Waits for the device."""
+        if self.traffic is None:
+            return {}
+        own = torch.tensor(
+            [self.traffic.milliseconds, self.traffic.bytes],
+            dtype=torch.float64,
+            device=self.world.device,
+        )
+        milliseconds, sent = self.world.mean(own).tolist()
+        return {"perf/exchange_ms": milliseconds, "perf/exchange_bytes": sent}
 
     def statistics_and_scale(self) -> dict[str, dict[str, Any]]:
         """A copy of what a checkpoint holds once: running statistics, and fp16's loss scale."""

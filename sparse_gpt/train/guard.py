@@ -14,6 +14,7 @@ import math
 import socket
 import statistics
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -21,6 +22,7 @@ import torch.distributed as dist
 from torch import nn
 
 from sparse_gpt.config.schema import GuardConfig
+from sparse_gpt.train.checkpoint.zero_state import Share
 from sparse_gpt.train.distributed import World
 
 
@@ -49,7 +51,9 @@ class Guard:
         self._measured = (0.0, 0.0)
         self._window: deque[tuple[float, float]] = deque(maxlen=config.window)
         self._sharded = not isinstance(self.optimizer, torch.optim.Optimizer)
-        if self._sharded:
+        if not self._sharded:
+            deepspeed.clip_fp32_gradients = self._clip
+        else:
             self._join_norm()
             self._scaler = getattr(self.optimizer, "loss_scaler", None)  # ZeRO-1 in bf16 has none
             self._scale = 1.0
@@ -83,8 +87,7 @@ class Guard:
             if self._scaler is not None:
                 self._scale = self._scaler.loss_scale
         else:
-            grads = [p.grad for p in self.deepspeed.module.parameters() if p.grad is not None]
-            norm = torch.nn.utils.get_total_norm(grads)
+            norm = gradient_norm(list(self.deepspeed.module.parameters()), self.world)
             bad = ~torch.isfinite(norm + self._penalty(self.world.mean(norm)))
             self.norm = norm
             self.optimizer.found_inf = bad.float()
@@ -133,6 +136,7 @@ class Guard:
             optimizer.scaled_global_norm = judged_norm
         elif hasattr(optimizer, "get_grads_for_norm"):  # ZeRO-1 in bf16
             from deepspeed.runtime.utils import get_global_norm_of_tensors
+            from deepspeed.utils.groups import _get_expert_parallel_group
 
             grads_for_norm = optimizer.get_grads_for_norm
 
@@ -140,11 +144,15 @@ class Guard:
                 found = grads_for_norm(for_clipping)
                 if for_clipping:
                     return found
-                grads, of_experts = found
+                grads, of_shares = found
                 # Its norm is hidden in its step: taken here once more. -1 stands for NaN and Inf.
-                norm = get_global_norm_of_tensors(input_tensors=grads, mpu=optimizer.mpu)
-                norm = torch.where(norm < 0, torch.inf, norm)
-                return [*grads, self._penalty(norm).reshape(1)], of_experts
+                norms = [get_global_norm_of_tensors(grads)]
+                for group, shares in of_shares.items():
+                    among = _get_expert_parallel_group(group)
+                    norms.append(get_global_norm_of_tensors(shares, moe_ep_group=among))
+                found_norms = torch.stack(norms)
+                norm = torch.where(found_norms < 0, torch.inf, found_norms).norm()
+                return [*grads, self._penalty(norm).reshape(1)], of_shares
 
             optimizer.get_grads_for_norm = judged_grads
         else:
@@ -158,6 +166,12 @@ class Guard:
                 return [norm + penalty for norm in norms]
 
             optimizer._get_norm_groups = judged_norms
+
+    def _clip(self) -> None:
+        """ZeRO-0's clipping. DeepSpeed's own takes the mean of the ranks' norms for that of all."""
+        parameters = self.deepspeed.module.parameters()
+        limit = self.deepspeed.gradient_clipping()
+        torch.nn.utils.clip_grads_with_norm_(parameters, limit, self.norm)
 
     def _penalty(self, norm: torch.Tensor) -> torch.Tensor:
         """Inf, `()`, if the update must not happen for its loss or as a spike; else 0."""
@@ -180,30 +194,58 @@ class Guard:
 
 
 @torch.no_grad()
+def gradient_norm(parameters: Sequence[nn.Parameter], world: World) -> torch.Tensor:
+    """Of reduced gradients over all ranks, `()`; collective where parameters are shared."""
+    alike: list[torch.Tensor] = []
+    squares = torch.zeros((), device=world.device)  # of the shares, each replica its part
+    for p in parameters:
+        if p.grad is None:
+            continue
+        if share := Share.of(p):
+            squares += p.grad.float().square().sum() / share.replicas
+        else:
+            alike.append(p.grad)
+    norm: torch.Tensor = torch.nn.utils.get_total_norm(alike)
+    if any(map(Share.of, parameters)):
+        norm = (norm.square() + world.sum(squares)).sqrt()
+    return norm
+
+
+@torch.no_grad()
 def compare_replicas(module: nn.Module, world: World, step: int) -> None:
-    """Raises RunStopped, on every rank, if the weights differ in a bit between the ranks.
+    """Raises RunStopped, on every rank, if the weights differ in a bit between the ranks that have
+    them.
 
     Reads each weight once where it is; one small all-reduce, one wait for the device.
     """
     names, weights = zip(*module.named_parameters(), strict=True)
     integers = {2: torch.int16, 4: torch.int32}
     sums = torch.stack([w.view(integers[w.element_size()]).sum(dtype=torch.int64) for w in weights])
-    extremes = torch.stack((sums, -sums))
-    dist.all_reduce(extremes, dist.ReduceOp.MAX)
-    differ = (extremes[0] != -extremes[1]).nonzero().flatten().tolist()
+    # A row for each share of a weight; what all have is in the first.
+    replicas = [share.replicas if (share := Share.of(w)) else world.size for w in weights]
+    rows = [world.rank % (world.size // each) for each in replicas]
+    nothing = torch.iinfo(torch.int64).min // 2
+    own = sums.new_full((2, max(1, world.size // min(replicas)), len(sums)), nothing)
+    columns = torch.arange(len(sums))
+    own[:, rows, columns] = torch.stack((sums, -sums))
+    dist.all_reduce(own, dist.ReduceOp.MAX)
+    differ = ((own[0] != -own[1]) & (own[0] != nothing)).nonzero().tolist()
     if not differ:
         return
+    row, column = differ[0]
     found: list[Any] = [None] * world.size
-    dist.all_gather_object(found, (socket.gethostname(), sums[differ[0]].item()))
-    usual, count = Counter(checksum for _, checksum in found).most_common(1)[0]
-    most = 2 * count > world.size  # of two ranks either may be wrong
+    mine = sums[column].item() if rows[column] == row else None
+    dist.all_gather_object(found, (socket.gethostname(), mine))
+    having = Counter(checksum for _, checksum in found if checksum is not None)
+    [(usual, count)] = having.most_common(1)
+    most = 2 * count > replicas[column]  # of two ranks either may be wrong
     odd = [
         f"rank {rank} ({host})"
         for rank, (host, checksum) in enumerate(found)
-        if not most or checksum != usual
+        if checksum is not None and (not most or checksum != usual)
     ]
     raise RunStopped(
-        f"step {step}: {names[differ[0]]}"
+        f"step {step}: {names[column]}"
         + (f" and {len(differ) - 1} more" if len(differ) > 1 else "")
         + f" differ in their bits between replicas; suspect {', '.join(odd)}: test that machine's "
         "memory and device, or leave it out, and run again to go on from the newest checkpoint"

@@ -20,6 +20,7 @@ from sparse_gpt.config.load import to_yaml
 from sparse_gpt.data import Batch
 from sparse_gpt.files import publish, temporary, to_json
 from sparse_gpt.train.checkpoint.manifest import tag_of
+from sparse_gpt.train.checkpoint.zero_state import Share
 from sparse_gpt.train.engine import Engine
 
 
@@ -80,11 +81,15 @@ def _whole_weights(engine: Engine) -> dict[str, torch.Tensor]:
     """The module's saved state on the CPU of rank 0, nothing on the others."""
     from deepspeed.runtime.zero import GatheredParameters
 
+    from sparse_gpt.train.exchange import whole
+
     kept = {}
     for name in engine.module.state_dict():
         tensor = engine.statistics.buffers.get(name)
         if tensor is None:
             tensor = engine.module.get_parameter(name)
+        if Share.of(tensor):
+            tensor = whole(tensor)
         with GatheredParameters([tensor], enabled=hasattr(tensor, "ds_id")):
             if engine.world.rank == 0:
                 kept[name] = tensor.detach().cpu().clone()

@@ -10,7 +10,7 @@ import shutil
 import socket
 import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -26,7 +26,7 @@ from sparse_gpt.errors import ConfigError
 from sparse_gpt.train.checkpoint.zero_state import BYTES_PER_PARAMETER
 from sparse_gpt.train.distributed import World
 
-_MEGABYTES = 4  # of the all-reduce that is timed
+_MEGABYTES = 4  # of what is timed
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ def preflight(
         "hosts": list(dict.fromkeys(each.host for each in facts)),
         "disk_free_gb": round(min(each.disk_free for each in facts) / 1e9, 1),
         "memory_free_gb": round(min(each.memory_free for each in facts) / 1e9, 1),
-        f"all_reduce_{_MEGABYTES}mb_ms": round(_all_reduce_ms(world.device), 2),
+        **link_milliseconds(world.device),
     }
 
 
@@ -117,11 +117,24 @@ def _source_hash() -> str:
     return digest.hexdigest()[:12]
 
 
-def _all_reduce_ms(device: torch.device) -> float:
-    """Milliseconds of one all-reduce of `_MEGABYTES`, connections made before."""
-    message = torch.zeros(_MEGABYTES * 250_000, device=device)
-    dist.all_reduce(message[:1])
-    started = time.perf_counter()
-    dist.all_reduce(message)
-    message[0].item()  # waits for the device
-    return (time.perf_counter() - started) * 1e3
+def link_milliseconds(device: torch.device) -> dict[str, float]:
+    """How long 4 MB take, summed over all ranks and exchanged between them, connections made
+    before. Collective."""
+    message = torch.zeros(_MEGABYTES * 250_000 // dist.get_world_size(), device=device)
+    message = message.repeat(dist.get_world_size())
+    arrived = torch.empty_like(message)
+
+    def milliseconds(collective: Callable[[], Any]) -> float:
+        collective()
+        dist.barrier()
+        started = time.perf_counter()
+        collective()
+        arrived[0].item()  # waits for the device
+        return round((time.perf_counter() - started) * 1e3, 2)
+
+    return {
+        f"all_reduce_{_MEGABYTES}mb_ms": milliseconds(lambda: dist.all_reduce(message)),
+        f"all_to_all_{_MEGABYTES}mb_ms": milliseconds(
+            lambda: dist.all_to_all_single(arrived, message)
+        ),
+    }

@@ -31,7 +31,9 @@ from sparse_gpt.train.schedule import jump
 
 # What says how long, how loudly or how fast a run goes on, not what a good step computes (but for
 # rounding). Micro-batches and ZeRO's options may change too.
-MAY_CHANGE = {"duration", "checkpoint", "log", "eval", "fault", "guard", "run_dir", "compile"}
+MAY_CHANGE = {
+    *("duration", "checkpoint", "log", "eval", "fault", "guard", "run_dir", "compile", "parallel")
+}
 
 
 def what_computes(config: RunConfig) -> dict[str, Any]:

@@ -86,3 +86,12 @@ def test_a_gpu_is_described(finding, monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: (9, 0))
     product = finding("grouped product")
     assert (product.status, product.found) == ("ok", "fp32 loop, bf16 grouped_mm")
+
+
+def test_gpus_that_are_unlike_or_apart_are_noted(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda index: f"GPU of kind {index // 2}")
+    monkeypatch.setattr(torch.cuda, "can_device_access_peer", lambda a, b: a // 2 == b // 2)
+    unlike, apart = doctor._among_gpus(4)
+    assert unlike.found == "are not alike: GPU of kind 0, GPU of kind 1"
+    assert apart.found == "none between 0-2, 0-3, 1-2, 1-3"
+    assert [*doctor._among_gpus(2)] == []

@@ -169,3 +169,46 @@ def test_a_cut_cable_ends_both_hosts_within_the_set_time(cluster, run_file, tmp_
     lost = [line for line in output.splitlines() if "another rank is lost or hangs" in line]
     assert sorted(line.split(" on ")[0] for line in lost) == ["error: rank 0", "error: rank 1"]
     assert "Traceback" not in output
+
+
+SHARED = ("parallel.blocks=2", "schedule.final_lr_ratio=1")  # each host has half of the blocks
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("fault", ["kill", "stop", "cut"])
+def test_blocks_shared_by_two_hosts_outlive_a_fault(cluster, run_file, tmp_path, fault):
+    """A rank that is killed or stopped, a cable that is cut: all end within the set time, and the
+    run goes on from its checkpoint as one that was never disturbed."""
+    options = (*SHARED, "fault.timeout_seconds=8")
+    process = start_training(cluster, run_file, *options, "duration.steps=100000")
+    until(lambda: (tmp_path / "run/checkpoints/latest").exists(), process)
+    ranks = [
+        p for p in processes_of(run_file) if p.cmdline()[1:4] == ["-u", "-m", "sparse_gpt.train"]
+    ]
+    began = time.monotonic()
+    if fault == "cut":
+        ip("-n", HOSTS[1], "link", "set", "cable", "down")
+    else:
+        ranks[-1].send_signal(signal.SIGKILL if fault == "kill" else signal.SIGSTOP)
+    until(lambda: process.poll() is not None, start(["sleep", "100000"]), 8 + 30 + 10 + BUSY)
+    assert time.monotonic() - began < 8 + 30 + 10 + BUSY
+    output = ended(process, run_file)
+    assert process.returncode == 1
+    assert "Traceback" not in output
+    assert output.count("another rank is lost") <= 2, output
+    if fault == "cut":
+        ip("-n", HOSTS[1], "link", "set", "cable", "up")
+    reached = int((tmp_path / "run/checkpoints/latest").read_text().removeprefix("step-"))
+    last = (*options, f"duration.steps={reached + 8}")
+    command = [sys.executable, "-m", "sparse_gpt", "train", run_file, *last]
+    output = subprocess.run(
+        [*map(str, command), f"run_dir={tmp_path / 'run'}", "--hostfile", str(cluster)],
+        cwd=tmp_path,
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert output.returncode == 0, output.stderr
+    finish(start_ranks(run_file, *last, f"run_dir={tmp_path / 'alone'}"))
+    assert exact(tmp_path / "run") == exact(tmp_path / "alone")

@@ -144,3 +144,27 @@ def test_prepare(tmp_path):
         True,
     )
     assert report["rows"][0]["speed_over_plain_tiktoken"] == [1, 1]
+
+
+def test_blocks_over_ranks(tmp_path):
+    """On two ranks: what is counted is what must be sent."""
+    out = tmp_path / "blocks.json"
+    sizes = ("batch={global_tokens: 256, micro_batch: 2}", *SMALL, "--stages", "1", "--ranks", "1")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += [ROOT / "scripts/bench/blocks.py", ROOT / "configs/tiny-sparse.yaml", *sizes, "2"]
+    done = subprocess.run(
+        [*map(str, command), "--rounds", "1", "--json", str(out)],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert done.returncode == 0, done.stderr
+    plain, shared = json.loads(out.read_text())["results"]
+    assert (plain["exchange_bytes"], plain["ratio"]) == (0, 1)
+    assert shared["exchange_bytes"] > 0
+    dictionary = 2 * 64 * 32 * 16 * 4  # bytes, of one layer
+    # ZeRO-1 all-reduces gradients and gathers weights: of the dictionary nothing, as nobody else
+    # has this rank's blocks.
+    saved = plain["collective_bytes"] - shared["collective_bytes"]
+    assert saved == pytest.approx(3 * dictionary / 2, rel=0.02)

@@ -120,4 +120,4 @@ def plot_lengths(splits: Sequence[SplitStats], out: Path) -> None:
         axes.grid(alpha=0.2)
         axes.legend(fontsize=8, frameon=False)
     with new_file(out) as aside:
-        figure.savefig(aside)
+        figure.savefig(aside, format=out.suffix[1:].lower())

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from sparse_gpt.model.config import DictionaryConfig
 from sparse_gpt.model.ffn.grouped import grouped_outer, grouped_product
-from sparse_gpt.model.ffn.routing import Places, Route
+from sparse_gpt.model.ffn.routing import Exchange, Places, Route
 from sparse_gpt.model.flops import FlopCount
 
 
@@ -82,6 +82,9 @@ class BlockDictionary(nn.Module):
     choice alone; in the energies too, blocks that it chooses at the start, where tokens are all
     alike, have energy to learn by (docs/sparse-ffn.md).
 
+    With an `exchange`, `analysis` and `synthesis` are this rank's blocks alone, as many on each
+    rank; what is computed of a token is the same to the bit.
+
     Raises ValueError when the shapes do not suit d_model.
     """
 
@@ -101,19 +104,38 @@ class BlockDictionary(nn.Module):
         nn.init.normal_(self.synthesis, std=1 / math.sqrt(config.top_k * size))
         self.register_buffer("loads", torch.zeros(config.blocks, dtype=torch.int64))
         self.register_buffer("moves", torch.zeros(config.blocks, dtype=torch.int64))
+        self.exchange: Exchange | None = None
 
     def forward(self, h: Tensor) -> Tensor:
         """The synthesised tokens, in h's dtype; in training mode loads are counted."""
         tokens = h.reshape(-1, self.d_model)
         energies, chosen = self.route(tokens)
-        inference = not (self.training or torch.is_grad_enabled())
+        inference = not (self.training or torch.is_grad_enabled()) and self.exchange is None
         if inference and h.is_cpu and 4 * chosen.numel() <= self.config.blocks:
             return self._one_by_one(tokens, energies, chosen).reshape(h.shape)
         places = Places.of(chosen, self.config.blocks)
         if self.training:
             self.loads.add_(places.loads())
-        y: Tensor = Spectrum.apply(tokens, energies, self.analysis, self.synthesis, *places)  # type: ignore[no-untyped-call]
+        if self.exchange is None:
+            y = self._spectrum(tokens, energies, places)
+        else:
+            y = self._exchanged(tokens, energies, places)
         return y.reshape(h.shape)
+
+    def _spectrum(self, h: Tensor, energies: Tensor, places: Places) -> Tensor:
+        y: Tensor = Spectrum.apply(h, energies, self.analysis, self.synthesis, *places)  # type: ignore[no-untyped-call]
+        return y
+
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # how many rows come is known only when they come
+    def _exchanged(self, tokens: Tensor, energies: Tensor, places: Places) -> Tensor:
+        """As `_spectrum`: the rows are computed where their blocks are, as tokens of one block."""
+        assert self.exchange is not None
+        rows = tokens.index_select(0, places.order // places.rows.shape[1])
+        gains = energies.flatten().index_select(0, places.order).unsqueeze(1)
+        there = self.exchange(rows, gains, places.loads())
+        own = Places.of(there.blocks, len(self.analysis))
+        y = there.back(self._spectrum(there.rows, there.gains, own))
+        return F.embedding_bag(places.rows, y, mode="sum")
 
     def route(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
         """Energies and numbers of the blocks that tokens `(tokens, d_model)` compute, each

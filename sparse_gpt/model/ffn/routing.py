@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -85,3 +86,24 @@ class Places(NamedTuple):
     def loads(self) -> Tensor:
         """Rows of each block, int64 `(blocks,)`."""
         return self.ends.long().diff(prepend=self.ends.new_zeros(1))
+
+
+class Arrived(NamedTuple):
+    """The rows that this rank's blocks are to compute, of whatever ranks' tokens.
+
+    rows `(n, d)`; gains float32 or wider `(n, 1)`; blocks int64 `(n, 1)`, counted from this rank's
+    first; back: takes `(n, d)` that were made of the rows to where they came from.
+    """
+
+    rows: Tensor
+    gains: Tensor
+    blocks: Tensor
+    back: Callable[[Tensor], Tensor]
+
+
+class Exchange(Protocol):
+    """Takes rows to the ranks that hold their blocks; gradients come back on the same ways."""
+
+    def __call__(self, rows: Tensor, gains: Tensor, loads: Tensor) -> Arrived:
+        """Rows sorted by block `(n, d)`, their gains `(n, 1)`, and each block's number of rows,
+        int64 `(blocks,)`. Every rank must call it, with rows or without."""

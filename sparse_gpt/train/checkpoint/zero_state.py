@@ -1,4 +1,5 @@
-"""A rank's part of the training state, by parameter name, whatever way ZeRO lays it out.
+"""A rank's part of the training state, by parameter name, whatever way ZeRO and blocks over ranks
+lay it out.
 
 Every ZeRO stage keeps fp32 master weights and AdamW's moments in flat tensors of its own; a
 fragment says which stretch of which parameter lies where in them. Checkpoints hold fragments, so
@@ -9,7 +10,7 @@ own checkpoints would override the configuration's hyper-parameters; these hold 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -19,10 +20,27 @@ BYTES_PER_PARAMETER = 4 * len(KINDS)  # of a checkpoint
 
 
 @dataclass(frozen=True)
+class Share:
+    """Where a parameter lies of which this rank has a stretch alone: `start` elements into the
+    whole one, flattened. Of such stretches there are `replicas`, and this rank's is `replica`."""
+
+    start: int
+    replica: int
+    replicas: int
+
+    @classmethod
+    def of(cls, parameter: torch.Tensor) -> Share | None:
+        """None for a parameter that every rank has."""
+        share: Share | None = getattr(parameter, "share", None)
+        return share
+
+
+@dataclass(frozen=True)
 class Fragment:
     """Elements `start` to `start + numel` of a flattened parameter, held at `offset` of `base`.
 
     base: the fp32 tensor that the optimizer updates, on this rank.
+    share: where the parameter is one of several shares.
     """
 
     name: str
@@ -30,6 +48,7 @@ class Fragment:
     numel: int
     base: torch.Tensor
     offset: int
+    share: Share | None = None
 
     def part(self, whole: torch.Tensor) -> torch.Tensor:
         """This fragment, `(numel,)`, of `base` or of a tensor shaped like it."""
@@ -41,7 +60,7 @@ def fragments(engine: Any) -> list[Fragment]:
     parameters = engine.module.named_parameters()
     stage, zero = engine.zero_optimization_stage(), engine.optimizer
     if stage == 0:
-        return [Fragment(name, 0, p.numel(), p, 0) for name, p in parameters]
+        return [_of(p, Fragment(name, 0, p.numel(), p, 0)) for name, p in parameters]
     found = []
     if stage == 3:
         for name, p in parameters:
@@ -56,8 +75,15 @@ def fragments(engine: Any) -> list[Fragment]:
     for name, p in parameters:
         if (at := p._hp_mapping) is not None:
             lp, hp = at.lp_fragment_address, at.hp_fragment_address
-            found.append(Fragment(name, lp.start, lp.numel, bases[at.param_group_index], hp.start))
+            base = bases[at.param_group_index]
+            found.append(_of(p, Fragment(name, lp.start, lp.numel, base, hp.start)))
     return found
+
+
+def _of(parameter: torch.Tensor, f: Fragment) -> Fragment:
+    """A fragment of what this rank has of a parameter, as one of the whole."""
+    share = Share.of(parameter)
+    return replace(f, start=share.start + f.start, share=share) if share else f
 
 
 def snapshot(engine: Any, rank: int, world_size: int) -> dict[str, Any]:
@@ -126,6 +152,8 @@ def _tensors(adam: torch.optim.Optimizer, base: torch.Tensor) -> dict[str, torch
 
 def _share(f: Fragment, rank: int, world_size: int) -> Iterator[Fragment]:
     """The rank's share of a fragment that every rank holds; nothing where it is too small."""
+    if f.share:
+        rank, world_size = f.share.replica, f.share.replicas
     low, high = (f.numel * r // world_size for r in (rank, rank + 1))
     if low < high:
         yield Fragment(f.name, f.start + low, high - low, f.base, f.offset + low)
