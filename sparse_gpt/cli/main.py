@@ -18,9 +18,10 @@ import typer
 from rich.table import Table
 
 from sparse_gpt.cli.config_commands import config_app
-from sparse_gpt.cli.data_commands import prepare, shards_app, vocab_app
+from sparse_gpt.cli.data_commands import prepare, vocab_app
 from sparse_gpt.cli.evaluate_commands import evaluate, export, generate, inspect
 from sparse_gpt.cli.plan_commands import flops, plan
+from sparse_gpt.cli.shards_commands import shards_app
 from sparse_gpt.cli.sweep_commands import sweep_app
 from sparse_gpt.cli.terminal import Config, Json, Overrides, print_json, show
 from sparse_gpt.errors import told
