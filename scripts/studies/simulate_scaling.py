@@ -1,11 +1,8 @@
 #!/usr/bin/env python
 """What a step costs past this machine, on paper: dense beside the preset `default`.
 
-    python scripts/studies/simulate_scaling.py
     python scripts/studies/simulate_scaling.py --gpu H200 --gpus 16 256 --mfu 0.3 --sizes 355m 13b
     python scripts/studies/simulate_scaling.py --page docs/scaling-out.md --out docs/scaling
-
-`--page` writes the tables between the page's marks, `--out` weak scaling as JSON and as a plot.
 
 Products: training FLOPs over GPUs, their peak and an assumed MFU. Links and memory: those of
 `sparse-gpt plan`, held against published steps (published_steps.py). Nothing here is measured.
