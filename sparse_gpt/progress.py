@@ -1,6 +1,7 @@
 """The progress bar of long work on a terminal's stderr: what is done, how fast, and time left; and
 how long something takes, in words."""
 
+import time
 from types import TracebackType
 
 
@@ -14,9 +15,12 @@ def duration(seconds: float) -> str:
 
 class Progress:
     """A context manager; draws nothing unless `wanted` and stderr is a terminal. Threads may share
-    it. The total is bytes, told with MB/s and tokens/s, or anything else, told as a share."""
+    it. The total is bytes, told with MB/s and tokens/s, or anything else, told as a share. It
+    appears after `after` seconds, at the next sign of progress."""
 
-    def __init__(self, title: str, total: float, wanted: bool, of_bytes: bool = True) -> None:
+    def __init__(
+        self, title: str, total: float, wanted: bool, of_bytes: bool = True, after: float = 0
+    ) -> None:
         from rich import progress
         from rich.console import Console
         from rich.table import Column
@@ -35,10 +39,15 @@ class Progress:
         )
         self._task = self._bar.add_task(title, total=total, rate="")
         self._characters = self._tokens = 0
+        self._from = time.monotonic() + after
 
     def __enter__(self) -> "Progress":
-        self._bar.start()
+        self._draw()
         return self
+
+    def _draw(self) -> None:
+        if time.monotonic() >= self._from:
+            self._bar.start()
 
     def __exit__(
         self,
@@ -59,11 +68,13 @@ class Progress:
 
     def at(self, done: float) -> None:
         """So much of the total is done."""
+        self._draw()
         self._bar.update(self._task, completed=done)
 
     def advance(self, n_bytes: int, characters: int | None = None, tokens: int = 0) -> None:
         """Count bytes of the input as done. The rate is that of the text in them: its characters,
         if they are others, and its tokens, if it was tokenized."""
+        self._draw()
         self._characters += n_bytes if characters is None else characters
         self._tokens += tokens
         seconds = self._bar.tasks[0].elapsed

@@ -12,8 +12,9 @@ import pytest
 T = TypeVar("T")
 
 _NUMBERS = {
-    "x86_64": {"flock": 73, "fsync": 74, "linkat": 265, "link": 86},
-    "aarch64": {"flock": 32, "fsync": 82, "linkat": 37},
+    "x86_64": {"access": 21, "flock": 73, "fsync": 74, "link": 86, "linkat": 265}
+    | {"faccessat": 269, "faccessat2": 439},
+    "aarch64": {"flock": 32, "fsync": 82, "linkat": 37, "faccessat": 48, "faccessat2": 439},
 }
 _SET_NO_NEW_PRIVS, _SET_SECCOMP, _FILTER = 38, 22, 2  # prctl.h
 _LOAD, _EQUAL, _RETURN = 0x20, 0x15, 0x06  # of BPF

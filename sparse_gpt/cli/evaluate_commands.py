@@ -43,11 +43,12 @@ def evaluate(
     """
     from sparse_gpt.evaluate.checkpoint import load_trained
     from sparse_gpt.evaluate.held_out import evaluate, evaluation_json, evaluation_table
-    from sparse_gpt.evaluate.record import record
+    from sparse_gpt.evaluate.record import check_kept, record
 
     held_out, scores = [], {}
     for name in checkpoints:
         trained = load_trained(name)
+        check_kept(trained)
         if data or not tasks:
             found = evaluate(trained, data or [], max_tokens)
             held_out += found
@@ -186,7 +187,7 @@ def inspect(
     from sparse_gpt.evaluate.checkpoint import load_trained
     from sparse_gpt.evaluate.inspect import inspect
     from sparse_gpt.evaluate.inspect_page import page
-    from sparse_gpt.evaluate.record import record_inspection
+    from sparse_gpt.evaluate.record import check_kept, record_inspection
     from sparse_gpt.files import new_file
     from sparse_gpt.train.feed import open_data
 
@@ -196,6 +197,7 @@ def inspect(
         folder, dataset = source.folder, source.dataset
     else:
         folder, dataset = data, open_shards(data)
+    check_kept(trained)
     found = inspect(trained, folder, dataset.held_out, max_tokens)
     record_inspection(trained, found)
     if as_json:

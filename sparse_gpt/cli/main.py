@@ -11,6 +11,7 @@ import sys
 from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
+from shutil import get_terminal_size
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -33,6 +34,7 @@ app = typer.Typer(
     name="sparse-gpt",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
+    rich_markup_mode="rich" if get_terminal_size().columns >= 60 else None,  # panels cut words
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Pretrain GPT-2-family models with sparse feed-forward networks.",
     epilog="Start with: ./scripts/quickstart",
@@ -301,7 +303,7 @@ def doctor(
         print_json([asdict(finding) for finding in findings])
     else:
         table = Table("", "what", "found", "fix", box=None)
-        marks = {"ok": "[green]✓[/]", "note": "[yellow]![/]", "problem": "[red]✗[/]"}
+        marks = {"ok": "[green]ok[/]", "note": "[yellow]note[/]", "problem": "[red]problem[/]"}
         for finding in findings:
             fix = "" if finding.status == "ok" else finding.fix
             table.add_row(marks[finding.status], finding.what, finding.found, fix)

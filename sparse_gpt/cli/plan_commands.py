@@ -27,7 +27,11 @@ def plan(
         str | None, typer.Option(help="Which: A100-80GB, H100 (if none), MI300X, RTX-4090, ...")
     ] = None,
     peak_tflops: Annotated[
-        float | None, typer.Option(min=0.001, help="Of a GPU in dense bf16, else its data sheet's.")
+        str | None,
+        typer.Option(
+            metavar="NUMBER|measure",
+            help="TFLOP/s of a GPU in dense bf16, else its data sheet's; measure: of this one.",
+        ),
     ] = None,
     memory_gb: Annotated[
         float | None, typer.Option(min=0.1, help="GiB that a process can have of a GPU.")
@@ -43,11 +47,11 @@ def plan(
 ) -> None:
     """Memory of a rank and a step's traffic by ZeRO stage, FLOPs, time and warnings."""
     from sparse_gpt.config.load import load_config
-    from sparse_gpt.plan.plan import make_plan, plan_blocks, plan_steps, plan_table
+    from sparse_gpt.plan.plan import given_gpu, make_plan, plan_blocks, plan_steps, plan_table
 
     run = load_config(config, overrides or [])
-    peak = None if peak_tflops is None else peak_tflops * 1e12
     memory = None if memory_gb is None else int(memory_gb * 2**30)
+    gpu, peak, memory = given_gpu(gpu, peak_tflops, memory)
     made = make_plan(run, gpus, gpu, mfu, gpus_per_node, network * 1e9, peak, memory)
     if as_json:
         print_json(made.to_dict())

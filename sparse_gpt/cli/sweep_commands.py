@@ -213,9 +213,9 @@ def _grid_table(sweep: "Sweep") -> Table:
     config = sweep.config
     seeds = f"{len(config.seeds)} seed{'s' if len(config.seeds) > 1 else ''}"
     table = Table(title=f"{sweep.path}: steps (tokens a parameter) by training FLOPs; {seeds}")
-    for column in ("family", "size", "learning rates"):
-        table.add_column(column)
-    table.add_column("FLOPs a token", justify="right")
+    table.add_column("family, size")
+    for column in ("learning rates", "FLOPs a token"):
+        table.add_column(column, justify="right")
     for budget in config.all_budgets:
         table.add_column(short(budget), justify="right")
     for family in config.families:
@@ -228,5 +228,5 @@ def _grid_table(sweep: "Sweep") -> Table:
             ]
             per_token = f"{cells[0].report.training / cells[0].report.seq:,.0f}" if cells else ""
             rates = ", ".join(f"{lr:g}" for lr in config.rates(family))
-            table.add_row(family, size, rates, per_token, *row)
+            table.add_row(f"{family} {size}", rates, per_token, *row)
     return table

@@ -109,7 +109,9 @@ def _values(key: str, value: Any) -> str:
         return "mapping" if inner is True else f"mapping of names to {_values(key, inner)}"
     if kind == "array":
         items = [_values(key, one) for one in value.get("prefixItems") or [value["items"]]]
-        return f"[{', '.join(items if 'prefixItems' in value else [*items, '…'])}]"
+        if "prefixItems" not in value:
+            items = [items[0].replace("`, `", "` or `"), "…"]
+        return f"[{', '.join(items)}]"
     bounds = (f"{sign} {_number(value[bound])}" for bound, sign in _SIGNS.items() if bound in value)
     return f"{kind} {' and '.join(bounds)}".rstrip()
 

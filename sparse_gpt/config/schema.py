@@ -134,8 +134,17 @@ class CheckpointConfig(Section):
     """Further steps to save, kept for good."""
 
 
+class TraceConfig(Section):
+    """Steps to trace, see docs/logging.md."""
+
+    at: int = Field(gt=0)
+    """The first of them, as the log counts."""
+    steps: int = Field(1, gt=0, le=100)
+    """How many."""
+
+
 class LogConfig(Section):
-    """What `metrics.jsonl` and TensorBoard get."""
+    """What `metrics.jsonl`, TensorBoard and other trackers get, see docs/logging.md."""
 
     every: int = Field(1, gt=0)
     """Steps from one line to the next."""
@@ -143,6 +152,10 @@ class LogConfig(Section):
     """Steps from one sample of `time/` and `sparsity/` to the next."""
     batch_hash: bool = False
     """Log `data/batch_hash`, of a step's token ids: the same on any ranks."""
+    trackers: Annotated[tuple[Literal["wandb", "mlflow", "csv"], ...], Strict(False)] = ()
+    """Beside TensorBoard; they get a row once a checkpoint keeps its step."""
+    trace: TraceConfig | None = None
+    """Profile some steps, for TensorBoard and Perfetto."""
 
 
 class EvalConfig(Section):

@@ -98,7 +98,7 @@ class _Processes:
 
 def _work(to_parent: Connection) -> None:
     """Do items until there are no more. Interrupts are the parent's; a worker does not outlive
-    it, even in the midst of an item."""
+    it, even in the midst of an item, and has nothing to say then."""
     global _to_parent
     _to_parent = to_parent
     signal.signal(signal.SIGINT, signal.SIG_IGN)
@@ -113,11 +113,14 @@ def _work(to_parent: Connection) -> None:
     while True:
         try:
             function, item = to_parent.recv()
-        except EOFError:
+        except (EOFError, OSError):
             return
         outcome: tuple[Any, BaseException | None]
         try:
             outcome = function(item), None
         except Exception as error:
             outcome = None, error
-        to_parent.send(outcome)
+        try:
+            to_parent.send(outcome)
+        except OSError:
+            return

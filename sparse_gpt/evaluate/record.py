@@ -6,6 +6,7 @@ evaluations/tensorboard/         the same as scalars, histograms and tables, dra
 """
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -22,6 +23,13 @@ from sparse_gpt.evaluate.inspect import Inspection
 from sparse_gpt.files import locked, publish_text, replaced_folder, to_json
 from sparse_gpt.provenance import provenance
 from sparse_gpt.train.checkpoint.manifest import step_of, tag_of
+
+
+def check_kept(trained: Trained) -> None:
+    """Raises ConfigError, before anything is computed, where nothing can be kept in the run."""
+    folder = trained.run / "evaluations"
+    if not os.access(folder if folder.exists() else trained.run, os.W_OK | os.X_OK):
+        raise ConfigError(f"{folder}: cannot be written; copy the run to where you may write")
 
 
 def record(trained: Trained, scores: Mapping[str, Mapping[str, float]]) -> None:

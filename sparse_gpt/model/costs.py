@@ -1,5 +1,7 @@
 """What a configured model costs, part by part, and how large it is; builds no weights."""
 
+import re
+from collections import defaultdict
 from collections.abc import Mapping
 from functools import lru_cache
 from typing import NamedTuple
@@ -81,3 +83,14 @@ def flops_scalars(report: FlopReport, config: ModelConfig) -> dict[str, float]:
             scalars[f"{prefix}/{name}"] = count.forward / report.seq
         scalars[f"{prefix}/vs_dense"] = total(block).forward / total(dense).forward
     return scalars
+
+
+def model_summary(config: ModelConfig) -> dict[str, dict[str, float]]:
+    """`parameters`, and `flops` a token: forward by component, all blocks together, then `forward`
+    and `training` of the whole model."""
+    report = model_report(config)
+    flops: dict[str, float] = defaultdict(float)
+    for path, count in report.rows.items():
+        flops[re.sub(r"^blocks\.\d+\.", "", path)] += count.forward / report.seq
+    whole = {"forward": report.forward / report.seq, "training": report.training / report.seq}
+    return {"parameters": dict(parameter_counts(config).to_dict()), "flops": {**flops, **whole}}

@@ -1,5 +1,6 @@
 """`sparse-gpt plan`: what a run would need and cost on given GPUs, before anything starts."""
 
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Any
@@ -23,7 +24,7 @@ from sparse_gpt.plan.step import NETWORK, Cluster, StepCost, step_table
 from sparse_gpt.progress import duration
 from sparse_gpt.train.checks import check_settings
 from sparse_gpt.train.deepspeed_config import deepspeed_config
-from sparse_gpt.train.gpus import GPUS, PCIE_4, Gpu
+from sparse_gpt.train.gpus import GPUS, PCIE_4, Gpu, measured_gpu
 
 _PARTS = ("parameters", "gradients", "optimizer", "activations", "logits", "buffers")
 
@@ -129,6 +130,25 @@ def make_plan(
     )
 
 
+def given_gpu(
+    gpu: str | None, peak_tflops: str | None, memory: int | None
+) -> tuple[str | None, float | None, int | None]:
+    """What `make_plan` takes: a GPU's name, FLOP/s and bytes; those of this machine's where the
+    peak is to be measured. Raises ConfigError for a peak that is no positive number."""
+    if peak_tflops is None:
+        return gpu, None, memory
+    if peak_tflops == "measure":
+        here = measured_gpu()
+        return gpu or here.torch_name, here.peak_flops, memory or here.memory
+    try:
+        peak = float(peak_tflops)
+    except ValueError:
+        peak = 0.0
+    if not 0 < peak < math.inf:
+        raise ConfigError(f"--peak-tflops {peak_tflops}: give a number above 0, or measure")
+    return gpu, peak * 1e12, memory
+
+
 def _device(gpu: str | None, peak_flops: float | None, memory: int | None) -> tuple[str, Gpu]:
     """A GPU of the table, or one of which both numbers are given, and what to call it."""
     if gpu is None and peak_flops is memory is None:
@@ -142,7 +162,7 @@ def _device(gpu: str | None, peak_flops: float | None, memory: int | None) -> tu
         hint = did_you_mean(gpu.upper(), GPUS) if gpu else ""
         raise ConfigError(
             f"--gpu {gpu or 'is not given'}: {hint and hint + ' '}known are {', '.join(GPUS)}; "
-            "for another give --peak-tflops and --memory-gb"
+            "for another give --peak-tflops (a number, or measure) and --memory-gb"
         )
     return gpu or "GPU", Gpu("", memory, peak_flops, PCIE_4)
 
@@ -177,7 +197,7 @@ def _warnings(
         else:
             found.append("fits in no ZeRO stage: more GPUs, activation_checkpointing, or offload")
     parameters = parameter_counts(config.model).total
-    much = not own.fits or own.memory.buffers > device.memory / 20
+    much = not own.fits or 2 * own.memory.total > device.memory
     if stage and much and bucket_size(config) > parameters:
         found.append(
             f"deepspeed.zero_optimization.reduce_bucket_size is larger than the model, "
@@ -221,8 +241,8 @@ def plan_table(plan: Plan) -> Table:
         f"({plan.memory_bytes / 2**30:.0f} GiB)"
         + (f", blocks over {plan.blocks} ranks (but in ZeRO-3)" if plan.blocks > 1 else ""),
         caption=f"{plan.steps:,} steps, {plan.tokens:,} tokens, {flops}\n"
-        f"{duration(86_400 * plan.days)} at an assumed MFU of {plan.mfu:.0%} of half precision's "
-        f"peak, {plan.peak_flops / 1e12:.4g} TFLOP/s. "
+        f"{duration(86_400 * plan.days)} at an assumed MFU of {plan.mfu:.0%} of a peak of "
+        f"{plan.peak_flops / 1e12:.4g} TFLOP/s. "
         f"{RESERVED / 2**30:.0f} GiB are left for context, NCCL and fragmentation.",
     )
     table.add_column("")

@@ -136,8 +136,8 @@ def step_table(steps: dict[int, StepCost], configured: int, title: str) -> Table
     """A column a ZeRO stage."""
     table = Table(
         title=title,
-        caption="GB that a rank sends, an all-reduce counted twice. How much of it is hidden "
-        "behind the products is not foreseen.",
+        caption="Weights gathered and gradients reduced, in GB that a rank sends, an all-reduce "
+        "counted twice. How much of it is hidden behind the products is not foreseen.",
     )
     table.add_column("")
     for stage in steps:
@@ -149,13 +149,13 @@ def step_table(steps: dict[int, StepCost], configured: int, title: str) -> Table
 
     all_steps = steps.values()
     row("products, s", [f"{step.products_seconds:.3g}" for step in all_steps])
-    row("weights gathered, GB", [f"{step.gathered_bytes / 1e9:.3g}" for step in all_steps])
+    row("gathered, GB", [f"{step.gathered_bytes / 1e9:.3g}" for step in all_steps])
     row("  s", [f"{step.gather_seconds:.3g}" for step in all_steps])
-    row("gradients reduced, GB", [f"{step.reduced_bytes / 1e9:.3g}" for step in all_steps])
+    row("reduced, GB", [f"{step.reduced_bytes / 1e9:.3g}" for step in all_steps])
     row("  s", [f"{step.reduce_seconds:.3g}" for step in all_steps])
     if any(step.exchanged_bytes for step in all_steps):
-        row("rows exchanged, GB", [f"{step.exchanged_bytes / 1e9:.3g}" for step in all_steps])
+        row("exchanged, GB", [f"{step.exchanged_bytes / 1e9:.3g}" for step in all_steps])
         row("  s", [f"{step.exchange_seconds:.3g}" for step in all_steps])
-    spans = [step.seconds for step in all_steps]
-    row("a step, s", [f"{low:.3g} to {high:.3g}" for low, high in spans], "bold")
+    row("a step, s: from", [f"{step.seconds[0]:.3g}" for step in all_steps], "bold")
+    row("  to", [f"{step.seconds[1]:.3g}" for step in all_steps], "bold")
     return table

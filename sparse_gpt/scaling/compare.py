@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
@@ -115,7 +116,11 @@ class Comparison:
 
 
 def compare(
-    points: Points, baseline: str = "dense", n_bootstrap: int = 1000, seed: int = 0
+    points: Points,
+    baseline: str = "dense",
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    progress: Callable[[float], None] = lambda share: None,
 ) -> Comparison:
     """Fit and compare all families of a sweep.
 
@@ -125,6 +130,7 @@ def compare(
     largest budget prefer them: AICc alone counts points of one trunk as independent. Families are
     fitted by themselves only where that predicts the largest budget at least 5% better than both
     other laws do, and where each has two (size, budget) or more a coefficient.
+    `progress` is told the share of the bootstrap that is done.
     Raises ScalingError as `fit_families` and `bootstrap` do, and for a missing baseline.
     """
     finite, left_out = usable(points)
@@ -159,7 +165,7 @@ def compare(
         except ScalingError as error:
             left_out.append(f"{family}, multiplier from the isoFLOP minima: {error}")
     law = laws[chosen]
-    draws = bootstrap(best, law, n_bootstrap, seed)
+    draws = bootstrap(best, law, n_bootstrap, seed, progress)
     return Comparison(
         baseline=baseline,
         points=best,

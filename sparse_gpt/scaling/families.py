@@ -79,16 +79,17 @@ class FamilyLaw:
         e, _, _, alpha, beta, k = self._of(family, flops.ndim)
         log_g, log_gain, gamma = self._frontier_terms(family, flops.ndim)
         log_p = np.log(flops / k)
-        m = np.exp(log_g + beta / (alpha + beta) * log_p)
-        d = np.exp(alpha / (alpha + beta) * log_p - log_g)
-        return Optimum(m, d, e + np.exp(log_gain - gamma * log_p))
+        with np.errstate(over="ignore"):  # of draws that nothing bounds
+            m = np.exp(log_g + beta / (alpha + beta) * log_p)
+            d = np.exp(alpha / (alpha + beta) * log_p - log_g)
+            return Optimum(m, d, e + np.exp(log_gain - gamma * log_p))
 
     def compute_for(self, family: str, loss: ArrayLike) -> Array:
         """Training FLOPs at which the family's frontier reaches a loss; infinite at E and below."""
         loss = np.asarray(loss, float)
         e, _, _, _, _, k = self._of(family, loss.ndim)
         _, log_gain, gamma = self._frontier_terms(family, loss.ndim)
-        with np.errstate(divide="ignore", over="ignore"):
+        with np.errstate(all="ignore"):
             log_excess = np.log(np.maximum(loss - e, 0.0))
             return k * np.exp((log_gain - log_excess) / gamma)
 
@@ -99,7 +100,7 @@ class FamilyLaw:
         """
         loss = np.asarray(loss, float)
         e, a, _, alpha, beta, _ = self._of(family, loss.ndim)
-        with np.errstate(divide="ignore", over="ignore"):
+        with np.errstate(all="ignore"):
             log_excess = np.log(np.maximum(loss - e, 0.0))
             return np.exp((np.log(a) + np.log1p(alpha / beta) - log_excess) / alpha)
 
@@ -204,9 +205,9 @@ class FamilyFit:
         alpha = np.broadcast_to(alpha, a.shape).copy()
         return FamilyLaw(
             families=self.families,
-            E=np.full(a.shape, np.exp(e)),
-            A=np.exp(a + alpha * self.center[0]),
-            B=np.exp(b + beta * self.center[1]),
+            E=np.full(a.shape, _exp(e)),
+            A=_exp(a + alpha * self.center[0]),
+            B=_exp(b + beta * self.center[1]),
             alpha=alpha,
             beta=np.full(a.shape, beta),
             flops_ratio=self.ratio,
@@ -215,6 +216,11 @@ class FamilyFit:
             aicc=_aicc(objective, len(self.problem.weight), len(theta) + 1),
             agreement=agreement,
         )
+
+
+def _exp(log: ArrayLike) -> Array:
+    """e^log, but that a term which vanishes, or outgrows all, keeps a logarithm."""
+    return np.asarray(np.exp(np.clip(log, -700, 700)))
 
 
 def index_of(families: tuple[str, ...], family: str) -> int:

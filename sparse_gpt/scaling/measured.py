@@ -98,14 +98,9 @@ def measured_multiplier(
 
 
 def _estimate(drawn: Array, noisy: bool) -> Estimate:
-    """Of (budgets, 1 + draws), the value itself first. Intervals are NaN where the noise is not
-    known or no draw is defined."""
-    defined = np.isfinite(drawn[:, 1:] if noisy else drawn[:, :0]).any(axis=1)
-    filled = np.where(np.expand_dims(defined, 1), drawn[:, 1:], 0.0)
-    with np.errstate(invalid="ignore"):  # between two infinite draws
-        found = estimate(drawn[:, 0], filled.T)
-    tails = (np.where(defined, tail, np.nan) for tail in (found.interval_80, found.interval_95))
-    return Estimate(found.value, *tails)
+    """Of (budgets, 1 + draws), the value itself first; intervals are NaN where the noise is not
+    known."""
+    return estimate(drawn[:, 0], drawn[:, 1:].T if noisy else np.full((1, len(drawn)), np.nan))
 
 
 @dataclass(frozen=True, eq=False)

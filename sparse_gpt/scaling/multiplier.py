@@ -7,8 +7,9 @@ is the same at every loss.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -41,8 +42,9 @@ class Seconds:
             np.reshape(row[..., at], row.shape[:-1] + (1,) * loss.ndim)
             for row in (self.slope, self.intercept)
         )
-        rate = np.exp(intercept + slope * np.log(law.size_for(family, loss)))
-        return rate * law.compute_for(family, loss)
+        with np.errstate(over="ignore", invalid="ignore"):  # of a loss that nothing reaches
+            rate = np.exp(intercept + slope * np.log(law.size_for(family, loss)))
+            return rate * law.compute_for(family, loss)
 
     def predict(self, points: Points) -> Array:
         """Device-seconds of each point, (points,), by one regression (not draws of it)."""
@@ -68,7 +70,8 @@ class Draws:
 class Estimate:
     """A point estimate with percentile intervals.
 
-    value: scalar or (losses,). interval_80, interval_95: (2,) or (2, losses), low and high.
+    value: scalar or (losses,). interval_80, interval_95: (2,) or (2, losses), low and high;
+    infinite where draws are, NaN where none is defined.
     """
 
     value: Array
@@ -123,24 +126,31 @@ def compute_multiplier(
     return multiplier_of(points, law, draws, baseline, family)
 
 
-def bootstrap(points: Points, law: FamilyLaw, n_bootstrap: int = 1000, seed: int = 0) -> Draws:
+def bootstrap(
+    points: Points,
+    law: FamilyLaw,
+    n_bootstrap: int = 1000,
+    seed: int = 0,
+    progress: Callable[[float], None] = lambda share: None,
+) -> Draws:
     """Refit the families' law to losses that it could as well have met: a wild cluster bootstrap.
 
     points: those that `law` was fitted to. A draw's losses are the fitted ones, plus or minus the
     errors of each trunk: one sign by chance for all its points, since points that were cooled down
     from one trunk share its noise. Each refit starts at the full fit and at two others.
-    Of a separate law each family is drawn by itself.
+    Of a separate law each family is drawn by itself. `progress` is told the share that is done.
     Raises ScalingError for a family with fewer than 3 trunks.
     """
     if law.kind == "separate":
-        return _side_by_side(
-            [
-                bootstrap(mine, law.alone(family), n_bootstrap, seed + number)
-                for number, (family, mine) in enumerate(
-                    zip(points.families, by_family(points), strict=True)
-                )
-            ]
-        )
+        families, drawn = by_family(points), []
+        for number, mine in enumerate(families):
+
+            def part(share: float, before: int = number) -> None:
+                progress((before + share) / len(families))
+
+            alone = law.alone(mine.families[0])
+            drawn.append(bootstrap(mine, alone, n_bootstrap, seed + number, part))
+        return _side_by_side(drawn)
     trunks, shrink = _trunks(points)
     fit = FamilyFit(points, law.kind == "own")
     best = fit.theta(law)
@@ -150,16 +160,18 @@ def bootstrap(points: Points, law: FamilyLaw, n_bootstrap: int = 1000, seed: int
     # from a fit without it. Only signs are drawn, for the scatter of a fit that is nearly one of
     # least absolute errors depends on how many are small (Feng, He & Hu 2011).
     error = np.empty(len(points))
-    for trunk in trunks:
+    solutions = len(trunks) + n_bootstrap
+    for done, trunk in enumerate(trunks):
+        progress(done / solutions)
         without, _, _ = replace(fit.problem, weight=1.0 - trunk).solve(starts)
         error[trunk] = fit.problem.residuals(without)[0][trunk]
     rng = np.random.default_rng(seed)
     sign = rng.choice([-1.0, 1.0], (n_bootstrap, len(trunks))) @ trunks
     fitted = fit.problem.log_loss + fit.problem.residuals(best)[0]
-    laws = [
-        fit.law(*replace(fit.problem, log_loss=log_loss).solve(starts))
-        for log_loss in fitted + sign * shrink * error
-    ]
+    laws = []
+    for done, log_loss in enumerate(fitted + sign * shrink * error, len(trunks)):
+        progress(done / solutions)
+        laws.append(fit.law(*replace(fit.problem, log_loss=log_loss).solve(starts)))
     stacked: dict[str, Any] = {
         name: np.array([getattr(each, name) for each in laws])
         for name in ("E", "A", "B", "alpha", "beta", "flops_ratio", "objective")
@@ -260,7 +272,8 @@ def multiplier_of(
         )
         return estimate(ratio, drawn)
 
-    with np.errstate(invalid="ignore"):  # inf/inf where a draw's E is above the loss
+    # inf/inf where a draw's E is above the loss, and what comes near it.
+    with np.errstate(invalid="ignore", over="ignore", divide="ignore"):
         return Multiplier(
             family=family,
             baseline=baseline,
@@ -279,8 +292,14 @@ def multiplier_of(
 
 def estimate(value: Array, drawn: Array) -> Estimate:
     """A value with the percentiles of its draws (draws, ...); undefined draws are left out."""
-    tails = [np.nanpercentile(drawn, [50 - w / 2, 50 + w / 2], axis=0) for w in (80, 95)]
-    return Estimate(np.asarray(value), *tails)
+    # Between a number and infinity nothing lies.
+    method: Literal["linear", "nearest"] = "linear" if np.isfinite(drawn).all() else "nearest"
+    defined = ~np.isnan(drawn).all(axis=0)
+    there = np.where(defined, drawn, 0.0)
+    tails = (
+        np.nanpercentile(there, [50 - w / 2, 50 + w / 2], axis=0, method=method) for w in (80, 95)
+    )
+    return Estimate(np.asarray(value), *(np.where(defined, tail, np.nan) for tail in tails))
 
 
 def fit_seconds(points: Points) -> Seconds | None:

@@ -110,7 +110,8 @@ class LawProblem:
         where it ends, until that changes nothing: the Huber sum is nearly piecewise linear with
         narrow valleys, in which it would stop early.
         """
-        ends = [self._descend(start) for start in starts]
+        with np.errstate(all="ignore"):  # a search may step out of all bounds, and comes back
+            ends = [self._descend(start) for start in starts]
         values = np.array([value for _, value in ends])
         best = int(values.argmin())
         agree = values <= values[best] * (1 + _AGREE) + _NOTHING

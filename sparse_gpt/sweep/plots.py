@@ -12,6 +12,7 @@ import numpy as np
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.scaling import Comparison, MeasuredMultiplier, Points, predict_points
 from sparse_gpt.sweep.grid import short
+from sparse_gpt.sweep.summary import BOUND
 
 _STYLES = (
     {"color": "#1a1a1a", "marker": "o", "linestyle": "-"},
@@ -149,6 +150,10 @@ def multiplier(comparison: Comparison) -> Any:
                 axes.fill_between(compute, *estimate.interval_95, color=color, alpha=0.08, lw=0)
             if family in comparison.measured:
                 _measured(axes, comparison, comparison.measured[family])
+        # An interval that is unbounded leaves the picture.
+        values = [found.compute.value for found in comparison.multipliers.values()]
+        most = max((row[row < BOUND].max(initial=1) for row in values), default=1)
+        axes.set_ylim(top=min(axes.get_ylim()[1], 4 * most))
         axes.axhline(1, color="0.5", linewidth=0.8)
         axes.plot([], [], ":", color="0.3", label="extrapolation")
         axes.fill_between([], [], [], color="0.4", alpha=0.3, label="80% and 95% intervals")

@@ -4,7 +4,6 @@ fit/points.csv  fit.json  frontier.csv  multiplier.csv  multiplier_by_budget.csv
 fit/<family>/...      TensorBoard runs that overlay, with training GFLOPs for the step
 """
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,19 +15,13 @@ from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
 from sparse_gpt.files import replaced_folder, to_json
+from sparse_gpt.progress import Progress
 from sparse_gpt.provenance import provenance
-from sparse_gpt.scaling import (
-    Comparison,
-    Estimate,
-    MeasuredMultiplier,
-    Points,
-    ScalingError,
-    compare,
-    usable,
-)
+from sparse_gpt.scaling import Comparison, Estimate, Points, ScalingError, compare, usable
 from sparse_gpt.sweep import plots
 from sparse_gpt.sweep.collect import point_rows
 from sparse_gpt.sweep.grid import Sweep
+from sparse_gpt.sweep.summary import summarize
 from sparse_gpt.sweep.tables import frontier_flops, write_csv, write_curves
 
 Array = NDArray[np.float64]
@@ -61,9 +54,10 @@ class Report:
     record: dict[str, Any]
 
 
-def fit_sweep(sweep: Sweep, resamples: int) -> Report:
+def fit_sweep(sweep: Sweep, resamples: int, progress: bool = False) -> Report:
     """Fit the finished runs and publish `fit/`, whole, in place of the one before.
 
+    `progress`: a bar on a terminal, where it takes longer than two seconds.
     Raises ScalingError, in one line, where the runs cannot support a fit.
     """
     plots.check_plots()
@@ -76,7 +70,8 @@ def fit_sweep(sweep: Sweep, resamples: int) -> Report:
                 f"family {family!r} has no usable run yet ({len(rows)} of {len(sweep.cells)} runs "
                 "are finished); see sparse-gpt sweep status"
             )
-    comparison = compare(points, sweep.config.baseline, resamples)
+    with Progress("refits", 1, progress, of_bytes=False, after=2) as bar:
+        comparison = compare(points, sweep.config.baseline, resamples, progress=bar.at)
     summary = summarize(comparison)
     record = {
         "summary": summary,
@@ -116,92 +111,10 @@ def draw_points(sweep: Sweep) -> None:
             _draw_points(folder, points)
 
 
-def summarize(comparison: Comparison) -> list[str]:
-    """The result, a line a fact."""
-    lines = []
-    for family, found in comparison.multipliers.items():
-        for estimate, unit in (
-            (found.reference_compute, "training FLOPs"),
-            (found.reference_seconds, "device-seconds"),
-        ):
-            if estimate is None:
-                continue
-            lines.append(
-                f"{family} reaches a loss of {found.reference_loss:.3f} with {_times(estimate)} "
-                f"{unit} than {comparison.baseline}: multiplier {estimate.value:.2f} (80% interval "
-                f"{_range(estimate.interval_80)}, 95% {_range(estimate.interval_95)})"
-            )
-        where = (
-            "beyond the runs of one family: an extrapolation"
-            if found.reference_extrapolated
-            else "inside the range of both families' runs"
-        )
-        lines.append(
-            f"that loss is where {comparison.baseline}'s frontier is at its largest budget, "
-            f"{found.reference_budget:.3g} FLOPs, {where}"
-        )
-    for measured in comparison.measured.values():
-        lines += _summarize_measured(measured)
-    lines.append(comparison.reason)
-    if held := comparison.held_out.get(comparison.chosen):
-        lines.append(
-            f"held-out budget: fitted without {held.budget:.3g} FLOPs, its {held.points} runs are "
-            f"predicted {held.rms_nats:.4f} nats off (rms; mean {held.mean_nats:+.4f})"
-        )
-    spreads = {f: s for f, s in comparison.seed_spread.items() if math.isfinite(s)}
-    if spreads:
-        each = ", ".join(f"{family} {spread:.4f}" for family, spread in spreads.items())
-        lines.append(f"standard deviation over seeds, nats: {each}")
-    for family, minima in comparison.minima.items():
-        if math.isfinite(minima.exponent):
-            lines.append(f"{family}: best size grows as FLOPs^{minima.exponent:.2f} (isoFLOP)")
-    return [*lines, *(f"left out: {line}" for line in comparison.left_out)]
-
-
-def _summarize_measured(measured: MeasuredMultiplier) -> list[str]:
-    """A line a budget."""
-    lines = []
-    for i, budget in enumerate(measured.budgets):
-        parts = []
-        for estimate, unit in ((measured.compute, ""), (measured.seconds, " in device-seconds")):
-            if estimate is not None and not np.isnan(estimate.value[i]):
-                part = f"{estimate.value[i]:.2f}{unit}"
-                if not np.isnan(estimate.interval_80[0, i]):
-                    part += (
-                        f" (80% interval {_range(estimate.interval_80[:, i])}, "
-                        f"95% {_range(estimate.interval_95[:, i])})"
-                    )
-                parts.append(part)
-        for flag, note in (
-            (measured.extrapolated, f"outside {measured.baseline}'s budgets: an extrapolation"),
-            (measured.edge, "its best size is an outermost one"),
-            (measured.baseline_edge, f"{measured.baseline}'s best size is an outermost one"),
-        ):
-            if flag[i]:
-                parts.append(note)
-        lines.append(
-            f"{measured.family} at {budget:.3g} FLOPs, from isoFLOP minima alone: best loss "
-            f"{measured.losses[i]:.3f}, multiplier {'; '.join(parts)}"
-        )
-    return lines
-
-
 def _points(rows: list[dict[str, Any]]) -> Points:
     if not rows:
         raise ScalingError("no run is finished yet; sparse-gpt sweep run trains them")
     return Points.from_rows(rows)
-
-
-def _times(estimate: Estimate) -> str:
-    value = float(estimate.value)
-    if value >= 1:
-        return f"{value:.2f} times fewer"
-    # 0 where the family's own E is above the loss.
-    return f"{1 / value if value else math.inf:.2f} times more"
-
-
-def _range(interval: Any) -> str:
-    return f"{interval[0]:.2f} to {interval[1]:.2f}"
 
 
 def _draw_points(folder: Path, points: Points) -> None:

@@ -29,8 +29,15 @@ from sparse_gpt.train.deepspeed_config import (
 from sparse_gpt.train.feed import held_out, open_data, train_batches
 from sparse_gpt.train.run_dir import MAY_CHANGE, read_provenance, what_computes
 from sparse_gpt.train.start_from import check_start
+from sparse_gpt.train.trackers.follow import check_trackers
 
 _LARGEST_BUCKET = 10**11
+_MONITORS = {  # DeepSpeed's own, which know nothing of resumes
+    "comet": "there is no tracker of Comet; `log.trackers` of the run has wandb, mlflow and csv",
+    "csv_monitor": "set `log.trackers: [csv]` of the run instead",
+    "tensorboard": "each run writes it, and `log.trackers` adds wandb, mlflow and csv",
+    "wandb": "set `log.trackers: [wandb]` of the run instead",
+}
 _OFFLOADS = ("offload_optimizer", "offload_param")
 
 
@@ -57,6 +64,12 @@ def check_settings(config: RunConfig, world_size: int) -> None:
         if key in ("optimizer", "scheduler", "compile", "checkpoint", "activation_checkpointing"):
             ours = "schedule" if key == "scheduler" else key
             raise ConfigError(f"deepspeed.{key}: is the run's own; set `{ours}` of the run instead")
+        if key in _MONITORS:
+            raise ConfigError(f"deepspeed.{key}: is not used: {_MONITORS[key]}")
+    if trace := config.log.trace:
+        last, steps = trace.at + trace.steps - 1, config.total_steps
+        if last > steps:
+            raise ConfigError(f"log.trace: step {last} is past the {steps} of the run")
     native = native_settings(config)
     _check_own(native, own_settings(config, world_size))
     for section, key in (
@@ -155,8 +168,9 @@ def _check_own(native: Mapping[str, Any], run: Mapping[str, Any]) -> None:
 
 
 def check_machine(config: RunConfig) -> None:
-    """Raises ConfigError for what the devices and compilers of this machine cannot do."""
+    """Raises ConfigError for what the devices, compilers and packages of this machine cannot do."""
     check_compiler(config)
+    check_trackers(config.log)
     if config.precision == "fp16" and not torch.cuda.is_available():
         raise ConfigError("precision: fp16 needs a GPU; on the CPU use fp32 or bf16")
 

@@ -1,7 +1,11 @@
-"""What data sheets say of GPUs."""
+"""What data sheets say of GPUs, and what one that is here does."""
 
 import re
+import time
 from dataclasses import dataclass
+
+import psutil
+import torch
 
 PCIE_4 = 32e9
 """Bytes/s a direction of 16 lanes."""
@@ -41,3 +45,24 @@ def known_gpu(torch_name: str) -> Gpu | None:
     table."""
     known = (gpu for gpu in GPUS.values() if re.fullmatch(gpu.torch_name, torch_name))
     return next(known, None)
+
+
+def measured_gpu() -> Gpu:
+    """The first GPU of this machine in bf16, or its CPU in fp32 where there is none: its name, its
+    memory, and for a peak what its fastest matrix products reach in a second."""
+    if torch.cuda.is_available():
+        device, memory = torch.device("cuda"), torch.cuda.get_device_properties(0).total_memory
+        peak = _fastest_product(torch.randn(8192, 8192, dtype=torch.bfloat16, device=device))
+        return Gpu(torch.cuda.get_device_name(0), memory, peak, PCIE_4)
+    memory = psutil.virtual_memory().total
+    return Gpu("this CPU", memory, _fastest_product(torch.randn(1024, 1024)), PCIE_4)
+
+
+def _fastest_product(matrix: torch.Tensor) -> float:
+    """FLOP/s of the best of a second's products of a square matrix with itself."""
+    flops, fastest, end = 2 * len(matrix) ** 3, 0.0, time.monotonic() + 1
+    while time.monotonic() < end:
+        start = time.perf_counter()
+        (matrix @ matrix)[0, 0].item()  # waits for the GPU
+        fastest = max(fastest, flops / (time.perf_counter() - start))
+    return fastest

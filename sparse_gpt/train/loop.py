@@ -31,6 +31,7 @@ from sparse_gpt.train.preflight import preflight
 from sparse_gpt.train.run_dir import hold, open_run_dir, origin
 from sparse_gpt.train.start_from import begins_anew, origin_of, starting_model
 from sparse_gpt.train.telemetry import Telemetry
+from sparse_gpt.train.trace import Trace
 
 
 def train(config: RunConfig) -> None:
@@ -68,6 +69,7 @@ def train(config: RunConfig) -> None:
         partial(open_run_dir, config, world, blend, state.step, found, source)
     )
     batches = read_from(config, blend, world, state.samples)
+    trace = Trace(engine, profile.components, run_dir)
     with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
         if state.step == 0:
             with telemetry.untimed():
@@ -77,7 +79,7 @@ def train(config: RunConfig) -> None:
                 batch = next(batches).to(world.device, non_blocking=True)
             rng = rng_state(world.device)
             sampled = state.step % config.log.profile_every == 0
-            with profile.attached(sampled):
+            with profile.attached(sampled), trace.around(state.step):
                 loss, learning_rate, grad_norm = engine.step(
                     batch.tokens, batch.targets, state.step, batch.documents
                 )
@@ -102,6 +104,7 @@ def train(config: RunConfig) -> None:
                 if config.log.batch_hash:
                     metrics["data/batch_hash"] = batch_hash(batch, world)
             with telemetry.untimed():
+                trace.after_step()
                 if last or state.step % config.eval.every == 0:
                     metrics |= validate(config, engine, blend)
                 if metrics:

@@ -5,6 +5,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from textwrap import indent
 from types import TracebackType
 from typing import Any
 
@@ -13,12 +14,15 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
 
+from sparse_gpt.config.load import to_yaml
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.model.config import DictionaryConfig
-from sparse_gpt.model.costs import flops_scalars
+from sparse_gpt.model.costs import flops_scalars, model_summary
 from sparse_gpt.model.flops import FlopReport
 from sparse_gpt.train.distributed import World
 from sparse_gpt.train.metrics_file import MetricsFile, Row
+from sparse_gpt.train.trackers.follow import Trackers
+from sparse_gpt.train.trackers.stores import flat
 
 # A loss curve against steps says little between models of other costs: against compute it does.
 _AGAINST_COMPUTE = {"train/loss": "compute/train_loss", "val/loss": "compute/val_loss"}
@@ -67,7 +71,7 @@ class Telemetry:
         self._mark = time.perf_counter()
         self._marked_step = resume_step
         self._data_wait = 0.0
-        self._settings = _flat(config.model_dump(mode="json", include=_HYPERPARAMETERS))
+        self.config, self._summary = config, model_summary(config.model)
         self._layout = {**_LAYOUT, **(_BLEND_LAYOUT if config.data.blend else {})}
         if not isinstance(getattr(config.model.ffn, "spectral", None), DictionaryConfig):
             del self._layout["Routing"]
@@ -75,6 +79,8 @@ class Telemetry:
 
     def _open(self, run_dir: Path, resume_step: int) -> None:
         self._metrics_file = MetricsFile(run_dir, resume_step, self._begin, self._draw)
+        settings = {**self.config.model_dump(mode="json"), **self._summary}
+        self._trackers = Trackers(self.config.log.trackers, run_dir, settings, self._points)
 
     def __enter__(self) -> "Telemetry":
         return self
@@ -87,6 +93,7 @@ class Telemetry:
     ) -> None:
         if self.world.rank == 0:
             self._metrics_file.close()
+            self._trackers.close(finished=kind is None)
 
     @property
     def lost(self) -> str | None:
@@ -145,21 +152,28 @@ class Telemetry:
 
     def _begin(self, board: SummaryWriter) -> None:
         board.add_custom_scalars(self._layout)
-        for summary in hparams(self._settings, {"val/loss": 0, "train/loss": 0})[:2]:
+        settings = flat(self.config.model_dump(mode="json", include=_HYPERPARAMETERS))
+        for summary in hparams(settings, {"val/loss": 0, "train/loss": 0})[:2]:
             board._get_file_writer().add_summary(summary)  # add_hparams adds points
+        board.add_text("config", indent(to_yaml(self.config), "    "))  # Markdown's for code
+        lines = [f"|{name}|{number:,.0f}|" for name, number in flat(self._summary).items()]
+        board.add_text("model", "\n".join(["|parameters, FLOPs a token||", "|:--|--:|", *lines]))
 
     def _draw(self, board: SummaryWriter, row: Row) -> None:
-        step, when = row["step"], row["time"]
+        for tag, value, place in self._points(row):
+            board.add_scalar(tag, value, place, row["time"])
+
+    def _points(self, row: Row) -> Iterator[tuple[str, float, int]]:
+        """What is drawn of a row: tags, their values, and where: at its step or its GFLOPs."""
         for tag, value in row.items():
             if "/" in tag:
-                board.add_scalar(tag, value, step, when)
+                yield tag, value, row["step"]
         for tag, against_compute in _AGAINST_COMPUTE.items():
             if tag in row:
-                gflops = round(row["gflops"])
-                board.add_scalar(against_compute, row[tag], gflops, when)
+                yield against_compute, row[tag], round(row["gflops"])
         if any(tag.startswith("time/") for tag in row):
             for tag, flops in self._flops.items():
-                board.add_scalar(tag, flops, step, when)
+                yield tag, flops, row["step"]
 
     def _line(self, row: Mapping[str, Any]) -> str:
         width = len(str(self.total_steps))
@@ -192,14 +206,3 @@ def _memory(device: torch.device) -> dict[str, float]:
         memory["memory/device_peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
         memory["memory/device_reserved_gb"] = torch.cuda.memory_reserved(device) / 1e9
     return memory
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested settings as TensorBoard's HParams take them: dotted names, plain values."""
-    flat: dict[str, Any] = {}
-    for key, value in tree.items():
-        if isinstance(value, Mapping):
-            flat |= _flat(value, f"{prefix}{key}.")
-        elif value is not None:
-            flat[prefix + key] = value if isinstance(value, bool | int | float) else str(value)
-    return flat

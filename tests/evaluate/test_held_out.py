@@ -1,5 +1,6 @@
 """Held-out loss of a checkpoint: the run's own number, by data set, in bits a byte."""
 
+import errno
 import json
 import math
 import shutil
@@ -9,8 +10,10 @@ import pytest
 import torch
 import yaml
 from one_rank import train_here, world  # noqa: F401 - fixtures
+from other_file_systems import where_refused
 from ranks import ROOT
 
+from sparse_gpt import GPT
 from sparse_gpt.data import load_tokenizer, open_shards, prepare
 from sparse_gpt.evaluate.checkpoint import load_trained
 from sparse_gpt.evaluate.held_out import evaluate
@@ -117,6 +120,17 @@ def test_bad_input_is_one_line(command, run, shards, tmp_path):
         done = command("evaluate", *map(str, arguments))
         assert (done.returncode, done.stderr.count("\n")) == (2, 1), done.stderr
         assert says in done.stderr
+
+
+@pytest.mark.parametrize("what", ["evaluate", "inspect"])
+def test_a_run_that_cannot_be_written_is_refused_before_anything_is_computed(
+    command, run, monkeypatch, what
+):
+    monkeypatch.setattr(GPT, "forward", None)
+    refused = dict.fromkeys(("access", "faccessat", "faccessat2"), errno.EROFS)
+    done = where_refused(refused, lambda: command(what, str(run)))
+    assert done.returncode == 2
+    assert f"{run / 'evaluations'}: cannot be written" in done.stderr
 
 
 def test_data_that_are_gone_are_said_to_be_the_runs(command, run, tmp_path):

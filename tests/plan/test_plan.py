@@ -135,7 +135,7 @@ def test_a_plan_says_what_a_run_costs_and_what_is_wrong():
     seconds = plan.training_flops / (8 * GPUS["H100"].peak_flops * 0.5)
     assert plan.days == pytest.approx(seconds / 86_400)
     assert 1.2 < plan.hardware_flops_at_most / plan.training_flops < 4 / 3
-    small = make_plan(config, 8, "RTX-4090").warnings
+    small = make_plan(config, 8, "RTX-4090", memory=6 * 2**30).warnings
     assert any("reduce_bucket_size is larger" in warning for warning in small)
     huge = load_config(ROOT / "configs/1558m.yaml", ["batch.micro_batch=64"])
     assert "does not fit: set batch.micro_batch to" in make_plan(huge, 8, "L40S", 0.4).warnings[0]
@@ -154,12 +154,19 @@ def test_a_gpu_of_no_table_is_its_peak_and_its_memory(command, refused):
     assert half.days == 2 * make_plan(config, 8).days
     assert half.gpu == "H100 (as given)"
     assert "for another give --peak-tflops" in refused("plan", CONFIG, "--gpu", "RTX-3090")
+    done = command("plan", "tiny-dense", "--peak-tflops", "measure", "--json")
+    measured = json.loads(done.stdout)
+    assert measured["gpu"] == "this CPU"
+    assert 1e9 < measured["peak_flops"] < 1e14
+    assert "give a number above 0" in refused("plan", CONFIG, "--peak-tflops", "fast")
     assert "--gpu is not given" in refused("plan", CONFIG, "--memory-gb", "24")
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda p: p.stem)
 def test_a_run_file_of_ours_triggers_no_warning_of_ours(path):
-    assert make_plan(load_config(path), 1).warnings == []
+    gpus = ["H100"] if path.stem in ("774m", "1558m") else ["H100", "L40S"]
+    for gpu in gpus:
+        assert make_plan(load_config(path), 1, gpu).warnings == []
 
 
 def test_the_command_prints_a_table_or_json(command):

@@ -68,10 +68,10 @@ def test_gathers_that_outlast_the_products_are_warned_of():
 
 def test_the_command_shows_a_step_of_several_gpus(command):
     shown = command("plan", CONFIG, *DEFAULT, "--gpus", "16", "--network", "25").stdout
-    for text in ("active for a token", "weights gathered, GB", "links at 200 GB/s", "a step, s"):
+    for text in ("active for a token", "gathered, GB", "links at 200 GB/s", "a step, s"):
         assert text in " ".join(shown.split())
     alone = command("plan", CONFIG, "--gpus", "1").stdout
-    assert "weights gathered" not in alone
+    assert "gathered, GB" not in alone
     assert "active" not in alone
     options = ("--gpus", "16", "--gpus-per-node", "16", "--json")
     found = json.loads(command("plan", CONFIG, *options).stdout)

@@ -15,7 +15,9 @@ from sparse_gpt.scaling import (
     fit_families,
     held_out_error,
 )
-from sparse_gpt.scaling.multiplier import fit_seconds
+from sparse_gpt.scaling.multiplier import estimate, fit_seconds
+from sparse_gpt.sweep import plots
+from sparse_gpt.sweep.summary import BOUND, summarize
 
 OTHER = {
     "shared": {},
@@ -253,6 +255,30 @@ def test_two_budgets_cannot_be_held_out(exact):
     two = exact[np.isin(exact.budget, np.unique(exact.budget)[:2])]
     with pytest.raises(ScalingError, match="all points are of one budget"):
         held_out_error(two)
+
+
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_what_the_runs_do_not_bound_is_said_so(law, sweep):
+    """Losses off by a third: no interval is bounded from above, and nothing warns."""
+    pytest.importorskip("matplotlib")
+    points = sweep(law, own_noise=0.3, sizes=3, budgets=2, seeds=1, seed=1)
+    shares = []
+    found = compare(points, n_bootstrap=8, progress=shares.append)
+    assert shares == sorted(shares)
+    assert 0 == shares[0] < shares[-1] < 1
+    headline, *_, advice = summarize(found)
+    assert "to unbounded, 95% " in headline
+    assert advice.startswith("unbounded: these runs leave that end")
+    figure = plots.multiplier(found)
+    assert figure.axes[0].get_ylim()[1] < BOUND
+
+
+def test_percentiles_among_infinite_and_undefined_draws():
+    drawn = np.array([[1.0, 1.0, np.nan]] * 50 + [[2.0, np.inf, np.nan]] * 50)
+    found = estimate(np.ones(3), drawn)
+    assert found.interval_80[:, 0].tolist() == [1, 2]
+    assert found.interval_80[:, 1].tolist() == [1, np.inf]
+    assert np.isnan(found.interval_80[:, 2]).all()
 
 
 @pytest.mark.slow

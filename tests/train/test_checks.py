@@ -54,11 +54,21 @@ def native(run_file, keys, *overrides, world_size=2):
         ({"optimizer": {"type": "Adam"}}, "set `optimizer` of the run instead"),
         ({"scheduler": {"type": "WarmupLR"}}, "set `schedule` of the run instead"),
         ({"activation_checkpointing": {}}, "set `activation_checkpointing` of the run instead"),
+        ({"wandb": {"enabled": True}}, "deepspeed.wandb: is not used: set `log.trackers: [wandb]`"),
+        ({"csv_monitor": {}}, "deepspeed.csv_monitor: is not used: set `log.trackers: [csv]` of"),
+        ({"comet": {}}, "there is no tracker of Comet; `log.trackers` of the run has wandb"),
+        ({"tensorboard": {}}, "each run writes it, and `log.trackers` adds wandb, mlflow and csv"),
     ],
 )
 def test_what_deepspeed_would_ignore_or_override_is_refused(run_file, keys, message):
-    with pytest.raises(ConfigError, match=message.replace("(", r"\(")):
+    with pytest.raises(ConfigError, match=re.escape(message)):
         native(run_file, keys)
+
+
+def test_a_trace_past_the_end_of_the_run_is_refused(run_file):
+    native(run_file, {}, "log.trace={at: 15, steps: 2}")
+    with pytest.raises(ConfigError, match=r"log\.trace: step 17 is past the 16 of the run"):
+        native(run_file, {}, "log.trace={at: 15, steps: 3}")
 
 
 def test_what_agrees_with_the_run_may_be_repeated(run_file):

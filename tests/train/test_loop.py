@@ -13,6 +13,7 @@ import torch
 import yaml
 from ranks import EXACT, ROOT, exact, finish, metrics, sparse_gpt, start_ranks, until
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tracked import INSTALLED, READ_BACK, in_tensorboard
 
 from sparse_gpt.data import Batch, prepare
 from sparse_gpt.errors import ConfigError
@@ -95,7 +96,7 @@ LONG_ZERO = (
     ],
 )
 def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero, precision):
-    """Dropout and running statistics included. All stages: test_engine.py.
+    """Dropout, running statistics and every tracker included. All stages: test_engine.py.
 
     At a constant learning rate the steps do not depend on the length of the run: the one that is
     killed has no end that it could reach before.
@@ -109,6 +110,7 @@ def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero, precision):
         "batch={global_tokens: 256, micro_batch: 2}",
         "checkpoint.every=8",
         "schedule.final_lr_ratio=1",
+        f"log.trackers=[{', '.join(INSTALLED)}]",
     )
     whole, cut = tmp_path / "whole", tmp_path / "cut"
     ranks = start_ranks(run_file, *options, "duration.steps=100000", f"run_dir={cut}")
@@ -127,6 +129,17 @@ def test_a_killed_run_goes_on_bit_equal(run_file, tmp_path, zero, precision):
     first, second = json.loads((cut / "provenance.json").read_text())["starts"]
     assert first["step"] == 0
     assert second["step"] in range(8, reached + 1, 8)  # the newest checkpoint that was whole
+
+    drawn = in_tensorboard(cut)
+    assert len(drawn["train/loss"]) == reached + 4
+    for tracker in INSTALLED:
+        found = READ_BACK[tracker](cut)
+        assert found.keys() == drawn.keys(), tracker
+        for tag, points in drawn.items():
+            assert found[tag] == [(at, pytest.approx(value)) for at, value in points], (
+                tracker,
+                tag,
+            )
 
 
 def test_documents_are_masked_the_same_on_any_ranks(run_file, shards, tmp_path):

@@ -1,6 +1,7 @@
 """What a run says of itself."""
 
 import re
+import textwrap
 from pathlib import Path
 
 import pytest
@@ -9,8 +10,8 @@ from ranks import exact, finish, metrics, start_ranks
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
-from sparse_gpt.config.load import load_config
-from sparse_gpt.model.costs import model_report
+from sparse_gpt.config.load import load_config, to_yaml
+from sparse_gpt.model.costs import model_report, parameter_counts
 from sparse_gpt.train.distributed import World
 from sparse_gpt.train.telemetry import Telemetry
 
@@ -109,6 +110,29 @@ def test_the_first_view_shows_losses_and_how_blocks_are_used(telemetry, tmp_path
         for name in ("load_max_over_mean", "dead_blocks", "energy_entropy"):
             tag = f"routing/block_11/{name}"
             assert sum(bool(re.fullmatch(each, tag)) for each in charted) == 1
+
+
+def test_the_configuration_and_what_the_model_costs_are_there_as_text(telemetry, tmp_path):
+    with telemetry("model.ffn=default"):
+        pass
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    texts = {}
+    for name in ("config", "model"):
+        [tensor] = board.Tensors(f"{name}/text_summary")
+        texts[name] = tensor.tensor_proto.string_val[0].decode()
+    config = load_config(tmp_path / "small.yaml", ["duration.steps=120", "model.ffn=default"])
+    assert textwrap.dedent(texts["config"]) == to_yaml(config)
+    numbers = dict(re.findall(r"^\|([\w.]+)\|([\d,]+)\|$", texts["model"], re.MULTILINE))
+    costs = model_report(config.model)
+    assert numbers["flops.training"] == f"{costs.training / costs.seq:,.0f}"
+    parts = [block["ffn.spectral"].forward / costs.seq for block in costs.blocks()]
+    assert numbers["flops.ffn.spectral"] == f"{sum(parts):,.0f}"
+    total, *_, active, _, _ = parameter_counts(config.model)
+    assert (numbers["parameters.total"], numbers["parameters.active"]) == (
+        f"{total:,}",
+        f"{active:,}",
+    )
 
 
 def test_other_ranks_say_nothing(telemetry, tmp_path, capsys):
