@@ -89,7 +89,7 @@ app.command(epilog="Example: sparse-gpt prepare books/*.txt corpus.jsonl --out s
 )
 
 
-@app.command(epilog="Example: sparse-gpt train tiny-sparse optimizer.lr=1e-3")
+@app.command(epilog="Example: sparse-gpt train tiny-sparse duration.steps=10")
 def train(
     config: Config,
     overrides: Overrides = None,
@@ -219,7 +219,7 @@ def replay(
 
 @app.command(
     "prove-resume",
-    epilog="Example: sparse-gpt prove-resume tiny-sparse --steps 10 --devices 2",
+    epilog="Example: sparse-gpt prove-resume quickstart-sparse --steps 5",
 )
 def prove(
     config: Config,
