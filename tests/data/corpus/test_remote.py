@@ -265,6 +265,24 @@ def test_who_wants_one_file_at_once_copies_it_once(web: Web) -> None:
     assert web.asked.count("GET /a.jsonl") == 1
 
 
+def test_an_interrupt_while_it_copies_says_nothing_and_leaves_nothing(
+    web: Web, tmp_path: Path
+) -> None:
+    web.files["/a.jsonl"] = lines("a")
+    go_on = threading.Event()
+    web.on_get = lambda: go_on.wait(60) and None
+    command = ["-m", "sparse_gpt", "prepare", f"{web.url}/a.jsonl", "--out", str(tmp_path / "out")]
+    process = subprocess.Popen([sys.executable, *command], stderr=-1, text=True)
+    while not list((tmp_path / "cache").rglob(".tmp-*")) and "GET /a.jsonl" not in web.asked:
+        assert process.poll() is None
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    go_on.set()
+    assert (process.returncode, stderr) == (130, "")
+    left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert (left, (tmp_path / "out").exists()) == ([".lock"], False)
+
+
 def test_folders_and_patterns_of_object_storage(storage: Any, scheme: str, tmp_path: Path) -> None:
     folder = tmp_path / "corpus"
     for name in ("a.jsonl", "in/b.jsonl", "in/.hidden/c.jsonl", ".d.jsonl", "in/_SUCCESS", "x.bin"):
