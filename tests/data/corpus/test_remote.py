@@ -3,7 +3,11 @@
 import gzip
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -271,10 +275,15 @@ def test_an_interrupt_while_it_copies_says_nothing_and_leaves_nothing(
     web.files["/a.jsonl"] = lines("a")
     go_on = threading.Event()
     web.on_get = lambda: go_on.wait(60) and None
-    command = ["-m", "sparse_gpt", "prepare", f"{web.url}/a.jsonl", "--out", str(tmp_path / "out")]
-    process = subprocess.Popen([sys.executable, *command], stderr=-1, text=True)
-    while not list((tmp_path / "cache").rglob(".tmp-*")) and "GET /a.jsonl" not in web.asked:
+    code = (
+        "import signal; from sparse_gpt.cli.main import main;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); main()"  # ours may be ignored
+    )
+    command = [sys.executable, "-c", code, "prepare", f"{web.url}/a.jsonl", "--out"]
+    process = subprocess.Popen([*command, str(tmp_path / "out")], stderr=-1, text=True)
+    while "GET /a.jsonl" not in web.asked:
         assert process.poll() is None
+        time.sleep(0.01)
     process.send_signal(signal.SIGINT)
     _, stderr = process.communicate(timeout=60)
     go_on.set()
