@@ -47,10 +47,13 @@ def prepare(
     ] = None,
     separator: Annotated[
         str | None,
-        typer.Option(help=r"Split text files into documents before this text; \n is a line end."),
+        typer.Option(
+            help=r"Split text files into documents before this text; \n is a line end.",
+            show_default="a file is a document",
+        ),
     ] = None,
     drop_separator: Annotated[
-        bool, typer.Option("--drop-separator", help="It is no part of the text.")
+        bool, typer.Option("--drop-separator", help="Leave the separator out of the text.")
     ] = False,
     text_field: Annotated[
         str | None,
@@ -66,16 +69,21 @@ def prepare(
             "document, a turn as 'role: content', an empty line between.",
         ),
     ] = None,
-    min_chars: Annotated[int, typer.Option(help="Leave out shorter documents.")] = 0,
+    min_chars: Annotated[int, typer.Option(help="Characters; leave out shorter documents.")] = 0,
     where: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Leave out rows without this value; repeatable."),
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Leave out rows without this value; repeatable.",
+            show_default="all rows",
+        ),
     ] = None,
     dedup: Annotated[
         bool, typer.Option("--dedup", help="Leave out documents whose text came before.")
     ] = False,
     vocab: Annotated[
-        Path | None, typer.Option(help="Rank file of `vocab train` or tiktoken; default GPT-2's.")
+        Path | None,
+        typer.Option(help="Rank file of `vocab train` or tiktoken.", show_default="GPT-2's"),
     ] = None,
     pattern: Pattern = "r50k",
     engine: Annotated[
@@ -86,13 +94,15 @@ def prepare(
     max_rejected: Annotated[
         float, typer.Option(help="Fraction of documents that may be broken: they are set aside.")
     ] = 0.01,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first broken one.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first broken document.")
+    ] = False,
     part: Annotated[
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Do the I-th of N parts, on one of N machines that share --out; by default as a "
-            "Slurm array's task or RANK and WORLD_SIZE say.",
+            help="Do the I-th of N parts, on one of N machines that share --out.",
+            show_default="as a Slurm array's task or RANK and WORLD_SIZE say",
         ),
     ] = None,
     append: Annotated[
@@ -143,7 +153,9 @@ def train_vocab(
     out: Annotated[Path, typer.Option(help="Rank file, for `prepare --vocab`, same --pattern.")],
     size: Annotated[int, typer.Option(help="Ids, end of text included.")] = 4096,
     held_out: Annotated[float, typer.Option(help="As given to prepare: not learned from.")] = 0.01,
-    separator: Annotated[str | None, typer.Option(help="As given to prepare.")] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="As given to prepare.", show_default="a file is a document")
+    ] = None,
     drop_separator: Annotated[
         bool, typer.Option("--drop-separator", help="As given to prepare.")
     ] = False,
@@ -155,7 +167,10 @@ def train_vocab(
     ] = None,
     min_chars: Annotated[int, typer.Option(help="As given to prepare.")] = 0,
     where: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="As given to prepare; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="As given to prepare; repeatable.", show_default="all rows"
+        ),
     ] = None,
     pattern: Pattern = "r50k",
 ) -> None:

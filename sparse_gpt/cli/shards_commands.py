@@ -124,10 +124,13 @@ def show_stats(
 def show_documents(
     folder: Folder,
     document: Annotated[
-        int | None, typer.Option(metavar="N", help="This one, counted from 1; the default is 1.")
+        int | None, typer.Option(metavar="N", help="This one, counted from 1.", show_default="1")
     ] = None,
     grep: Annotated[
-        str | None, typer.Option(metavar="TEXT", help=r"Where this text is; \n is a line end.")
+        str | None,
+        typer.Option(
+            metavar="TEXT", help=r"Where this text is; \n is a line end.", show_default="none"
+        ),
     ] = None,
     random: Annotated[bool, typer.Option("--random", help="Any one.")] = False,
     split: Annotated[
@@ -213,10 +216,11 @@ def import_shards(
     format: Format,
     out: Annotated[Path, typer.Option(help="A new folder for the shards.")],
     held_out: Annotated[
-        list[str] | None, typer.Option(help="The same for validation; may be given several times.")
+        list[str] | None,
+        typer.Option(help="The same for validation; give it again for more.", show_default="none"),
     ] = None,
     vocab: Annotated[
-        Path | None, typer.Option(help="Rank file that the ids belong to; default GPT-2's.")
+        Path | None, typer.Option(help="Rank file that the ids belong to.", show_default="GPT-2's")
     ] = None,
     shard_tokens: Annotated[int, typer.Option(help="Tokens a shard at most.")] = 100_000_000,
     workers: Annotated[int, typer.Option(min=1, help="Processes that decode and hash.")] = 1,
