@@ -310,7 +310,11 @@ app.command(epilog="Example: sparse-gpt plan 124m --gpus 8 --gpu H100")(plan)
 def doctor(
     devices: Annotated[
         int | None,
-        typer.Option(min=2, help="Ranks that talk to each other: all GPUs, on a CPU if given."),
+        typer.Option(
+            min=2,
+            help="Ranks that talk to each other, one a GPU or all on the CPU.",
+            show_default="all GPUs; on a CPU none",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
