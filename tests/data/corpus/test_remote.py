@@ -3,7 +3,11 @@
 import gzip
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -263,6 +267,29 @@ def test_who_wants_one_file_at_once_copies_it_once(web: Web) -> None:
         go_on.set()
         assert {len(one.result()) for one in running} == {1000}
     assert web.asked.count("GET /a.jsonl") == 1
+
+
+def test_an_interrupt_while_it_copies_says_nothing_and_leaves_nothing(
+    web: Web, tmp_path: Path
+) -> None:
+    web.files["/a.jsonl"] = lines("a")
+    go_on = threading.Event()
+    web.on_get = lambda: go_on.wait(60) and None
+    code = (
+        "import signal; from sparse_gpt.cli.main import main;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); main()"  # ours may be ignored
+    )
+    command = [sys.executable, "-c", code, "prepare", f"{web.url}/a.jsonl", "--out"]
+    process = subprocess.Popen([*command, str(tmp_path / "out")], stderr=-1, text=True)
+    while "GET /a.jsonl" not in web.asked:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    go_on.set()
+    assert (process.returncode, stderr) == (130, "")
+    left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert (left, (tmp_path / "out").exists()) == ([".lock"], False)
 
 
 def test_folders_and_patterns_of_object_storage(storage: Any, scheme: str, tmp_path: Path) -> None:
