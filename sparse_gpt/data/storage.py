@@ -33,8 +33,11 @@ def open_storage(url: str) -> tuple[Any, str]:
         options["client_kwargs"] = {
             "trust_env": True,  # the proxies that the environment names
             "timeout": aiohttp.ClientTimeout(sock_connect=_CONNECT, sock_read=_SILENT),
-            "headers": {"Accept-Encoding": "identity"},  # a .gz file is to come as one
+            # A .gz file is to come as one, also where the server calls it an encoding.
+            "headers": {"Accept-Encoding": "identity"},
+            "auto_decompress": False,
         }
+        options["encoded"] = "%" in url  # what is signed must be asked for as it is written
     storage, path = fsspec.core.url_to_fs(url, **options)
     storage.invalidate_cache()  # of listings
     return storage, path

@@ -170,7 +170,8 @@ def prepare(
                 return None
             with publishing(out, units):
                 rows = [row for _, row in cuts]
-                publish_all(out, units, options, tokenizer, rows, max_rejected, old)
+                by_file = bool(held_out_from)
+                publish_all(out, units, options, tokenizer, rows, max_rejected, old, by_file)
                 forget(out)
     return read_manifest(out)
 

@@ -11,6 +11,7 @@ from statistics import quantiles
 import numpy as np
 import pytest
 
+from sparse_gpt.cli.main import main
 from sparse_gpt.cli.shards_commands import show_stats
 from sparse_gpt.data import load_tokenizer, open_shards, prepare, tokenizer_beside
 from sparse_gpt.data.shards.manifest import SPLITS
@@ -23,8 +24,8 @@ def test_numbers_are_those_of_the_documents(novels: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys.modules["sparse_gpt.data.shards.stats"], "_PIECE", 7_001)
     dataset = open_shards(novels)
     tokenizer = tokenizer_beside(novels, dataset.manifest.tokenizer)
-    found, sources = statistics(novels)
-    assert sources == dataset.manifest.sources
+    found, sources, on_both_sides = statistics(novels)
+    assert (sources, on_both_sides) == (dataset.manifest.sources, 0)
     for split, stats in zip((dataset.train, dataset.held_out), found, strict=True):
         documents = [split.document(number).tolist() for number in range(split.n_documents)]
         assert stats.lengths.tolist() == list(map(len, documents))
@@ -79,6 +80,25 @@ def test_the_command_and_its_plot(tmp_path: Path, capsys: pytest.CaptureFixture[
     assert found["held_out"] == {
         "documents": 0, "tokens": 0, "bytes": 0, "bytes_per_token": None, "ids": 0, "length": {},
     }  # fmt: skip
+
+
+def test_what_is_held_out_and_trained_on_is_told_and_names_are_no_markup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, held_out = tmp_path / "of [red] ones.jsonl", tmp_path / "y [b].jsonl"
+    train.write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(9)))
+    held_out.write_text('{"text": "text 3"}\n{"text": "new"}\n{"text": "text  3"}\n')
+    out = tmp_path / "shards [/x]"
+    prepare([train], out, held_out_from=[held_out], shard_tokens=8)
+    monkeypatch.setattr(sys, "argv", ["sparse-gpt", "shards", "stats", str(out)])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().out
+    assert not stopped.value.code
+    assert "held-out documents whose text is trained on too: 2; prepare with --dedup" in said
+    for name in (train.name, held_out.name, out.name):
+        assert name in said
 
 
 def test_what_cannot_be_counted_or_drawn_is_one_line(
