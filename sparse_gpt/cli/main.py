@@ -20,6 +20,7 @@ from rich.table import Table
 from sparse_gpt.cli.config_commands import config_app
 from sparse_gpt.cli.data_commands import prepare, shards_app, vocab_app
 from sparse_gpt.cli.evaluate_commands import evaluate, export, generate, inspect
+from sparse_gpt.cli.init_command import init
 from sparse_gpt.cli.plan_commands import flops, plan
 from sparse_gpt.cli.sweep_commands import sweep_app
 from sparse_gpt.cli.terminal import Config, Json, Overrides, print_json, show
@@ -82,6 +83,7 @@ def main() -> None:
         sys.exit(2)
 
 
+app.command(epilog="Example: sparse-gpt init run.yaml --data books --size d64")(init)
 app.command(epilog="Example: sparse-gpt prepare books/*.txt corpus.jsonl --out shards/books")(
     prepare
 )
