@@ -7,6 +7,7 @@ checkpoint. What takes seconds to import is imported inside the command that nee
 import errno
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -119,7 +120,8 @@ def train(
 ) -> None:
     """Train under the deepspeed launcher; run again to resume from the newest checkpoint.
 
-    SIGTERM, SIGUSR1 or a closed terminal saves a checkpoint and ends with exit code 75.
+    Ctrl-C, SIGTERM, SIGUSR1 or a closed terminal saves a checkpoint and ends with exit code 75; a
+    second Ctrl-C ends at once.
     """
     from sparse_gpt.cluster.hostfile import environment_files, on_hosts
     from sparse_gpt.cluster.supervise import supervise
@@ -169,7 +171,9 @@ def train(
     if finished(run):
         print(f"{run.run_dir}: this run is finished; see it with sparse-gpt compare")
         return
-    sys.exit(supervise(launch, Path(run.run_dir), restarts, run.fault.timeout_seconds))
+    again = shlex.join(["sparse-gpt", *sys.argv[1:]])
+    patience = run.fault.timeout_seconds
+    sys.exit(supervise(launch, Path(run.run_dir), restarts, patience, again))
 
 
 def _submit(
