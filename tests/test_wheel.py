@@ -2,11 +2,11 @@
 
 import subprocess
 import sys
-import zipfile
 
 import pytest
 import yaml
 from ranks import ENVIRONMENT, ROOT, metrics
+from wheel import install
 
 FOREIGN = ("config", "data", "errors", "files", "launch", "model", "train")
 
@@ -14,15 +14,7 @@ FOREIGN = ("config", "data", "errors", "files", "launch", "model", "train")
 @pytest.fixture(scope="module")
 def site(tmp_path_factory):
     """A folder into which the wheel is installed, and nothing else."""
-    wheels, site = tmp_path_factory.mktemp("wheels"), tmp_path_factory.mktemp("site")
-    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, "wheel", "--no-deps", "--wheel-dir", wheels, ROOT], check=True)
-    [wheel] = wheels.glob("*.whl")
-    with zipfile.ZipFile(wheel) as content:
-        [top] = [name for name in content.namelist() if name.endswith("top_level.txt")]
-        assert content.read(top).decode().split() == ["sparse_gpt"]
-    subprocess.run([*pip, "install", "--no-deps", "--target", site, wheel], check=True)
-    return site
+    return install(tmp_path_factory)
 
 
 @pytest.fixture

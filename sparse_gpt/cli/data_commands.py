@@ -1,28 +1,23 @@
-"""The commands about data: `prepare`, `vocab` and `shards`, thin over the room `data`."""
+"""The commands that make data, `prepare` and `vocab`, thin over the room `data`."""
 
 import sys
 from pathlib import Path
-from random import randrange
-from typing import Annotated, Literal
+from typing import Annotated
 
 import typer
-from rich.table import Table
 
-from sparse_gpt.cli.terminal import Json, print_json, printable, show, unescaped
+from sparse_gpt.cli.shards_commands import info
+from sparse_gpt.cli.terminal import Json, print_json, unescaped
 
-shards_app = typer.Typer(no_args_is_help=True, help="Look at tokenized data, check and convert it.")
 vocab_app = typer.Typer(no_args_is_help=True, help="Learn a vocabulary from a corpus.")
 
 SOURCES = (
     "Text, JSON, JSON Lines, CSV (also .gz, .zst, .bz2, .xz) or parquet files, folders, globs, "
-    "hf:NAME[:SUBSET][:SPLIT]."
+    "URLs of these (https://, s3://, gs://), hf:NAME[:SUBSET][:SPLIT]."
 )
-MOST_FOUND = 20  # documents that `shards show --grep` names
-Folder = Annotated[str, typer.Argument(help="A folder of shards, or its URL (s3://, gs://).")]
 Pattern = Annotated[
     str, typer.Option(help="How text is split before merging: r50k, cl100k or o200k.")
 ]
-Format = Annotated[Literal["megatron", "llmc", "nanogpt"], typer.Option(help="Whose files.")]
 
 
 def _conditions(texts: list[str]) -> dict[str, str]:
@@ -39,28 +34,56 @@ def prepare(
     sources: Annotated[list[str], typer.Argument(help=SOURCES)],
     out: Annotated[Path, typer.Option(help="Folder for the shards.")],
     held_out: Annotated[
-        float, typer.Option(help="Fraction of documents for validation, at least one.")
-    ] = 0.01,
+        float | None,
+        typer.Option(
+            help="Fraction of documents for validation, at least one.", show_default="0.01"
+        ),
+    ] = None,
+    held_out_from: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="SOURCE", help="Instead, all of these are for validation; repeatable."
+        ),
+    ] = None,
     separator: Annotated[
         str | None,
-        typer.Option(help=r"Split text files into documents before this text; \n is a line end."),
+        typer.Option(
+            help=r"Split text files into documents before this text; \n is a line end.",
+            show_default="a file is a document",
+        ),
     ] = None,
     drop_separator: Annotated[
-        bool, typer.Option("--drop-separator", help="It is no part of the text.")
+        bool, typer.Option("--drop-separator", help="Leave the separator out of the text.")
     ] = False,
     text_field: Annotated[
-        str, typer.Option(help="Key of the text in JSON, or its column; a.b is b within a.")
-    ] = "text",
-    min_chars: Annotated[int, typer.Option(help="Leave out shorter documents.")] = 0,
+        str | None,
+        typer.Option(
+            help="Key of the text in JSON, or its column; a.b is b within a.", show_default="text"
+        ),
+    ] = None,
+    messages: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FIELD",
+            help="Instead, of chat turns {role, content} or {from, value}: a conversation a "
+            "document, a turn as 'role: content', an empty line between.",
+        ),
+    ] = None,
+    min_chars: Annotated[int, typer.Option(help="Characters; leave out shorter documents.")] = 0,
     where: Annotated[
         list[str] | None,
-        typer.Option(metavar="KEY=VALUE", help="Leave out rows without this value; repeatable."),
+        typer.Option(
+            metavar="KEY=VALUE",
+            help="Leave out rows without this value; repeatable.",
+            show_default="all rows",
+        ),
     ] = None,
     dedup: Annotated[
         bool, typer.Option("--dedup", help="Leave out documents whose text came before.")
     ] = False,
     vocab: Annotated[
-        Path | None, typer.Option(help="Rank file of `vocab train` or tiktoken; default GPT-2's.")
+        Path | None,
+        typer.Option(help="Rank file of `vocab train` or tiktoken.", show_default="GPT-2's"),
     ] = None,
     pattern: Pattern = "r50k",
     engine: Annotated[
@@ -71,13 +94,15 @@ def prepare(
     max_rejected: Annotated[
         float, typer.Option(help="Fraction of documents that may be broken: they are set aside.")
     ] = 0.01,
-    strict: Annotated[bool, typer.Option("--strict", help="Stop at the first broken one.")] = False,
+    strict: Annotated[
+        bool, typer.Option("--strict", help="Stop at the first broken document.")
+    ] = False,
     part: Annotated[
         str | None,
         typer.Option(
             metavar="I/N",
-            help="Do the I-th of N parts, on one of N machines that share --out; by default as a "
-            "Slurm array's task or RANK and WORLD_SIZE say.",
+            help="Do the I-th of N parts, on one of N machines that share --out.",
+            show_default="as a Slurm array's task or RANK and WORLD_SIZE say",
         ),
     ] = None,
     append: Annotated[
@@ -95,10 +120,12 @@ def prepare(
         out,
         workers=workers,
         held_out=held_out,
+        held_out_from=held_out_from or [],
         shard_tokens=shard_tokens,
         separator=unescaped(separator),
         keep_separator=not drop_separator,
         text_field=text_field,
+        messages=messages,
         min_chars=min_chars,
         where=_conditions(where or []),
         dedup=dedup,
@@ -126,14 +153,24 @@ def train_vocab(
     out: Annotated[Path, typer.Option(help="Rank file, for `prepare --vocab`, same --pattern.")],
     size: Annotated[int, typer.Option(help="Ids, end of text included.")] = 4096,
     held_out: Annotated[float, typer.Option(help="As given to prepare: not learned from.")] = 0.01,
-    separator: Annotated[str | None, typer.Option(help="As given to prepare.")] = None,
+    separator: Annotated[
+        str | None, typer.Option(help="As given to prepare.", show_default="a file is a document")
+    ] = None,
     drop_separator: Annotated[
         bool, typer.Option("--drop-separator", help="As given to prepare.")
     ] = False,
-    text_field: Annotated[str, typer.Option(help="As given to prepare.")] = "text",
+    text_field: Annotated[
+        str | None, typer.Option(help="As given to prepare.", show_default="text")
+    ] = None,
+    messages: Annotated[
+        str | None, typer.Option(metavar="FIELD", help="As given to prepare.")
+    ] = None,
     min_chars: Annotated[int, typer.Option(help="As given to prepare.")] = 0,
     where: Annotated[
-        list[str] | None, typer.Option(metavar="KEY=VALUE", help="As given to prepare; repeatable.")
+        list[str] | None,
+        typer.Option(
+            metavar="KEY=VALUE", help="As given to prepare; repeatable.", show_default="all rows"
+        ),
     ] = None,
     pattern: Pattern = "r50k",
 ) -> None:
@@ -148,183 +185,10 @@ def train_vocab(
         separator=unescaped(separator),
         keep_separator=not drop_separator,
         text_field=text_field,
+        messages=messages,
         min_chars=min_chars,
         where=_conditions(where or []),
         pattern=pattern,
         progress=sys.stderr.isatty(),
     )
     print(f"{out}: {size} ids, sha256 {data.load_tokenizer(out).vocab_hash}")
-
-
-@shards_app.command(epilog="Example: sparse-gpt shards info shards/novels")
-def info(folder: Folder, as_json: Json = False) -> None:
-    """Documents, tokens and vocabulary of a folder of shards."""
-    from sparse_gpt.data import open_shards
-    from sparse_gpt.data.preparation.units import held_out_below
-    from sparse_gpt.data.tokenizer import END_OF_TEXT
-
-    dataset = open_shards(folder)
-    manifest = dataset.manifest
-    found = {
-        split.name: {
-            "documents": split.n_documents,
-            "tokens": split.n_tokens,
-            "shards": len(manifest.splits[split.name]),
-        }
-        for split in (dataset.train, dataset.held_out)
-    }
-    if as_json:
-        print_json(
-            {
-                **found,
-                "rejected": manifest.rejected,
-                "tokenizer": manifest.tokenizer,
-                "hash": manifest.hash,
-            },
-            None,
-        )
-        return
-    vocabulary = f"{manifest.tokenizer['name']} ({manifest.tokenizer['vocab_size']:,} ids)"
-    table = Table("split", title=f"{folder}: {vocabulary}, {manifest.dtype}")
-    for column in ("documents", "tokens", "shards"):
-        table.add_column(column, justify="right")
-    for split, counts in found.items():
-        table.add_row(split, *(f"{count:,}" for count in counts.values()))
-    show(table)
-    if manifest.options.get("cut_last"):
-        share = f"{manifest.options['held_out']:g}"
-        print(f"the corpus is one document: about the last {share} of it is held out")
-    if moved := manifest.options.get("moved"):
-        share, side = manifest.options["held_out"], "trained on"
-        if int(moved, 16) >= held_out_below(share):
-            side = "held out"
-        print(
-            f"a share of {share:g} left no document to be {side}: one is, by its hash the nearest"
-        )
-    if manifest.markers:
-        print(
-            f"documents with a literal {END_OF_TEXT} in their text: {manifest.markers:,}; it is "
-            "trained on as text. Where it stands between documents: --separator with it, and "
-            "--drop-separator"
-        )
-    if manifest.rejected:
-        named_in = f"{folder.rstrip('/')}/rejected.jsonl"  # of a URL there: it is not copied
-        print(f"broken documents set aside: {manifest.rejected:,}, named in {named_in}")
-
-
-@shards_app.command("show", epilog="Example: sparse-gpt shards show shards/novels --grep Bennet")
-def show_documents(
-    folder: Folder,
-    document: Annotated[
-        int | None, typer.Option(metavar="N", help="This one, counted from 1; the default is 1.")
-    ] = None,
-    grep: Annotated[
-        str | None, typer.Option(metavar="TEXT", help=r"Where this text is; \n is a line end.")
-    ] = None,
-    random: Annotated[bool, typer.Option("--random", help="Any one.")] = False,
-    split: Annotated[
-        Literal["train", "held_out"], typer.Option(help="Which split's documents.")
-    ] = "train",
-) -> None:
-    """Decode a document of a folder of shards, or find a text in them."""
-    from sparse_gpt.data import open_shards, tokenizer_beside
-    from sparse_gpt.errors import DataError
-
-    if (document is not None) + (grep is not None) + random > 1:
-        raise DataError("--document, --grep and --random: give one of them")
-    dataset = open_shards(folder)
-    source = dataset.train if split == "train" else dataset.held_out
-    tokenizer = tokenizer_beside(source.folder, dataset.manifest.tokenizer)
-    count = source.n_documents
-    if not count:
-        raise DataError(f"{folder}: has no documents in {split}")
-    if grep is not None:
-        found = 0
-        for number in range(count):
-            text = tokenizer.decode(source.document(number))
-            if (at := text.find(str(unescaped(grep)))) < 0:
-                continue
-            around = text[max(0, at - 30) : at + len(grep) + 30]
-            print(f"document {number + 1:,}: {printable(' '.join(around.split()))}")
-            found += 1
-            if found == MOST_FOUND:
-                print(f"these are the first {found}")
-                return
-        if not found:
-            raise DataError(f"{folder}: {grep!r} is in none of the {count:,} documents of {split}")
-        return
-    number = randrange(count) + 1 if random else (document or 1)
-    if document is not None and not 1 <= document <= count:
-        raise DataError(f"--document {document}: {split} has the documents 1 to {count}")
-    ids = source.document(number - 1)
-    print(f"document {number:,} of {count:,} in {split}, {len(ids):,} tokens\n")
-    print(printable(tokenizer.decode(ids)))
-
-
-@shards_app.command(epilog="Example: sparse-gpt shards verify shards/novels")
-def verify(folder: Folder) -> None:
-    """Check every hash; names the file and block of each damage, and exits 1."""
-    from sparse_gpt import data
-
-    damages = data.verify(folder, progress=True)
-    for damage in damages:
-        print(damage)
-    if damages:
-        sys.exit(1)
-    print(f"{folder}: whole")
-
-
-@shards_app.command(
-    "export", epilog="Example: sparse-gpt shards export shards/novels --format nanogpt --out novels"
-)
-def export_shards(
-    folder: Folder,
-    format: Format,
-    out: Annotated[Path, typer.Option(help="A new folder for the files.")],
-    shard_tokens: Annotated[
-        int, typer.Option(help="With llmc: tokens a file at most.")
-    ] = 100_000_000,
-) -> None:
-    """Write shards as files of Megatron-LM, llm.c (modded-nanogpt's too) or nanoGPT."""
-    from sparse_gpt import data
-
-    paths = data.export_shards(folder, format, out, shard_tokens=shard_tokens, progress=True)
-    for path in paths:
-        print(path)
-
-
-@shards_app.command(
-    "import",
-    epilog="Example: sparse-gpt shards import 'fineweb10B/fineweb_train_*.bin' --held-out "
-    "'fineweb10B/fineweb_val_*.bin' --format llmc --out shards/fineweb",
-)
-def import_shards(
-    sources: Annotated[
-        list[str], typer.Argument(help="Token files to train on, globs, or Megatron's prefixes.")
-    ],
-    format: Format,
-    out: Annotated[Path, typer.Option(help="A new folder for the shards.")],
-    held_out: Annotated[
-        list[str] | None, typer.Option(help="The same for validation; may be given several times.")
-    ] = None,
-    vocab: Annotated[
-        Path | None, typer.Option(help="Rank file that the ids belong to; default GPT-2's.")
-    ] = None,
-    shard_tokens: Annotated[int, typer.Option(help="Tokens a shard at most.")] = 100_000_000,
-    workers: Annotated[int, typer.Option(min=1, help="Processes that decode and hash.")] = 1,
-    as_json: Json = False,
-) -> None:
-    """Make shards of the files of Megatron-LM, llm.c (modded-nanogpt's too) or nanoGPT."""
-    from sparse_gpt import data
-
-    data.import_shards(
-        sources,
-        format,
-        out,
-        held_out=held_out or [],
-        vocab=vocab,
-        shard_tokens=shard_tokens,
-        workers=workers,
-        progress=not as_json,
-    )
-    info(str(out), as_json)

@@ -22,19 +22,37 @@ def evaluate(
     checkpoints: Annotated[list[str], typer.Argument(help=f"Each {_NAMES}")],
     data: Annotated[
         list[str] | None,
-        typer.Option(help="A folder of shards; give it again for more. The run's own if none."),
+        typer.Option(
+            help="A folder of shards; give it again for more.", show_default="the run's own"
+        ),
     ] = None,
     max_tokens: Annotated[
-        int | None, typer.Option(min=1, help="Of each data set; else the run's, or all of --data.")
+        int | None,
+        typer.Option(
+            min=1,
+            help="Tokens of each data set at most.",
+            show_default="the run's, or all of --data",
+        ),
     ] = None,
     tasks: Annotated[
-        str | None, typer.Option(help="Of lm-eval, with commas between: hellaswag,lambada_openai.")
+        str | None,
+        typer.Option(
+            help="Tasks of lm-eval, with commas between: hellaswag,lambada_openai.",
+            show_default="none",
+        ),
     ] = None,
     include_path: Annotated[
-        Path | None, typer.Option(help="A folder of task files of your own.")
+        Path | None,
+        typer.Option(help="A folder of task files of your own.", show_default="none"),
     ] = None,
-    num_fewshot: Annotated[int | None, typer.Option(min=0, help="Examples of a task.")] = None,
-    limit: Annotated[int | None, typer.Option(min=1, help="Documents of each task.")] = None,
+    num_fewshot: Annotated[
+        int | None,
+        typer.Option(min=0, help="Examples before each question.", show_default="the task's"),
+    ] = None,
+    limit: Annotated[
+        int | None,
+        typer.Option(min=1, help="Documents of each task at most.", show_default="all"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Held-out loss, perplexity and bits a byte of checkpoints, by data set; or scores of tasks.
@@ -87,10 +105,16 @@ def generate(
         list[str] | None,
         typer.Argument(metavar="[PROMPT]...", help="None: asked for, or all of standard input."),
     ] = None,
-    file: Annotated[Path | None, typer.Option(help="More prompts, one a line.")] = None,
+    file: Annotated[
+        Path | None, typer.Option(help="More prompts, one a line.", show_default="none")
+    ] = None,
     max_new_tokens: Annotated[int, typer.Option(min=1, help="Tokens at most.")] = 256,
-    temperature: Annotated[float, typer.Option(help="0 takes the likeliest token.")] = 0.8,
-    top_k: Annotated[int | None, typer.Option(help="Of so many likeliest tokens.")] = None,
+    temperature: Annotated[
+        float, typer.Option(help="Divides logits; 0 takes the likeliest token.")
+    ] = 0.8,
+    top_k: Annotated[
+        int | None, typer.Option(help="Of so many likeliest tokens.", show_default="all")
+    ] = None,
     top_p: Annotated[
         float, typer.Option(help="Of the likeliest tokens that reach this probability together.")
     ] = 0.95,
@@ -98,10 +122,14 @@ def generate(
         float, typer.Option(help="Above 1: tokens that came before are less likely.")
     ] = 1.0,
     stop: Annotated[
-        list[str] | None, typer.Option(help="Text that ends it; give it again for more.")
+        list[str] | None,
+        typer.Option(help="Text that ends it; give it again for more.", show_default="none"),
     ] = None,
     samples: Annotated[int, typer.Option(min=1, help="Continuations of each prompt.")] = 1,
-    seed: Annotated[int | None, typer.Option(help="The same text for the same seed.")] = None,
+    seed: Annotated[
+        int | None,
+        typer.Option(help="The same text for the same seed.", show_default="another each time"),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Continue prompts with a trained model; without one, ask for them in turn.
@@ -151,8 +179,8 @@ def generate(
 def export(
     checkpoint: Checkpoint,
     out: Annotated[Path, typer.Option(help="A new folder.")],
-    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Of the weights.")] = "fp32",
-    shard_size: Annotated[str, typer.Option(help="Of a file of weights, at most.")] = "5GB",
+    dtype: Annotated[Literal["fp32", "bf16"], typer.Option(help="Type of the weights.")] = "fp32",
+    shard_size: Annotated[str, typer.Option(help="Size of a file of weights at most.")] = "5GB",
 ) -> None:
     """Write a trained model as transformers reads it: safetensors, tokenizer, model card.
 
@@ -171,8 +199,13 @@ def export(
 
 def inspect(
     checkpoint: Checkpoint,
-    out: Annotated[Path | None, typer.Option(help="The page; else it lies in the run.")] = None,
-    data: Annotated[str | None, typer.Option(help="Shards; else the run's first source.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="File of the page.", show_default="inspect-STEP.html in the run"),
+    ] = None,
+    data: Annotated[
+        str | None, typer.Option(help="A folder of shards.", show_default="the run's first")
+    ] = None,
     max_tokens: Annotated[int, typer.Option(min=1, help="Held-out tokens to look at.")] = 65_536,
     as_json: Json = False,
 ) -> None:

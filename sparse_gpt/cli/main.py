@@ -19,10 +19,11 @@ import typer
 from rich.table import Table
 
 from sparse_gpt.cli.config_commands import config_app
-from sparse_gpt.cli.data_commands import prepare, shards_app, vocab_app
+from sparse_gpt.cli.data_commands import prepare, vocab_app
 from sparse_gpt.cli.evaluate_commands import evaluate, export, generate, inspect
 from sparse_gpt.cli.init_command import init
 from sparse_gpt.cli.plan_commands import flops, plan
+from sparse_gpt.cli.shards_commands import shards_app
 from sparse_gpt.cli.sweep_commands import sweep_app
 from sparse_gpt.cli.terminal import Config, Json, Overrides, print_json, show
 from sparse_gpt.errors import told
@@ -36,7 +37,6 @@ app = typer.Typer(
     name="sparse-gpt",
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="rich" if get_terminal_size().columns >= 60 else None,  # panels cut words
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Pretrain GPT-2-family models with sparse feed-forward networks.",
     epilog="Start with: ./scripts/quickstart",
@@ -67,6 +67,8 @@ def main() -> None:
     exit code 2."""
     if isinstance(sys.stdout, io.TextIOWrapper):  # an encoding without a letter shows its code
         sys.stdout.reconfigure(errors="backslashreplace")
+    if get_terminal_size().columns < 80:
+        app.rich_markup_mode = None  # its panels cut words
     try:
         try:
             app()
@@ -95,14 +97,22 @@ def train(
     config: Config,
     overrides: Overrides = None,
     devices: Annotated[
-        int | None, typer.Option(min=1, help="Ranks on this machine: all GPUs, or 1 on the CPU.")
+        int | None,
+        typer.Option(
+            min=1, help="Ranks on this machine.", show_default="all GPUs, or 1 on the CPU"
+        ),
     ] = None,
     hostfile: Annotated[
-        Path | None, typer.Option(help="Run on the hosts of this DeepSpeed hostfile instead.")
+        Path | None,
+        typer.Option(
+            help="Run on the hosts of this DeepSpeed hostfile.", show_default="on this machine"
+        ),
     ] = None,
     master_port: Annotated[
         int | None,
-        typer.Option(min=1, max=65535, help="Where the ranks meet; else a free one is taken."),
+        typer.Option(
+            min=1, max=65535, help="Port where the ranks meet.", show_default="a free one"
+        ),
     ] = None,
     restarts: Annotated[
         int, typer.Option(min=0, help="Start again after a crash, so many times at most.")
@@ -115,7 +125,11 @@ def train(
     ] = False,
     nodes: Annotated[int, typer.Option(min=1, help="With --slurm: nodes of --devices ranks.")] = 1,
     time: Annotated[
-        str | None, typer.Option(help="With --slurm: limit of one stay, as sbatch takes it.")
+        str | None,
+        typer.Option(
+            help="With --slurm: limit of one stay, hours:minutes:seconds.",
+            show_default="the partition's",
+        ),
     ] = None,
 ) -> None:
     """Train under the deepspeed launcher; run again to resume from the newest checkpoint.
@@ -221,7 +235,13 @@ def prove(
     ] = 10,
     devices: Annotated[int, typer.Option(min=1, help="w: ranks of the run.")] = 2,
     other_devices: Annotated[int, typer.Option(min=1, help="w′: ranks that take it over.")] = 1,
-    out: Annotated[Path | None, typer.Option(help="A new folder for the runs.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            help="A new folder for the runs.",
+            show_default="runs/<name of the file>-resume-proof",
+        ),
+    ] = None,
 ) -> None:
     """Kill a run and resume it, on as many ranks and on others; exit 1 unless nothing changed."""
     from sparse_gpt.cluster.prove_resume import TOLERANCE, Proof
@@ -257,7 +277,8 @@ def prove(
 def compare(
     runs: Annotated[list[Path], typer.Argument(help="Runs, or folders of runs, as a sweep's.")],
     sort: Annotated[
-        Literal["loss", "flops", "speed"] | None, typer.Option(help="The least first; NaN last.")
+        Literal["loss", "flops", "speed"] | None,
+        typer.Option(help="By what: the least first, NaN last.", show_default="as given"),
     ] = None,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")] = False,
     as_json: Json = False,

@@ -24,17 +24,22 @@ def plan(
     overrides: Overrides = None,
     gpus: Annotated[int, typer.Option(min=1, help="Ranks of the run, one a GPU.")] = 1,
     gpu: Annotated[
-        str | None, typer.Option(help="Which: A100-80GB, H100 (if none), MI300X, RTX-4090, ...")
+        str | None,
+        typer.Option(help="Which: A100-80GB, MI300X, RTX-4090, ...", show_default="H100"),
     ] = None,
     peak_tflops: Annotated[
         str | None,
         typer.Option(
             metavar="NUMBER|measure",
-            help="TFLOP/s of a GPU in dense bf16, else its data sheet's; measure: of this one.",
+            help="TFLOP/s of a GPU in dense bf16; measure: of the one here.",
+            show_default="its data sheet's",
         ),
     ] = None,
     memory_gb: Annotated[
-        float | None, typer.Option(min=0.1, help="GiB that a process can have of a GPU.")
+        float | None,
+        typer.Option(
+            min=0.1, help="GiB that a process can have of a GPU.", show_default="its data sheet's"
+        ),
     ] = None,
     mfu: Annotated[
         float, typer.Option(min=0.01, max=1, help="Share of the peak that will be reached.")

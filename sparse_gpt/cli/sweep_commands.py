@@ -20,13 +20,13 @@ sweep_app = typer.Typer(
 )
 
 Out = Annotated[
-    Path | None, typer.Option(help="Folder of the sweep; default runs/<name of the file>.")
+    Path | None, typer.Option(help="Folder of the sweep.", show_default="runs/<name of the file>")
 ]
 Jobs = Annotated[int, typer.Option(min=1, help="Runs at a time.")]
 Devices = Annotated[int, typer.Option(min=1, help="GPUs (on the CPU: ranks) for each run.")]
 
 
-@sweep_app.command(epilog="Example: sparse-gpt sweep plan laptop --jobs 2 --calibrate")
+@sweep_app.command(epilog="Example: sparse-gpt sweep plan laptop --jobs 2")
 def plan(
     file: SweepFile,
     out: Out = None,
@@ -95,7 +95,10 @@ def run(
     jobs: Jobs = 1,
     devices: Devices = 1,
     chain: Annotated[
-        int | None, typer.Option(help="This chain of the grid alone, as a task of an array does.")
+        int | None,
+        typer.Option(
+            help="This chain of the grid, as a task of an array does.", show_default="all"
+        ),
     ] = None,
     slurm: Annotated[
         bool,

@@ -272,13 +272,14 @@ def load_tokenizer(
 def tokenizer_beside(folder: str | Path, identity: Mapping[str, Any]) -> Tokenizer:
     """The tokenizer of what lies in `folder`, shards or a run: GPT-2's, or the VOCAB_FILE's there.
 
-    identity: vocab_hash and pattern, as in a manifest. Raises DataError where the file is
-    missing or another.
+    identity: vocab_hash and pattern, as in a manifest, where an old one has but the hash. Raises
+    DataError where the file is missing or another.
     """
+    pattern = identity.get("pattern", "r50k")
     if identity["vocab_hash"] == VOCAB_HASH:
-        return load_tokenizer(None, identity["pattern"])
+        return load_tokenizer(None, pattern)
     path = Path(folder) / VOCAB_FILE
-    tokenizer = load_tokenizer(path, identity["pattern"])
+    tokenizer = load_tokenizer(path, pattern)
     if tokenizer.vocab_hash != identity["vocab_hash"]:
         raise DataError(
             f"{path}: is another vocabulary (sha256 {tokenizer.vocab_hash[:12]}…) than the tokens "

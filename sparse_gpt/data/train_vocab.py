@@ -14,7 +14,7 @@ from sparse_gpt.data.corpus.rejects import MAX_REJECTED, Reject, Tally
 from sparse_gpt.data.corpus.slices import Slice, cut
 from sparse_gpt.data.corpus.sources import find_files
 from sparse_gpt.data.preparation.small import with_both_sides
-from sparse_gpt.data.preparation.units import Options
+from sparse_gpt.data.preparation.units import Options, text_column
 from sparse_gpt.data.vocabulary import PATTERNS, check_pattern
 from sparse_gpt.errors import DataError
 from sparse_gpt.files import new_file
@@ -35,7 +35,8 @@ def train_vocab(
     held_out: float = 0.01,
     separator: str | None = None,
     keep_separator: bool = True,
-    text_field: str = "text",
+    text_field: str | None = None,
+    messages: str | None = None,
     min_chars: int = 0,
     where: Mapping[str, str] | None = None,
     progress: bool = False,
@@ -50,9 +51,11 @@ def train_vocab(
     text is too little for that many ids, or if `tokenizers` is not installed.
     """
     conditions = tuple((where or {}).items())
+    field, is_chat = text_column(text_field, messages)
     options = Options(
-        held_out, 1, separator, text_field, min_chars, conditions, keep_separator=keep_separator
-    )
+        held_out, 1, separator, field, min_chars, conditions, keep_separator=keep_separator,
+        messages=is_chat,
+    )  # fmt: skip
     if size <= 257:
         raise DataError(f"size is {size}; 256 bytes and end of text are 257 ids already")
     check_pattern(pattern)

@@ -162,6 +162,8 @@ def estimate(
         bucket = min(bucket, parameters)
     double = zero.get("overlap_comm", stage == 3) and stage in (1, 2)
     buckets = bucket * (4 if stage == 1 else width) * (2 if double else 1) if stage else 0
+    if stage == 2:  # what goes to others is copied on its way, as measured over 4 ranks
+        buckets += min(bucket, parameters - min(share, parameters)) * width
     flat = 4 * share if stage else 0  # the partition that the optimizer steps on
 
     # Activations: all blocks' at the loss; then each block in turn computes its own again.

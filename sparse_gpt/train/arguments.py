@@ -21,7 +21,7 @@ def encoded(words: Sequence[str]) -> list[str]:
 def parse(words: Sequence[str] | None = None) -> argparse.Namespace:
     """`config` and `overrides`, of these words or the command line's."""
     parser = argparse.ArgumentParser(description="One rank of a training run.")
-    parser.add_argument("--config", help="a run file, as in configs/")
+    parser.add_argument("--config", help="a run file, or the name of one of configs/")
     parser.add_argument("--local_rank", type=int, help="given by the deepspeed launcher")
     parser.add_argument("--job", help="what the ranks of one job are found by on its hosts")
     parser.add_argument("--encoded", help="config and overrides, as sparse-gpt train sends them")

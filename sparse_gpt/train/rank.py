@@ -4,10 +4,11 @@ import os
 import sys
 import time
 import warnings
+from pathlib import Path
 
 import torch.distributed as dist
 
-from sparse_gpt.config.load import load_config
+from sparse_gpt.config.load import find_file, load_config
 from sparse_gpt.errors import InputError, told
 from sparse_gpt.train.arguments import parse
 from sparse_gpt.train.checkpoint.checkpoints import CheckpointError
@@ -32,7 +33,7 @@ def main() -> None:
     if os.isatty(1) or os.isatty(2):
         outlast_terminal()
     try:
-        train(load_config(args.config, args.overrides))
+        train(load_config(find_file(Path(args.config)), args.overrides))
     except InputError as error:
         if read_environment()[1] == 0:  # one a host: what is wrong may be wrong on this one only
             print(f"error: {error}", file=sys.stderr, flush=True)

@@ -2,16 +2,10 @@
 
 import csv
 import json
-import shlex
-import subprocess
-import sys
 
 import pytest
-import typer
 import yaml
-from ranks import ENVIRONMENT, ROOT, sparse_gpt
-
-from sparse_gpt.cli.main import app
+from ranks import ROOT, sparse_gpt
 
 NOVEL = ROOT / "data/novels/persuasion.txt"
 
@@ -54,30 +48,6 @@ def test_flops_table_shows_blocks_components_and_what_is_saved(command):
     assert done.returncode == 0
     for text in ("blocks 0 to 3, each", "spectral", "44,544", "131,072", "model without logits"):
         assert text in done.stdout
-
-
-def leaves(command, path=()):
-    """Every command below one, with the words that call it."""
-    if not hasattr(command, "commands"):
-        yield path, command
-        return
-    for name, inner in command.commands.items():
-        yield from leaves(inner, (*path, name))
-
-
-COMMANDS = dict(leaves(typer.main.get_command(app)))
-
-
-@pytest.mark.parametrize("path", COMMANDS, ids=" ".join)
-def test_every_command_has_help_with_an_example(command, path):
-    """That it can parse."""
-    done = command(*path, "--help")
-    assert done.returncode == 0
-    words = " ".join(done.stdout.split())
-    example = f"Example: sparse-gpt {' '.join(path)}"
-    assert example in words
-    line = words[words.index(example) :].partition(" > ")[0]  # what follows is the shell's
-    COMMANDS[path].make_context(path[-1], shlex.split(line)[2 + len(path) :])
 
 
 def test_prepare_then_info_then_verify_then_damage(command, tmp_path):
@@ -168,18 +138,6 @@ def test_train_refuses_more_ranks_than_samples(command, refused, run_file, tmp_p
     )
     assert "16" in message
     assert not (tmp_path / "run").exists()
-
-
-@pytest.mark.parametrize("encoding", ["ascii", "latin-1"])
-def test_an_encoding_without_our_letters_loses_nothing(encoding):
-    done = subprocess.run(
-        [sys.executable, "-m", "sparse_gpt", "plan", "tiny-dense", "--gpus", "2"],
-        env={**ENVIRONMENT, "PYTHONIOENCODING": encoding, "COLUMNS": "20"},
-        cwd=ROOT, capture_output=True, timeout=60,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr.decode()
-    times = {"ascii": r"\xd7", "latin-1": "×"}[encoding]
-    assert f"2 {times} H100" in " ".join(done.stdout.decode(encoding).split())
 
 
 def write_run(run, ffn, *steps):

@@ -1,7 +1,8 @@
-"""Real shard folders for the tests of this room."""
+"""Real shard folders and object storage for the tests of this room."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -80,3 +81,57 @@ def novels(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("novels") / "shards"
     prepare([SAMPLES], folder, held_out=0.05, separator="\nChapter ", shard_tokens=20_000)
     return folder
+
+
+@pytest.fixture
+def s3(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    from moto.server import ThreadedMotoServer
+
+    server = ThreadedMotoServer("127.0.0.1", port=0, verbose=False)
+    server.start()
+    host, port = server.get_host_and_port()
+    monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://{host}:{port}")
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "key")
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "secret")
+    monkeypatch.setenv("AWS_DEFAULT_REGION", "us-east-1")
+    yield
+    server.stop()
+
+
+@pytest.fixture
+def gs(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[None]:
+    from gcp_storage_emulator.server import create_server
+
+    server = create_server("127.0.0.1", 0, in_memory=True)
+    server.start()
+    port = server._api._httpd.server_port
+    monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{port}")
+    monkeypatch.setenv("CLOUDSDK_CONFIG", str(tmp_path))  # nobody's credentials
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    # Buckets of folders are asked for by another protocol; gcsfs looks when it is imported.
+    monkeypatch.setenv("GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT", "false")
+    yield
+    server.stop()
+
+
+@pytest.fixture(params=["s3", "gs"])
+def scheme(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> str:
+    """Of URLs that lead to a server of ours; the cache is `tmp_path / "cache"`."""
+    request.getfixturevalue(request.param)
+    monkeypatch.setenv("SPARSE_GPT_CACHE", str(tmp_path / "cache"))
+    return request.param
+
+
+@pytest.fixture
+def storage(scheme: str) -> Iterator[Any]:
+    """With an empty bucket `team`."""
+    import fsspec
+
+    kind = fsspec.get_filesystem_class(scheme)
+    kind.clear_instance_cache()
+    storage = kind()
+    storage.mkdir("team")
+    yield storage
+    storage.rm("team", recursive=True)
+    kind.clear_instance_cache()

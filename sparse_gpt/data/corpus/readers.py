@@ -161,14 +161,37 @@ def packed(table: "pa.Table") -> bytes:
 
 
 def as_bytes(column: "pa.ChunkedArray") -> "pa.ChunkedArray":
-    """A column of text as bytes, which may be broken: else broken text fails a whole batch."""
+    """A column with its text, in lists and structs too, as bytes, which may be broken: else broken
+    text fails a whole batch."""
+    kind = _bytes_type(column.type)
+    return column if column.type == kind else column.cast(kind)
+
+
+def _bytes_type(kind: "pa.DataType") -> "pa.DataType":
     import pyarrow as pa
 
-    if pa.types.is_dictionary(column.type):
-        column = column.cast(column.type.value_type)
-    if column.type in (pa.string(), pa.large_string(), pa.string_view()):
-        column = column.cast(pa.large_binary())
-    return column
+    if pa.types.is_dictionary(kind):
+        return _bytes_type(kind.value_type)
+    if kind in (pa.string(), pa.large_string(), pa.string_view()):
+        return pa.large_binary()
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        make = pa.list_ if pa.types.is_list(kind) else pa.large_list
+        return make(kind.value_field.with_type(_bytes_type(kind.value_type)))
+    if pa.types.is_struct(kind):
+        return pa.struct([field.with_type(_bytes_type(field.type)) for field in kind])
+    return kind
+
+
+def decoded(value: Any, errors: str = "strict") -> Any:
+    """A value of a table's row with its bytes as text; raises UnicodeDecodeError unless `errors`
+    are replaced."""
+    if isinstance(value, bytes):
+        return value.decode(errors=errors)
+    if isinstance(value, list):
+        return [decoded(one, errors) for one in value]
+    if isinstance(value, dict):
+        return {key: decoded(one, errors) for key, one in value.items()}
+    return value
 
 
 def rows_of(content: bytes, columns: list[str], source: str) -> Iterator[list[Any]]:

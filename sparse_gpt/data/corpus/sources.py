@@ -1,10 +1,11 @@
 """Which files the sources are.
 
 A source is a file, a folder (its files with a known suffix, in its folders and linked ones too, but
-for hidden ones and `_SUCCESS`), a glob (of files and folders), or a data set of the hub
-(`hf:NAME[:SUBSET][:SPLIT]`). The suffixes, in any case, .jsonl and .ndjson mean JSON Lines, .json
-those or a JSON document, .csv and .tsv a header and rows, .parquet rows of columns, anything else
-UTF-8 text; .gz, .zst, .bz2 and .xz after any of them but .parquet are undone.
+for hidden ones and `_SUCCESS`), a glob (of files and folders), a URL of these (remote.py), or a
+data set of the hub (`hf:NAME[:SUBSET][:SPLIT]`). The suffixes, in any case, .jsonl and .ndjson mean
+JSON Lines, .json those or a JSON document, .csv and .tsv a header and rows, .parquet rows of
+columns, anything else UTF-8 text; .gz, .zst, .bz2 and .xz after any of them but .parquet are
+undone.
 """
 
 import codecs
@@ -14,10 +15,12 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from sparse_gpt.data.corpus.hub import HUB
 from sparse_gpt.data.corpus.readers import open_content
+from sparse_gpt.data.corpus.remote import fetched, is_remote, listed
 from sparse_gpt.errors import DataError
 
 SUFFIXES = {
@@ -41,12 +44,14 @@ LeftOut = defaultdict[str, list[str]]  # names by kind
 @dataclass(frozen=True)
 class SourceFile:
     """One input file: where it is, its name without the way to it, and "text", "jsonl", "json",
-    "csv", "tsv", "parquet" or "hub"; codec: one of CODECS' if it is compressed."""
+    "csv", "tsv", "parquet" or "hub"; codec: one of CODECS' if it is compressed; held_out: all of it
+    is for validation."""
 
     path: Path
     name: str
     kind: str
     codec: str | None = None
+    held_out: bool = False
 
 
 def find_files(
@@ -61,15 +66,14 @@ def find_files(
     for source in sources:
         path = Path(source)
         left_out: LeftOut = defaultdict(list)
-        if str(source).startswith(HUB):
+        if is_remote(source):
+            files += _remote_files(str(source), left_out, tell)
+        elif str(source).startswith(HUB):
             files.append(SourceFile(path, str(source), "hub"))
         elif path.is_dir():
             found = _of_folder(path, left_out)
             if not found:
-                raise DataError(
-                    f"{path}: the folder holds no {', '.join(SUFFIXES)} file, compressed or not"
-                    + _listed("; there are", left_out)
-                )
+                raise _nothing_known(str(source), left_out)
             files += [_source_file(p, p.relative_to(path).as_posix()) for p in found]
         elif os.path.lexists(path):
             if not path.exists():
@@ -94,6 +98,34 @@ def find_files(
             raise DataError(f"{file.path}: where chooses among rows, but this file is plain text")
         seen.add(real)
     return files
+
+
+def _nothing_known(folder: str, left_out: LeftOut) -> DataError:
+    known = ", ".join(SUFFIXES)
+    return DataError(
+        f"{folder}: the folder holds no {known} file, compressed or not"
+        + _listed("; there are", left_out)
+    )
+
+
+def _remote_files(
+    url: str, left_out: LeftOut, tell: Callable[[str], None] | None
+) -> list[SourceFile]:
+    """The local copies of what a URL leads to."""
+    files = listed(url, partial(_is_wanted_within, left_out=left_out), tell)
+    if not files:
+        raise _nothing_known(url, left_out)
+    copies = fetched(files, tell)
+    return [_source_file(copy, file.name) for copy, file in zip(copies, files, strict=True)]
+
+
+def _is_wanted_within(name: str, left_out: LeftOut) -> bool:
+    """Of a file's name within a folder."""
+    *folders, last = name.split("/")
+    if any(map(_is_hidden, folders)):
+        left_out["in hidden folders"].append(name)
+        return False
+    return _is_wanted(last, left_out)
 
 
 def _of_folder(folder: Path, left_out: LeftOut) -> list[Path]:

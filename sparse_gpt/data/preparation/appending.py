@@ -9,7 +9,7 @@ from typing import Any
 
 from sparse_gpt.data.corpus.rejects import REJECTED, Reject
 from sparse_gpt.data.corpus.slices import Cut
-from sparse_gpt.data.preparation.units import Options
+from sparse_gpt.data.preparation.units import USUAL, Options
 from sparse_gpt.data.shards.manifest import Manifest
 from sparse_gpt.data.tokenizer import Tokenizer
 from sparse_gpt.errors import DataError
@@ -20,25 +20,26 @@ def continued(options: Options, tokenizer: Tokenizer, old: Manifest, out: Path) 
     that it moved, so that no text is on both sides. Raises DataError that names what differs."""
     if options.dedup:
         raise DataError("append cannot find duplicates of what is there; make the corpus anew")
-    given: dict[str, Any] = json.loads(json.dumps(options.fields()))
+    given: dict[str, Any] = {**USUAL, **json.loads(json.dumps(options.fields()))}
     given |= {key: str(value) for key, value in tokenizer.identity().items() if key != "name"}
-    had = {**old.options, **{key: str(value) for key, value in old.tokenizer.items()}}
-    for key in ("keep_separator", *given):  # which is left out where it is true
-        if given.get(key, True) != had.get(key, True):
+    had = {**USUAL, **old.options, **{key: str(value) for key, value in old.tokenizer.items()}}
+    for key in given:
+        if key not in ("cut_last", "moved") and given[key] != had.get(key):  # those it chose itself
             raise DataError(
-                f"{out}: was made with {key} {had.get(key, True)!r}, not {given.get(key, True)!r}; "
-                "append with the same options and vocabulary, or write other shards"
+                f"{out}: was made with {key} {had.get(key)!r}, not {given[key]!r}; append with the "
+                "same options and vocabulary, or write other shards"
             )
-    return replace(options, moved=had.get("moved"))
+    return replace(options, moved=had["moved"])
 
 
 def not_yet(cuts: Sequence[Cut], old: Manifest) -> list[Cut]:
     """The files whose content is not in the corpus."""
-    known = set(map(_identity, old.sources))
-    return [found for found in cuts if _identity(found.row) not in known]
+    known = set(map(identity, old.sources))
+    return [found for found in cuts if identity(found.row) not in known]
 
 
-def _identity(row: dict[str, Any]) -> str:
+def identity(row: dict[str, Any]) -> str:
+    """What tells the content of a source from that of another, from its row in the manifest."""
     return str(row.get("xxh3_128") or row.get("identity"))
 
 

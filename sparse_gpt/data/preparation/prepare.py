@@ -13,49 +13,35 @@ interrupt, a full disk or too many rejected documents leave the finished units f
 """
 
 import errno
-import math
 import os
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
-from itertools import chain, groupby
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-
-from sparse_gpt.data.corpus.documents import is_separated
-from sparse_gpt.data.corpus.rejects import MAX_REJECTED, Tally, write_rejects
+from sparse_gpt.data.corpus.blocks import is_separated
+from sparse_gpt.data.corpus.rejects import MAX_REJECTED, Tally
 from sparse_gpt.data.corpus.slices import cut_all
 from sparse_gpt.data.corpus.sources import find_files
-from sparse_gpt.data.preparation.appending import continued, not_yet, old_rejects
-from sparse_gpt.data.preparation.dedup import Seen
+from sparse_gpt.data.preparation.apart import files_apart, sides_apart
+from sparse_gpt.data.preparation.appending import continued, not_yet
 from sparse_gpt.data.preparation.parts import Part, claim, forget, publishing, writing
+from sparse_gpt.data.preparation.publication import publish_all
 from sparse_gpt.data.preparation.small import with_both_sides
-from sparse_gpt.data.preparation.tokenizing import do_unit, pieces, tokenize
 from sparse_gpt.data.preparation.units import (
     Options,
-    Unit,
-    UnitWriter,
-    count_records,
-    finished,
-    hashes_of,
     plan,
     records,
     refuse_other_units,
+    text_column,
     units_of,
 )
-from sparse_gpt.data.shards.format import INDEX
-from sparse_gpt.data.shards.manifest import SPLITS, Manifest, Splits, read_manifest, write_manifest
-from sparse_gpt.data.tokenizer import Tokenizer, load_tokenizer
-from sparse_gpt.data.workers import in_order
+from sparse_gpt.data.preparation.work import Work
+from sparse_gpt.data.shards.manifest import Manifest, read_manifest
+from sparse_gpt.data.tokenizer import load_tokenizer
 from sparse_gpt.errors import DataError, Resumable
 from sparse_gpt.files import real
-from sparse_gpt.progress import Progress
 
 
 def prepare(
@@ -63,11 +49,13 @@ def prepare(
     out: str | Path,
     *,
     workers: int = 1,
-    held_out: float = 0.01,
+    held_out: float | None = None,
+    held_out_from: Sequence[str | Path] = (),
     shard_tokens: int = 100_000_000,
     separator: str | None = None,
     keep_separator: bool = True,
-    text_field: str = "text",
+    text_field: str | None = None,
+    messages: str | None = None,
     min_chars: int = 0,
     where: Mapping[str, str] | None = None,
     dedup: bool = False,
@@ -79,19 +67,24 @@ def prepare(
     append: bool = False,
     progress: bool = False,
 ) -> Manifest | None:
-    """Tokenize files, folders, globs or hub data sets into the shard folder `out`; run again to
-    resume.
+    """Tokenize files, folders, globs, URLs of these or hub data sets into the shard folder `out`;
+    run again to resume.
 
     workers       processes that tokenize; with more than one, a calling script needs the usual
                   `if __name__ == "__main__":`, for they are spawned
     held_out      fraction of the documents for validation, chosen by hash, but at least one; 0 for
-                  none. Of a single document that share of its end is cut off
+                  none; 0.01 by itself. Of a single document that share of its end is cut off
+    held_out_from  files, folders, globs or hub data sets of which all documents are for validation,
+                  and none of the sources'; instead of held_out
     shard_tokens  tokens a shard at most, unless one document is longer
     separator     where text files are split into documents, its line ends being CRLF too; None:
                   one document a file
     keep_separator  as the head of the document it opens; else it is no part of the text
-    text_field    the key of the text in JSON, or its column in CSV, parquet and hub data sets;
-                  "a.b" is b in the object or struct a, unless there is a key of this name
+    text_field    the key of the text in JSON, or its column in CSV, parquet and hub data sets, by
+                  itself "text"; "a.b" is b in the object or struct a, unless there is a key of this
+                  name
+    messages      the key or column of chat turns, instead of text_field; a conversation is a
+                  document, its text as corpus/chat.py says
     min_chars     documents of fewer characters are left out
     where         rows are left out unless each of these keys has this value (as JSON writes it, if
                   it is no string)
@@ -117,9 +110,14 @@ def prepare(
     a split that was asked for is empty.
     """
     conditions = tuple((where or {}).items())
+    field, is_chat = text_column(text_field, messages)
+    if held_out_from and held_out:
+        raise DataError(f"held_out {held_out} and held_out_from: give one of them")
+    if held_out is None:
+        held_out = 0.0 if held_out_from else 0.01
     options = Options(
-        held_out, shard_tokens, separator, text_field, min_chars, conditions, dedup,
-        keep_separator=keep_separator,
+        held_out, shard_tokens, separator, field, min_chars, conditions, dedup,
+        keep_separator=keep_separator, messages=is_chat,
     )  # fmt: skip
     share = Part.parse(part or "1/1")
     if dedup and share.count > 1:
@@ -129,16 +127,19 @@ def prepare(
     load = partial(load_tokenizer, vocab, pattern, engine)
     tokenizer = load()
     out = Path(out)
-    for source in map(Path, sources):
+    for source in map(Path, [*sources, *held_out_from]):
         if source.is_dir() and real(source) in (real(out), *real(out).parents):
             raise DataError(f"{out}: lies in the source {source}; write the shards elsewhere")
     tell = partial(print, file=sys.stderr) if progress else None
     files = find_files(sources, bool(conditions), tell)
+    if held_out_from:
+        files = files_apart(files, find_files(held_out_from, bool(conditions), tell))
     with claim(out, share), _disk_full(out):
         old = read_manifest(out) if append else None
         if old is not None:
             options = continued(options, tokenizer, old, out)
         cuts = cut_all(files, separator, out, (share.number, share.count), workers, progress)
+        cuts = sides_apart(cuts, old)
         if old is not None:
             found, cuts = len(cuts), not_yet(cuts, old)
             if tell and len(cuts) < found:
@@ -162,142 +163,15 @@ def prepare(
         refuse_other_units(out, units, before)
         mine = share.of(units)
         with writing(out, mine):
-            work = _Work(out, options, load, workers, Tally(max_rejected), progress)
+            work = Work(out, options, load, workers, Tally(max_rejected), progress)
             work.do(mine, work.finished(mine), len(units))
             if sum(1 for _ in records(out, units)) < len(units):
                 return None
             with publishing(out, units):
                 rows = [row for _, row in cuts]
-                _publish(out, units, options, tokenizer, rows, max_rejected, old)
+                publish_all(out, units, options, tokenizer, rows, max_rejected, old)
                 forget(out)
     return read_manifest(out)
-
-
-@dataclass
-class _Work:
-    """What units are done with."""
-
-    out: Path
-    options: Options
-    load: Callable[[], Tokenizer]
-    workers: int
-    tally: Tally
-    progress: bool
-    _tell_after: float = 0.0
-
-    def finished(self, units: list[Unit]) -> set[int]:
-        """The numbers of the units that need not be done; counts their documents."""
-        begun = [unit for unit in units if unit.record(self.out).exists()]
-        done: set[int] = set()
-        bar = Progress("checking", sum(unit.bytes for unit in begun), self.progress)
-        with bar, ThreadPoolExecutor(self.workers) as pool:  # hashing lets go of Python's lock
-            records = pool.map(partial(finished, self.out), begun)
-            for unit, record in zip(begun, records, strict=True):
-                if record is not None:
-                    done.add(unit.number)
-                    self.tally.add(record.documents() + record.duplicates, record.rejected)
-                bar.advance(unit.bytes)
-        return done
-
-    def do(self, units: list[Unit], done: set[int], count: int) -> None:
-        """Do the units that are not done yet, of `count` that all parts do: a worker a unit, or
-        where they are too few for that, or each depends on all before it, all workers on one."""
-        todo = [unit for unit in units if unit.number not in done]
-        bar = Progress("tokenizing", sum(unit.bytes for unit in todo), self.progress)
-        with bar:
-            if len(todo) >= self.workers > 1 and not self.options.dedup:
-                self._side_by_side(todo, count, bar)
-            else:
-                self._one_by_one(units, done, count, bar)
-
-    def _tell(self, bar: Progress, count: int) -> None:
-        """How many units all parts have finished; seldom, for it takes long where they are many."""
-        start = time.monotonic()
-        if self.progress and start >= self._tell_after:
-            bar.title(f"tokenizing, {count_records(self.out)}/{count} units")
-            now = time.monotonic()
-            self._tell_after = now + max(1, 100 * (now - start))
-
-    def _side_by_side(self, todo: list[Unit], count: int, bar: Progress) -> None:
-        do = partial(do_unit, self.out, self.options, self.load, strict=self.tally.limit == 0)
-        with closing(in_order(do, todo, self.workers)) as results:
-            for unit, made in results:
-                self.tally.add(made.documents, made.rejects)
-                bar.advance(unit.bytes, made.characters, made.tokens)
-                self._tell(bar, count)
-        self.tally.add(0, [], whole=True)
-
-    def _one_by_one(self, units: list[Unit], done: set[int], count: int, bar: Progress) -> None:
-        out, options, workers = self.out, self.options, self.workers
-        todo = [unit for unit in units if unit.number not in done]
-        chunks = [chunk for unit in todo for chunk in unit.chunks]
-        if not any(part.streamed for chunk in chunks for part in chunk):
-            workers = max(1, min(workers, len(chunks)))  # a process takes a second to start
-        todo_pieces = (piece for unit in todo for piece in pieces(unit, options.reading))
-        seen = Seen()
-        with closing(
-            in_order(partial(tokenize, options=options, load=self.load), todo_pieces, workers)
-        ) as results:
-            by_unit = groupby(results, key=lambda result: result[0].unit)
-            for unit in units:
-                if unit.number in done:
-                    if options.dedup:
-                        seen.add(hashes_of(out, unit))
-                    continue
-                self._tell(bar, count)
-                with UnitWriter(out, unit, self.load(), options) as writer:
-                    for piece, found in next(by_unit)[1]:
-                        self.tally.add(len(found.lengths), found.rejects)
-                        if options.dedup:
-                            is_new = seen.add(found.hashes)
-                            writer.leave_out(int((~is_new).sum()))
-                            found = found.only(is_new)
-                        writer.add(found)
-                        bar.advance(piece.bytes, found.characters, len(found.tokens))
-                    if unit is todo[-1]:
-                        self.tally.add(0, [], whole=True)
-                    writer.finish()
-
-
-def _publish(
-    out: Path,
-    units: list[Unit],
-    options: Options,
-    tokenizer: Tokenizer,
-    rows: list[dict[str, Any]],
-    max_rejected: float,
-    old: Manifest | None,
-) -> None:
-    splits: Splits = {split: [] for split in SPLITS}
-    engines: set[str] = set()
-    tally, duplicates, markers = Tally(max_rejected), 0, 0
-    if old is not None:
-        splits = {split: list(old.splits[split]) for split in SPLITS}
-        engines |= set(old.tokenizer.get("engines", []))
-        markers = old.markers
-    for record in records(out, units):
-        for split in SPLITS:
-            splits[split] += record.splits[split]
-        engines.add(record.engine)
-        duplicates += record.duplicates
-        markers += record.markers
-        tally.add(record.documents() + record.duplicates, record.rejected)
-    tally.add(0, [], whole=True)
-    _refuse_empty(splits, out, options)
-    tokenizer.publish(out)
-    rejects_before = list(old_rejects(out, old)) if old else []
-    rejected = (reject for record in records(out, units) for reject in record.rejected)
-    write_manifest(
-        out,
-        {**tokenizer.identity(), "engines": sorted(engines)},
-        tokenizer.vocabulary,
-        old.options if old else options.fields(),
-        [*old.sources, *rows] if old else rows,
-        splits,
-        rejected=write_rejects(out, chain(rejects_before, rejected)),
-        duplicates=duplicates,
-        **({"markers": markers} if markers else {}),
-    )
 
 
 @contextmanager
@@ -311,33 +185,3 @@ def _disk_full(out: Path) -> Iterator[None]:
             f"{out}: {os.strerror(error.errno)}; make room there and run the same prepare again: "
             "finished units are kept"
         ) from None
-
-
-def _refuse_empty(splits: Splits, out: Path, options: Options) -> None:
-    """Raise DataError if a split that was asked for got no document."""
-    train, held_out = (sum(shard.documents for shard in splits[split]) for split in SPLITS)
-    if train and (held_out or not options.held_out):
-        return
-    if train + held_out == 0:
-        raise DataError("the corpus holds no text: its documents are empty or white space")
-    if train + held_out == 1:
-        raise DataError(
-            "the corpus is one document, which cannot be both trained on and held out; split it "
-            "with a separator, or set held_out to 0"
-        )
-    shards = [shard for split in SPLITS for shard in splits[split]]
-    hashes = np.concatenate([np.fromfile(out / f"{s.name}.idx", INDEX)["hash"] for s in shards])
-    if len(np.unique(hashes)) == 1:
-        raise DataError(
-            f"all {train + held_out} documents are the same text, which cannot be both trained on "
-            "and held out; set held_out to 0"
-        )
-    if train == 0:
-        raise DataError(
-            f"all {held_out} documents are held out; lower held_out below {options.held_out}"
-        )
-    lowest = int(hashes.min()) / 2**64
-    raise DataError(
-        f"none of the {train} documents is held out at held_out {options.held_out}; "
-        f"{math.ceil(lowest * 1e4) / 1e4} is the smallest that holds one out, 0 asks for none"
-    )

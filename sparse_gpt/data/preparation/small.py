@@ -4,7 +4,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from sparse_gpt.data.content_hash import content_hash
-from sparse_gpt.data.corpus.documents import Document, Reading, read
+from sparse_gpt.data.corpus.blocks import Reading
+from sparse_gpt.data.corpus.documents import Document, read
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import Slice
 from sparse_gpt.data.preparation.units import Options, held_out_below

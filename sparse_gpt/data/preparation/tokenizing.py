@@ -9,7 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from sparse_gpt.data.content_hash import content_hashes
-from sparse_gpt.data.corpus.documents import Block, Document, Reading, blocks, documents, read
+from sparse_gpt.data.corpus.blocks import Block, Reading, blocks
+from sparse_gpt.data.corpus.documents import Document, documents, read
 from sparse_gpt.data.corpus.rejects import Reject, Tally
 from sparse_gpt.data.corpus.slices import SLICE_BYTES, Slice
 from sparse_gpt.data.preparation.units import Options, Tokenized, Unit, UnitWriter, input_bytes

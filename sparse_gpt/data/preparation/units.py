@@ -13,6 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from sparse_gpt.data.corpus.documents import Reading
+from sparse_gpt.data.corpus.blocks import Reading
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import SLICE_BYTES, Slice
 from sparse_gpt.data.shards.format import INDEX
@@ -82,11 +83,16 @@ class Record:
 _FORM = TypeAdapter(Record)
 
 
+# Options that came later, as they are where nothing is said of them.
+USUAL = {"cut_last": False, "keep_separator": True, "moved": None, "messages": False}
+
+
 @dataclass(frozen=True)
 class Options:
     """What changes the shards, besides the input and the tokenizer; see `prepare`. `cut_last`: the
     corpus is one document, whose last part is held out. `keep_separator`: in the document it opens.
-    `moved`: the hash, in hex, of a document that is on the other side than its hash says."""
+    `moved`: the hash, in hex, of a document that is on the other side than its hash says.
+    `messages`: the text field holds chat turns."""
 
     held_out: float
     shard_tokens: int
@@ -98,6 +104,7 @@ class Options:
     cut_last: bool = False
     keep_separator: bool = True
     moved: str | None = None
+    messages: bool = False
 
     def __post_init__(self) -> None:
         if not 0 <= self.held_out < 1:
@@ -112,8 +119,9 @@ class Options:
         """The part that says how documents are taken from files."""
         share = self.held_out if self.cut_last else 0.0
         return Reading(
-            self.separator, self.text_field, self.min_chars, self.where, share, self.keep_separator
-        )
+            self.separator, self.text_field, self.min_chars, self.where, share,
+            self.keep_separator, self.messages,
+        )  # fmt: skip
 
     def holds_out(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
         """Which documents, by their hashes, are for validation, unless there is but one."""
@@ -125,13 +133,21 @@ class Options:
     def fields(self) -> dict[str, Any]:
         """What is said of them in manifests and keys; what came later only where it is set, so that
         shards of before keep their names."""
-        usual = {"cut_last": False, "keep_separator": True, "moved": None}
-        return {k: v for k, v in asdict(self).items() if k not in usual or v != usual[k]}
+        fields = asdict(self).items()
+        return {key: value for key, value in fields if key not in USUAL or value != USUAL[key]}
+
+
+def text_column(text_field: str | None, messages: str | None) -> tuple[str, bool]:
+    """The field of the text, and whether it holds chat turns. Raises DataError for both."""
+    if text_field is not None and messages is not None:
+        raise DataError(f"text_field {text_field!r} and messages {messages!r}: give one of them")
+    return messages or text_field or "text", messages is not None
 
 
 @dataclass(frozen=True)
 class Unit:
-    """Consecutive chunks of the input; a chunk is a few slices, what a worker does at a time."""
+    """Consecutive chunks of the input, of files that are held out or of others; a chunk is a few
+    slices, what a worker does at a time."""
 
     number: int
     key: str
@@ -141,6 +157,11 @@ class Unit:
     def bytes(self) -> int:
         """Bytes of its input."""
         return sum(map(input_bytes, self.chunks))
+
+    @property
+    def held_out(self) -> bool:
+        """Whether its files are."""
+        return self.chunks[0][0].file.held_out
 
     def name(self, kind: str) -> str:
         """What this unit's files of a kind ("unit", "train", …) are called, before any part."""
@@ -152,12 +173,16 @@ class Unit:
 
 
 def plan(slices: list[Slice], options: Options, tokenizer: Tokenizer, first: int = 0) -> list[Unit]:
-    """All units of the input, in its order, numbered from `first`; a pure function of its bytes and
-    the options."""
+    """All units of the input, in its order, files that are held out behind the others; numbered
+    from `first`; a pure function of its bytes and the options."""
     units: list[Unit] = []
-    key = ""
-    for group in _grouped(slices, options.shard_tokens * BYTES_PER_TOKEN):
-        content = [(part.file.kind, part.file.codec, part.hash) for part in group]
+    key, size = "", options.shard_tokens * BYTES_PER_TOKEN
+    for group in chain.from_iterable(
+        _grouped((part for part in slices if part.file.held_out is side), size)
+        for side in (False, True)
+    ):
+        of_side = ("held_out",) if group[0].file.held_out else ()
+        content = [(part.file.kind, part.file.codec, part.hash, *of_side) for part in group]
         before = key if options.dedup else ""
         identity = json.dumps([FORMAT, tokenizer.identity(), options.fields(), content, before])
         key = hashlib.sha256(identity.encode()).hexdigest()[:16]
@@ -297,6 +322,8 @@ class UnitWriter:
         hashes = found.hashes
         if self._options.cut_last:
             held_out = np.arange(len(hashes)) > 0
+        elif self._unit.held_out:
+            held_out = np.ones(len(hashes), np.bool_)
         else:
             held_out = self._options.holds_out(hashes)
         for split, rows in zip(SPLITS, (~held_out, held_out), strict=True):

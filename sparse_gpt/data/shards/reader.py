@@ -9,7 +9,7 @@ import os
 import resource
 from bisect import bisect_left, bisect_right
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -116,6 +116,20 @@ class Split:
         at = number - int(self._documents[shard]) + len(opens)
         end = opens[at + 1] if at + 1 < len(opens) else self._counts[shard]
         return self._map(shard)[int(opens[at]) + 1 : int(end)]
+
+    def lengths(self) -> npt.NDArray[np.uint32]:
+        """The tokens of each document, `(n_documents,)`, without the end of text before it."""
+        found = [
+            np.diff(self._index(shard), append=np.uint64(count)) - np.uint64(1)
+            for shard, count in enumerate(self._counts)
+        ]
+        return np.concatenate([np.empty(0, np.uint32), *found], dtype=np.uint32, casting="unsafe")
+
+    def pieces(self, size: int) -> Iterator[npt.NDArray[np.unsignedinteger]]:
+        """All tokens in their order, at most `size` at a time, as they are mapped."""
+        for shard, count in enumerate(self._counts.tolist()):
+            for start in range(0, count, size):
+                yield self._map(shard)[start : start + size]
 
     def _read_across(self, shard: int, first: int, row: npt.NDArray[np.unsignedinteger]) -> None:
         filled = 0

@@ -3,25 +3,21 @@
     s3://BUCKET/FOLDER   gs://BUCKET/FOLDER   whatever else fsspec reads
 
 Training reads windows in random order, so its first steps touch every shard: there is nothing to
-gain by copying late. Copies are kept in $SPARSE_GPT_CACHE (~/.cache/sparse-gpt), in a folder a
-data set; remove what is no longer wanted. Processes that want one at the same time take turns, so
-one of them copies.
+gain by copying late. Copies are kept in the cache (storage.py), in a folder a data set. Processes
+that want one at the same time take turns, so one of them copies.
 """
 
-import os
-import shutil
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
 from sparse_gpt.data.shards.format import FileEntry, file_entry
 from sparse_gpt.data.shards.manifest import MANIFEST, SPLITS, Manifest, read_manifest
+from sparse_gpt.data.storage import cache, cannot_be_read, open_storage, require_room
 from sparse_gpt.data.vocabulary import VOCAB_FILE
 from sparse_gpt.errors import DataError
 from sparse_gpt.files import locked, publish, publish_bytes, temporary
 from sparse_gpt.progress import Progress
-
-_EXTRAS = {"s3": "s3", "gs": "gs", "gcs": "gs"}  # by scheme, what reads it
 
 
 def local_folder(folder: str | Path) -> Path:
@@ -33,20 +29,17 @@ def local_folder(folder: str | Path) -> Path:
     url = str(folder).rstrip("/")
     if "://" not in url:
         return Path(folder)
-    cache = Path(os.environ.get("SPARSE_GPT_CACHE") or Path.home() / ".cache/sparse-gpt") / "shards"
-    cache.mkdir(parents=True, exist_ok=True)
+    copies = cache("shards")
     try:
-        import fsspec
-
-        storage, root = fsspec.core.url_to_fs(url)
-        with TemporaryDirectory(prefix=".manifest-", dir=cache) as incoming:
+        storage, root = open_storage(url)
+        with TemporaryDirectory(prefix=".manifest-", dir=copies) as incoming:
             try:
                 content = storage.cat_file(f"{root}/{MANIFEST}")
             except FileNotFoundError:
                 raise DataError(f"{url}: not a folder of shards (no {MANIFEST})") from None
             Path(incoming, MANIFEST).write_bytes(content)
             manifest = read_manifest(incoming)
-        copy = cache / f"{url.rpartition('/')[2]}-{manifest.hash[:16]}"
+        copy = copies / f"{url.rpartition('/')[2]}-{manifest.hash[:16]}"
         copy.mkdir(exist_ok=True)
         with locked(copy / ".lock", wait=True):
             if not (copy / MANIFEST).exists():
@@ -55,11 +48,7 @@ def local_folder(folder: str | Path) -> Path:
     except DataError:
         raise
     except Exception as error:  # each kind of storage has its own
-        extra = _EXTRAS.get(url.partition("://")[0])
-        if extra and isinstance(error, ImportError):
-            raise DataError(f"{url}: reading it needs: pip install 'sparse-gpt[{extra}]'") from None
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise DataError(f"{url}: cannot be read: {reason}") from None
+        raise cannot_be_read(url, error) from None
     return copy
 
 
@@ -69,11 +58,7 @@ def _copy_all(url: str, storage: Any, root: str, manifest: Manifest, copy: Path)
         wanted |= {f"{shard.name}.bin": shard.bin, f"{shard.name}.idx": shard.idx}
     missing = {name: entry for name, entry in wanted.items() if not (copy / name).exists()}
     total = sum(entry.bytes for entry in missing.values())
-    if total > (free := shutil.disk_usage(copy).free):
-        raise DataError(
-            f"{url}: takes {total / 1e9:.2f} GB in {copy}, where {free / 1e9:.2f} GB are free; "
-            "free some, or set SPARSE_GPT_CACHE to a folder on another disk"
-        )
+    require_room(url, total, copy)
     with Progress("copying", total, True) as bar:
         for name, entry in missing.items():
             path = copy / name

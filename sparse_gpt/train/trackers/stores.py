@@ -147,17 +147,21 @@ class Mlflow(Store):
         folder, uri = self.run.folder.absolute(), os.environ.get("MLFLOW_TRACKING_URI")
         self._client = client = MlflowClient(uri or f"sqlite:///{folder}/mlflow.db")
         name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
-        if client.get_experiment_by_name(name) is None:
+        there, tag = client.get_experiment_by_name(name), "sparse_gpt.id"
+        if there is not None:
+            place = there.experiment_id
+        else:
+            own = None if uri else (folder / "mlartifacts").as_uri()
             try:
-                client.create_experiment(name, None if uri else (folder / "mlartifacts").as_uri())
+                place = client.create_experiment(name, own)
             except MlflowException:  # maybe another run was quicker
-                if client.get_experiment_by_name(name) is None:
+                there = client.get_experiment_by_name(name)
+                if there is None:
                     raise
-        place, tag = client.get_experiment_by_name(name).experiment_id, "sparse_gpt.id"
-        found = client.search_runs([place], f"tags.`{tag}` = '{self.run.id}'")
-        if not found:
-            found = [client.create_run(place, tags={tag: self.run.id}, run_name=self.run.name)]
-        self._id = found[0].info.run_id
+                place = there.experiment_id
+        runs = list(client.search_runs([place], f"tags.`{tag}` = '{self.run.id}'"))
+        runs = runs or [client.create_run(place, tags={tag: self.run.id}, run_name=self.run.name)]
+        self._id = runs[0].info.run_id
         client.update_run(self._id, status="RUNNING")
         self._describe(client.get_run(self._id).data.params)
 

@@ -9,7 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from sparse_gpt.data.corpus.documents import Document, Reading, is_separated, read
+from sparse_gpt.data.corpus.blocks import Reading, is_separated
+from sparse_gpt.data.corpus.documents import Document, read
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import cut
 from sparse_gpt.data.corpus.sources import SourceFile, find_files

@@ -17,7 +17,8 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from sparse_gpt.data import prepare, verify
-from sparse_gpt.data.corpus.documents import Document, Reading, blocks, read
+from sparse_gpt.data.corpus.blocks import Reading, blocks
+from sparse_gpt.data.corpus.documents import Document, read
 from sparse_gpt.data.corpus.readers import open_content
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import cut
@@ -75,7 +76,7 @@ def test_every_form_gives_the_same_shards(
     corpora: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, form: str, options: dict
 ) -> None:
     monkeypatch.chdir(corpora)
-    for reads in ("preparation.tokenizing", "corpus.documents"):  # blocks and pieces of a stream
+    for reads in ("preparation.tokenizing", "corpus.blocks"):  # blocks and pieces of a stream
         monkeypatch.setattr(sys.modules[f"sparse_gpt.data.{reads}"], "SLICE_BYTES", 10_000)
     options = {"held_out": 0.1, "min_chars": 40, **options}
     expected = prepare(["a.jsonl"], tmp_path / "plain", **options)
@@ -123,7 +124,7 @@ def test_blocks_of_lines_are_the_lines(
 ) -> None:
     """However short the blocks, with their numbers, the good ones and the broken; and all of the
     file is accounted for."""
-    monkeypatch.setattr(sys.modules["sparse_gpt.data.corpus.documents"], "SLICE_BYTES", size)
+    monkeypatch.setattr(sys.modules["sparse_gpt.data.corpus.blocks"], "SLICE_BYTES", size)
     content = end.join(lines) + end * ended
     (tmp_path / "a.jsonl").write_bytes(content)
     (tmp_path / "b.jsonl.gz").write_bytes(gzip.compress(content))

@@ -19,7 +19,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from sparse_gpt.data import open_shards, prepare
-from sparse_gpt.data.corpus.documents import Document, Reading, read
+from sparse_gpt.data.corpus.blocks import Reading
+from sparse_gpt.data.corpus.documents import Document, read
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import cut
 from sparse_gpt.data.corpus.sources import find_files

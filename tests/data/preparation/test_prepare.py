@@ -16,7 +16,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from sparse_gpt.cli.data_commands import info
+from sparse_gpt.cli.shards_commands import info
 from sparse_gpt.data import (
     load_tokenizer,
     open_shards,

@@ -15,7 +15,8 @@ from hypothesis import strategies as st
 
 from sparse_gpt.data import load_tokenizer, open_shards, verify
 from sparse_gpt.data.content_hash import content_hash, content_hashes
-from sparse_gpt.data.corpus.documents import Reading, read
+from sparse_gpt.data.corpus.blocks import Reading
+from sparse_gpt.data.corpus.documents import read
 from sparse_gpt.data.corpus.slices import cut
 from sparse_gpt.data.corpus.sources import find_files
 from sparse_gpt.data.shards.format import BLOCK_BYTES, INDEX, MAX_TOKENS
