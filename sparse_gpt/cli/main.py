@@ -89,7 +89,7 @@ app.command(epilog="Example: sparse-gpt prepare books/*.txt corpus.jsonl --out s
 )
 
 
-@app.command(epilog="Example: sparse-gpt train tiny-sparse optimizer.lr=1e-3")
+@app.command(epilog="Example: sparse-gpt train tiny-sparse duration.steps=10")
 def train(
     config: Config,
     overrides: Overrides = None,
@@ -219,7 +219,7 @@ def replay(
 
 @app.command(
     "prove-resume",
-    epilog="Example: sparse-gpt prove-resume tiny-sparse --steps 10 --devices 2",
+    epilog="Example: sparse-gpt prove-resume quickstart-sparse --steps 5",
 )
 def prove(
     config: Config,
@@ -310,7 +310,11 @@ app.command(epilog="Example: sparse-gpt plan 124m --gpus 8 --gpu H100")(plan)
 def doctor(
     devices: Annotated[
         int | None,
-        typer.Option(min=2, help="Ranks that talk to each other: all GPUs, on a CPU if given."),
+        typer.Option(
+            min=2,
+            help="Ranks that talk to each other, one a GPU or all on the CPU.",
+            show_default="all GPUs; on a CPU none",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

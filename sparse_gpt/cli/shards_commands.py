@@ -6,6 +6,7 @@ from random import randrange
 from typing import Annotated, Literal
 
 import typer
+from rich.markup import escape
 from rich.table import Table
 
 from sparse_gpt.cli.terminal import Json, print_json, printable, show, unescaped
@@ -48,7 +49,7 @@ def info(folder: Folder, as_json: Json = False) -> None:
         )
         return
     vocabulary = f"{manifest.tokenizer['name']} ({manifest.tokenizer['vocab_size']:,} ids)"
-    table = Table("split", title=f"{folder}: {vocabulary}, {manifest.dtype}")
+    table = Table("split", title=f"{escape(folder)}: {escape(vocabulary)}, {manifest.dtype}")
     for column in ("documents", "tokens", "shards"):
         table.add_column(column, justify="right")
     for split, counts in found.items():
@@ -82,20 +83,24 @@ def show_stats(
     folder: Folder,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw the documents' lengths, in tokens, into this .png, .svg or .pdf."),
+        typer.Option(
+            help="Draw the documents' lengths, in tokens, into this .png, .svg or .pdf.",
+            show_default="no plot",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:
     """Lengths of documents in tokens, bytes a token, and the sources."""
     from sparse_gpt.data.shards.stats import PERCENTILES, plot_lengths, statistics
 
-    splits, sources = statistics(folder, progress=not as_json)
+    splits, sources, on_both_sides = statistics(folder, progress=not as_json)
     if plot is not None:
         plot_lengths(splits, plot)
     if as_json:
-        print_json({**{split.name: split.fields() for split in splits}, "sources": sources}, None)
+        numbers = {split.name: split.fields() for split in splits}
+        print_json({**numbers, "sources": sources, "on_both_sides": on_both_sides}, None)
         return
-    table = Table("", *(split.name for split in splits), title=folder)
+    table = Table("", *(split.name for split in splits), title=escape(folder))
     for column in table.columns[1:]:
         column.justify = "right"
     rows = [split.fields() for split in splits]
@@ -113,11 +118,17 @@ def show_stats(
     files.add_column("bytes", justify="right")
     for row in sources[:MOST_SOURCES]:
         size = row.get("bytes")
-        files.add_row(row["name"], row.get("split", ""), "" if size is None else f"{size:,}")
+        name = escape(printable(row["name"]))
+        files.add_row(name, row.get("split", ""), "" if size is None else f"{size:,}")
     show(files)
     if len(sources) > MOST_SOURCES:
         rest = sum(row.get("bytes", 0) for row in sources[MOST_SOURCES:])
         print(f"and {len(sources) - MOST_SOURCES:,} more, of {rest:,} bytes; --json names them")
+    if on_both_sides:
+        print(
+            f"held-out documents whose text is trained on too: {on_both_sides:,}; prepare with "
+            "--dedup leaves them out"
+        )
 
 
 @shards_app.command("show", epilog="Example: sparse-gpt shards show shards/novels --grep Bennet")

@@ -183,7 +183,7 @@ def _show_states(found: list[dict[str, Any]], states: Sequence[str]) -> None:
     print(", ".join(f"{count} {name}" for name, count in counts.items() if count))
 
 
-@sweep_app.command(epilog="Example: sparse-gpt sweep fit laptop")
+@sweep_app.command(epilog="Example: sparse-gpt sweep fit laptop --resamples 200")
 def fit(
     file: SweepFile,
     out: Out = None,

@@ -1,8 +1,11 @@
 """Other machines' files, read through fsspec, and the folder of this machine in which copies of
 them are kept: $SPARSE_GPT_CACHE, or ~/.cache/sparse-gpt. Remove what is no longer wanted."""
 
+import asyncio
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -30,11 +33,34 @@ def open_storage(url: str) -> tuple[Any, str]:
         options["client_kwargs"] = {
             "trust_env": True,  # the proxies that the environment names
             "timeout": aiohttp.ClientTimeout(sock_connect=_CONNECT, sock_read=_SILENT),
-            "headers": {"Accept-Encoding": "identity"},  # a .gz file is to come as one
+            # A .gz file is to come as one, also where the server calls it an encoding.
+            "headers": {"Accept-Encoding": "identity"},
+            "auto_decompress": False,
         }
+        options["encoded"] = "%" in url  # what is signed must be asked for as it is written
     storage, path = fsspec.core.url_to_fs(url, **options)
     storage.invalidate_cache()  # of listings
     return storage, path
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """An interrupt inside ends what fsspec's thread is at, too: else that goes on, and asyncio
+    complains of it when the process ends."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from fsspec.asyn import get_loop
+
+        asyncio.run_coroutine_threadsafe(_cancel_all(), get_loop()).result()
+        raise
+
+
+async def _cancel_all() -> None:
+    if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=1)
 
 
 def cannot_be_read(url: str, error: BaseException) -> DataError:

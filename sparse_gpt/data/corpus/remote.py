@@ -168,7 +168,7 @@ def _fetch(file: RemoteFile, tell: Callable[[str], None] | None, bar: Progress, 
 
 
 def _file(storage: Any, path: str, info: dict[str, Any], name: str) -> RemoteFile:
-    if Path(name).name in ("", ".."):
+    if Path(name).name in ("", "..") or "\0" in name:
         raise DataError(f"{path}: names no file; give the address of one")
     return RemoteFile(storage, path, name, info.get("size"), _version(info))
 

@@ -24,9 +24,11 @@ def publish_all(
     rows: list[dict[str, Any]],
     max_rejected: float,
     old: Manifest | None,
+    by_file: bool,
 ) -> None:
     """Write the manifest, the vocabulary and `rejected.jsonl` of what all units made, behind those
-    of the `old` corpus if there is one; `rows` are the sources'. Raises DataError if a split that
+    of the `old` corpus if there is one; `rows` are the sources'; `by_file`: files were to be held
+    out. Raises DataError if a split that
     was asked for is empty, Resumable if too many documents are broken."""
     splits: Splits = {split: [] for split in SPLITS}
     engines: set[str] = set()
@@ -43,7 +45,7 @@ def publish_all(
         markers += record.markers
         tally.add(record.documents() + record.duplicates, record.rejected)
     tally.add(0, [], whole=True)
-    _refuse_empty(splits, out, options, any(unit.held_out for unit in units))
+    _refuse_empty(splits, out, options, by_file)
     tokenizer.publish(out)
     rejects_before = list(old_rejects(out, old)) if old else []
     rejected = (reject for record in records(out, units) for reject in record.rejected)

@@ -125,6 +125,11 @@ class Split:
         ]
         return np.concatenate([np.empty(0, np.uint32), *found], dtype=np.uint32, casting="unsafe")
 
+    def hashes(self) -> Iterator[npt.NDArray[np.uint64]]:
+        """The content hash of each document, a shard at a time, as they are mapped."""
+        for path in self._paths:
+            yield _mapped(path.with_suffix(".idx"), INDEX, -1, 0)["hash"]
+
     def pieces(self, size: int) -> Iterator[npt.NDArray[np.unsignedinteger]]:
         """All tokens in their order, at most `size` at a time, as they are mapped."""
         for shard, count in enumerate(self._counts.tolist()):

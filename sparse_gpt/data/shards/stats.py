@@ -1,5 +1,6 @@
-"""What a folder of shards holds, in numbers: how long its documents are, and of how many bytes a
-token is. Counted over the memory maps, whole pieces of them at a time."""
+"""What a folder of shards holds, in numbers: how long its documents are, of how many bytes a token
+is, and how many documents are held out although their text is trained on. Counted over the memory
+maps, whole pieces of them at a time."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -9,7 +10,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from sparse_gpt.data.shards.reader import Split, open_shards
+from sparse_gpt.data.shards.reader import Dataset, Split, open_shards
 from sparse_gpt.data.tokenizer import tokenizer_beside
 from sparse_gpt.errors import DataError
 from sparse_gpt.files import new_file
@@ -63,16 +64,17 @@ class SplitStats:
 
 def statistics(
     folder: str | Path, progress: bool = False
-) -> tuple[list[SplitStats], list[dict[str, Any]]]:
-    """Both splits' numbers, and the manifest's rows of the sources. `progress` draws it on stderr,
-    if that is a terminal. Raises DataError if the folder, its vocabulary or a shard is not as it
-    should be."""
+) -> tuple[list[SplitStats], list[dict[str, Any]], int]:
+    """Both splits' numbers, the manifest's rows of the sources, and how many held-out documents
+    have a text that, but for white space, is trained on too. `progress` draws it on stderr, if that
+    is a terminal. Raises DataError if the folder, its vocabulary or a shard is not as it should
+    be."""
     dataset = open_shards(folder)
     splits = (dataset.train, dataset.held_out)
     tokenizer = tokenizer_beside(dataset.train.folder, dataset.manifest.tokenizer)
     with Progress("counting", sum(s.n_tokens * s.dtype.itemsize for s in splits), progress) as bar:
         found = [_of_split(split, tokenizer.lengths, bar) for split in splits]
-    return found, dataset.manifest.sources
+    return found, dataset.manifest.sources, _on_both_sides(dataset)
 
 
 def _of_split(split: Split, bytes_of: npt.NDArray[np.int64], bar: Progress) -> SplitStats:
@@ -88,6 +90,14 @@ def _of_split(split: Split, bytes_of: npt.NDArray[np.int64], bar: Progress) -> S
         bar.advance(piece.nbytes)
     used = int(np.count_nonzero(counts))
     return SplitStats(split.name, split.n_tokens, int(counts @ bytes_of), used, split.lengths())
+
+
+def _on_both_sides(dataset: Dataset) -> int:
+    held_out = np.concatenate([np.empty(0, np.uint64), *dataset.held_out.hashes()])
+    found = np.zeros(len(held_out), np.bool_)
+    for trained_on in dataset.train.hashes():
+        found |= np.isin(held_out, trained_on)
+    return int(np.count_nonzero(found))
 
 
 def plot_lengths(splits: Sequence[SplitStats], out: Path) -> None:

@@ -3,7 +3,11 @@
 import gzip
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -25,6 +29,7 @@ class Web:
     """What a web server holds, by path, and how it answers.
 
     etags     whether it says versions            asked  the requests, "HEAD /a.jsonl"
+    encoding  what it says of .gz files
     answer    of a path: a status instead of the file
     cut       of a path: so many bytes of it are sent, and the connection ends
     on_get    called before content is sent
@@ -32,6 +37,7 @@ class Web:
 
     files: dict[str, bytes]
     etags: bool = True
+    encoding: str = "identity"
     asked: list[str] = field(default_factory=list)
     answer: dict[str, int] = field(default_factory=dict)
     cut: dict[str, int] = field(default_factory=dict)
@@ -72,6 +78,8 @@ def handler(web: Web) -> type[BaseHTTPRequestHandler]:
             self.send_header("Content-Length", str(len(content)))
             if web.etags:
                 self.send_header("ETag", f'"{hash(content)}"')
+            if path.endswith(".gz"):
+                self.send_header("Content-Encoding", web.encoding)
             if path.endswith("/"):
                 self.send_header("Content-Type", "text/html")
             self.end_headers()
@@ -171,6 +179,24 @@ def test_names_queries_and_patterns(web: Web) -> None:
         find_files([f"{web.url}/x/*.csv"])
     with pytest.raises(DataError, match="names no file; give the address of one"):
         find_files([f"{web.url}/x/"])
+    web.files["/x/%00"] = b""
+    with pytest.raises(DataError, match="names no file; give the address of one"):
+        find_files([f"{web.url}/x/%00"])
+
+
+def test_an_address_is_asked_for_as_it_is_written(web: Web, tmp_path: Path) -> None:
+    """Signed ones are no others' then; and a name that hides a way leads nowhere."""
+    web.files["/x/..%2f..%2fy.txt"] = b"text"
+    (file,) = find_files([f"{web.url}/x/..%2f..%2fy.txt?sign=a%2fb%2B%3d"])
+    assert (file.name, file.path.read_bytes()) == ("y.txt", b"text")
+    assert file.path.resolve().is_relative_to((tmp_path / "cache").resolve())
+
+
+def test_packed_files_come_packed_whatever_the_server_calls_it(web: Web) -> None:
+    web.encoding = "gzip"  # as many do; then they say no size that could be compared
+    web.files["/a.jsonl.gz"] = gzip.compress(lines("a"))
+    (file,) = find_files([f"{web.url}/a.jsonl.gz"])
+    assert file.path.read_bytes() == web.files["/a.jsonl.gz"]
 
 
 def spoil(web: Web) -> None:
@@ -263,6 +289,29 @@ def test_who_wants_one_file_at_once_copies_it_once(web: Web) -> None:
         go_on.set()
         assert {len(one.result()) for one in running} == {1000}
     assert web.asked.count("GET /a.jsonl") == 1
+
+
+def test_an_interrupt_while_it_copies_says_nothing_and_leaves_nothing(
+    web: Web, tmp_path: Path
+) -> None:
+    web.files["/a.jsonl"] = lines("a")
+    go_on = threading.Event()
+    web.on_get = lambda: go_on.wait(60) and None
+    code = (
+        "import signal; from sparse_gpt.cli.main import main;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); main()"  # ours may be ignored
+    )
+    command = [sys.executable, "-c", code, "prepare", f"{web.url}/a.jsonl", "--out"]
+    process = subprocess.Popen([*command, str(tmp_path / "out")], stderr=-1, text=True)
+    while "GET /a.jsonl" not in web.asked:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    go_on.set()
+    assert (process.returncode, stderr) == (130, "")
+    left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert (left, (tmp_path / "out").exists()) == ([".lock"], False)
 
 
 def test_folders_and_patterns_of_object_storage(storage: Any, scheme: str, tmp_path: Path) -> None:

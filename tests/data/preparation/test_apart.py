@@ -105,6 +105,7 @@ def test_both_sides_grow_and_no_file_changes_sides(
         ),
         ("test", {"held_out": 0.1}, "held_out 0.1 and held_out_from: give one of them"),
         ("empty.jsonl", {}, "the files to hold out hold no text"),
+        ("nothing.jsonl", {}, "the files to hold out hold no text"),
         ("nowhere", {}, "nowhere: no such file or folder"),
     ],
 )
@@ -113,6 +114,7 @@ def test_what_is_refused_leaves_nothing(
 ) -> None:
     (tmp_path / "copy.jsonl").write_bytes((tmp_path / "train/0.jsonl").read_bytes())
     json_lines(tmp_path / "empty.jsonl", [" "])
+    json_lines(tmp_path / "nothing.jsonl", [])
     with pytest.raises(DataError, match=says) as error:
         prepare([tmp_path / "train"], tmp_path / "out", held_out_from=[tmp_path / test], **options)
     assert "\n" not in str(error.value)

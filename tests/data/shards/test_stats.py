@@ -11,6 +11,8 @@ from statistics import quantiles
 import numpy as np
 import pytest
 
+from sparse_gpt.cli.main import main
+from sparse_gpt.cli.shards_commands import show_stats
 from sparse_gpt.data import load_tokenizer, open_shards, prepare, tokenizer_beside
 from sparse_gpt.data.shards.manifest import SPLITS
 from sparse_gpt.data.shards.stats import PERCENTILES, SplitStats, plot_lengths, statistics
@@ -22,8 +24,8 @@ def test_numbers_are_those_of_the_documents(novels: Path, monkeypatch: pytest.Mo
     monkeypatch.setattr(sys.modules["sparse_gpt.data.shards.stats"], "_PIECE", 7_001)
     dataset = open_shards(novels)
     tokenizer = tokenizer_beside(novels, dataset.manifest.tokenizer)
-    found, sources = statistics(novels)
-    assert sources == dataset.manifest.sources
+    found, sources, on_both_sides = statistics(novels)
+    assert (sources, on_both_sides) == (dataset.manifest.sources, 0)
     for split, stats in zip((dataset.train, dataset.held_out), found, strict=True):
         documents = [split.document(number).tolist() for number in range(split.n_documents)]
         assert stats.lengths.tolist() == list(map(len, documents))
@@ -56,7 +58,7 @@ def test_shards_of_any_shape(tmp_path: Path, make_shards: Callable[..., Path], d
     assert open_shards(folder).held_out.lengths().tolist() == []
 
 
-def test_the_command_and_its_plot(tmp_path: Path) -> None:
+def test_the_command_and_its_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In a process of its own: no display, and matplotlib's import only where it is wanted."""
     for number in range(12):
         (tmp_path / f"{number:02d}.txt").write_text("one two three é\n" * (number + 1))
@@ -70,14 +72,33 @@ def test_the_command_and_its_plot(tmp_path: Path) -> None:
     assert f"│ length, max    │  {12 * per_line:>4} │" in done.stdout
     assert "12 source(s), the largest first:" in done.stdout
     assert "and 2 more, of 51 bytes; --json names them" in done.stdout
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
-    found = json.loads(done.stdout)
+    show_stats(command[-1], as_json=True)
+    found = json.loads(capsys.readouterr().out)
     assert found["train"]["documents"] == len(found["sources"]) == 12
     assert found["train"]["bytes"] == 17 * 78
     assert found["train"]["length"]["p50"] == 6.5 * per_line
     assert found["held_out"] == {
         "documents": 0, "tokens": 0, "bytes": 0, "bytes_per_token": None, "ids": 0, "length": {},
     }  # fmt: skip
+
+
+def test_what_is_held_out_and_trained_on_is_told_and_names_are_no_markup(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    train, held_out = tmp_path / "of [red] ones.jsonl", tmp_path / "y [b].jsonl"
+    train.write_text("".join(json.dumps({"text": f"text {n}"}) + "\n" for n in range(9)))
+    held_out.write_text('{"text": "text 3"}\n{"text": "new"}\n{"text": "text  3"}\n')
+    out = tmp_path / "shards [/x]"
+    prepare([train], out, held_out_from=[held_out], shard_tokens=8)
+    monkeypatch.setattr(sys, "argv", ["sparse-gpt", "shards", "stats", str(out)])
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit) as stopped:
+        main()
+    said = capsys.readouterr().out
+    assert not stopped.value.code
+    assert "held-out documents whose text is trained on too: 2; prepare with --dedup" in said
+    for name in (train.name, held_out.name, out.name):
+        assert name in said
 
 
 def test_what_cannot_be_counted_or_drawn_is_one_line(
