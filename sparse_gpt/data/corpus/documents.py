@@ -200,7 +200,9 @@ def _text(value: Any, reading: Reading) -> str:
     if reading.messages:
         return rendered(value, reading.text_field)
     if not isinstance(value, str):
-        raise ValueError(f"{reading.text_field!r} is {type(value).__name__}, must be a string")
+        hint = "; of chat turns give messages instead" if isinstance(value, list) else ""
+        kind = type(value).__name__
+        raise ValueError(f"{reading.text_field!r} is {kind}, must be a string{hint}")
     return value
 
 

@@ -163,4 +163,12 @@ def test_they_are_another_corpus_than_text_and_exclude_it(tmp_path: Path) -> Non
         prepare([tmp_path / "a.jsonl"], tmp_path / "chat", text_field="chat", append=True)
     with pytest.raises(DataError, match="text_field 'chat' and messages 'chat': give one of them"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "no", messages="chat", text_field="chat")
+    (tmp_path / "b.txt").write_text("user: to be read as text")
+    for make in (prepare, train_vocab):
+        with pytest.raises(DataError, match=r"b\.txt: chat turns are in rows, but this file is"):
+            make([tmp_path / "b.txt"], tmp_path / "no", messages="chat")
+    with pytest.raises(
+        DataError, match="'chat' is list, must be a string; of chat turns give"
+    ):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "no", text_field="chat")
     assert not (tmp_path / "no").exists()
