@@ -1,6 +1,7 @@
 """Other machines' files, read through fsspec, and the folder of this machine in which copies of
 them are kept: $SPARSE_GPT_CACHE, or ~/.cache/sparse-gpt. Remove what is no longer wanted."""
 
+import logging
 import os
 import shutil
 from pathlib import Path
@@ -23,6 +24,8 @@ def open_storage(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it; raises what fsspec does."""
     import fsspec
 
+    # An interrupt leaves fsspec's task in the midst, of which asyncio would have a lot to say.
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     options: dict[str, Any] = {}
     if url.startswith(("http://", "https://")):
         import aiohttp
@@ -45,7 +48,9 @@ def cannot_be_read(url: str, error: BaseException) -> DataError:
     if (extra := _EXTRAS.get(url.partition("://")[0])) and isinstance(error, ImportError):
         return DataError(f"{url}: reading it needs: pip install 'sparse-gpt[{extra}]'")
     cause = (not isinstance(error, ImportError) and error.__cause__) or error
-    reason = str(cause).partition("\n")[0] or type(cause).__name__
+    reason = str(cause).partition("\n")[0]
+    if reason in ("", url) or getattr(cause, "status", None) == 0:  # which says nothing
+        reason = type(cause).__name__
     if (status := status_of(error)) is not None:
         reason = f"the server answers {status} {getattr(cause, 'message', '')}".rstrip()
     elif isinstance(cause, FileNotFoundError):
@@ -59,7 +64,7 @@ def status_of(error: BaseException) -> int | None:
     """What a server has answered instead of a file, if that is what the error is about."""
     cause = error.__cause__ or error
     status = getattr(cause, "status" if hasattr(cause, "status") else "code", None)
-    return status if isinstance(status, int) else None
+    return status if isinstance(status, int) and status else None
 
 
 def require_room(url: str, n_bytes: int, folder: Path) -> None:

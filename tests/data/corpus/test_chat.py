@@ -167,8 +167,6 @@ def test_they_are_another_corpus_than_text_and_exclude_it(tmp_path: Path) -> Non
     for make in (prepare, train_vocab):
         with pytest.raises(DataError, match=r"b\.txt: chat turns are in rows, but this file is"):
             make([tmp_path / "b.txt"], tmp_path / "no", messages="chat")
-    with pytest.raises(
-        DataError, match="'chat' is list, must be a string; of chat turns give"
-    ):
+    with pytest.raises(DataError, match="'chat' is list, must be a string; of chat turns give"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "no", text_field="chat")
     assert not (tmp_path / "no").exists()

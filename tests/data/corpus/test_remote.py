@@ -3,6 +3,9 @@
 import gzip
 import json
 import shutil
+import signal
+import subprocess
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -236,11 +239,28 @@ def test_a_server_that_falls_silent(web: Web, monkeypatch: pytest.MonkeyPatch) -
     go_on.set()
 
 
+def test_an_interrupt_has_nothing_to_say_and_leaves_no_part(web: Web, tmp_path: Path) -> None:
+    web.files["/a.jsonl"] = lines("a")
+    asked, go_on = threading.Event(), threading.Event()
+    web.on_get = lambda: asked.set() or (go_on.wait(60) and None)
+    command = [sys.executable, "-m", "sparse_gpt", "prepare", f"{web.url}/a.jsonl"]
+    running = subprocess.Popen(
+        [*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True
+    )
+    assert asked.wait(60)
+    running.send_signal(signal.SIGINT)
+    said = running.communicate(timeout=60)[1]
+    go_on.set()
+    assert (running.returncode, said) == (130, "")
+    assert not any(path.is_file() for path in tmp_path.rglob("*a.jsonl"))
+
+
 @pytest.mark.parametrize(
     ("url", "says"),
     [
         ("https://nowhere.invalid/a.txt", "cannot be read: Cannot connect to host nowhere.invalid"),
         ("nowhere://a/b.txt", "cannot be read: Protocol not known: nowhere"),
+        ("http:///a.txt", "cannot be read: InvalidUrlClientError"),
         ("memory://a/b.txt", "cannot be read: is not there; check the address"),
     ],
 )
