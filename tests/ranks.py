@@ -23,6 +23,8 @@ ENVIRONMENT = {
     "TORCHDYNAMO_DISABLE": "1",  # nothing here compiles, and inductor takes seconds to import
     "DS_ACCELERATOR": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
+    "WANDB_MODE": "offline",
+    "MLFLOW_TRACKING_URI": "",
 }
 
 

@@ -42,7 +42,9 @@ def prepare(
     held_out_from: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="SOURCE", help="Instead, all of these are for validation; repeatable."
+            metavar="SOURCE",
+            help="Instead, all of these are for validation; repeatable.",
+            show_default="none",
         ),
     ] = None,
     separator: Annotated[
@@ -67,6 +69,7 @@ def prepare(
             metavar="FIELD",
             help="Instead, of chat turns {role, content} or {from, value}: a conversation a "
             "document, a turn as 'role: content', an empty line between.",
+            show_default="text, not chats",
         ),
     ] = None,
     min_chars: Annotated[int, typer.Option(help="Characters; leave out shorter documents.")] = 0,
@@ -163,7 +166,8 @@ def train_vocab(
         str | None, typer.Option(help="As given to prepare.", show_default="text")
     ] = None,
     messages: Annotated[
-        str | None, typer.Option(metavar="FIELD", help="As given to prepare.")
+        str | None,
+        typer.Option(metavar="FIELD", help="As given to prepare.", show_default="text, not chats"),
     ] = None,
     min_chars: Annotated[int, typer.Option(help="As given to prepare.")] = 0,
     where: Annotated[

@@ -83,7 +83,10 @@ def show_stats(
     folder: Folder,
     plot: Annotated[
         Path | None,
-        typer.Option(help="Draw the documents' lengths, in tokens, into this .png, .svg or .pdf."),
+        typer.Option(
+            help="Draw the documents' lengths, in tokens, into this .png, .svg or .pdf.",
+            show_default="no plot",
+        ),
     ] = None,
     as_json: Json = False,
 ) -> None:

@@ -1,9 +1,11 @@
 """Other machines' files, read through fsspec, and the folder of this machine in which copies of
 them are kept: $SPARSE_GPT_CACHE, or ~/.cache/sparse-gpt. Remove what is no longer wanted."""
 
-import logging
+import asyncio
 import os
 import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -24,8 +26,6 @@ def open_storage(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it; raises what fsspec does."""
     import fsspec
 
-    # An interrupt leaves fsspec's task in the midst, of which asyncio would have a lot to say.
-    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     options: dict[str, Any] = {}
     if url.startswith(("http://", "https://")):
         import aiohttp
@@ -41,6 +41,26 @@ def open_storage(url: str) -> tuple[Any, str]:
     storage, path = fsspec.core.url_to_fs(url, **options)
     storage.invalidate_cache()  # of listings
     return storage, path
+
+
+@contextmanager
+def interruptible() -> Iterator[None]:
+    """An interrupt inside ends what fsspec's thread is at, too: else that goes on, and asyncio
+    complains of it when the process ends."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        from fsspec.asyn import get_loop
+
+        asyncio.run_coroutine_threadsafe(_cancel_all(), get_loop()).result()
+        raise
+
+
+async def _cancel_all() -> None:
+    if tasks := asyncio.all_tasks() - {asyncio.current_task()}:
+        for task in tasks:
+            task.cancel()
+        await asyncio.wait(tasks, timeout=1)
 
 
 def cannot_be_read(url: str, error: BaseException) -> DataError:

@@ -38,18 +38,19 @@ class Trace:
         if self.settings:
             tag = tag_of(self.settings.at)
             self.folder = run_dir / "tensorboard" / "plugins" / "profile" / tag
-        self._profiler: profile | None = None
+        self._profiler: profile | None = None  # while it traces
         self._left = 0  # steps that it has still to see
+        self._begun = False
 
     @contextmanager
     def around(self, step: int) -> Iterator[None]:
         """Of the step after `step` completed ones: what is in the `with` is traced, if it is to
         be. The step before the first one warms the profiler up, where there is one."""
         before = self.settings.at - 1 - step if self.settings else -1
-        if self.settings and not self._profiler and before in (0, 1):
-            self._left = before + self.settings.steps
-            self._begin(before)
-        if not self._left:
+        if self.settings and not self._begun and before in (0, 1):
+            self._begun, self._left = True, before + self.settings.steps
+            self._profiler = self._started(before, self.settings.steps)
+        if not self._profiler:
             yield
             return
         with self._named():
@@ -57,7 +58,7 @@ class Trace:
 
     def after_step(self) -> None:
         """Publish the trace after its last step. A disk that does not take it stops nothing."""
-        if not self._left or self._profiler is None:
+        if not self._profiler:
             return
         self._left -= 1
         self._profiler.step()
@@ -75,20 +76,21 @@ class Trace:
         except (OSError, RuntimeError, DataError) as error:
             said = f"warning: log.trace: nothing is kept of it: {error}"
             print(said, file=sys.stderr, flush=True)
+        self._profiler = None  # it holds all that it saw
         if self.cuda:
             torch.cuda.memory._record_memory_history(enabled=None)
 
-    def _begin(self, warmup: int) -> None:
-        assert self.settings
+    def _started(self, warmup: int, steps: int) -> profile:
         os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else it tells when it begins and ends
         activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if self.cuda else [])]
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", UserWarning)  # of a first step without one before it
-            when = schedule(wait=0, warmup=warmup, active=self.settings.steps, repeat=1)
-        self._profiler = profile(activities=activities, schedule=when, record_shapes=True)
-        self._profiler.start()
+            when = schedule(wait=0, warmup=warmup, active=steps, repeat=1)
+        profiler = profile(activities=activities, schedule=when, record_shapes=True)
+        profiler.start()
         if self.cuda:
             torch.cuda.memory._record_memory_history(max_entries=_ALLOCATIONS)
+        return profiler
 
     @contextmanager
     def _named(self) -> Iterator[None]:

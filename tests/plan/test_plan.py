@@ -78,7 +78,11 @@ def test_what_a_dictionary_does_to_each_stage():
     # ZeRO-2 holds the sum of the micro-batches before while it reduces the last one's gradients.
     options = ["model={vocab_size: 4096, d_model: 384, n_head: 6}", "batch.micro_batch=4"]
     small = load_config(ROOT / "configs/tiny-sparse.yaml", options)
-    assert estimate(small, 1, 2, "cpu").gradients == 2 * 4 * parameter_counts(small.model).total
+    parameters = parameter_counts(small.model).total
+    assert estimate(small, 1, 2, "cpu").gradients == 2 * 4 * parameters
+    # Over several ranks it copies what goes to others.
+    one, four = (estimate(small, ranks, 2, "cpu").buffers for ranks in (1, 4))
+    assert four - one == 4 * (parameters - -(-parameters // 4))
 
 
 def test_states_are_shared_out_by_the_stage():

@@ -17,7 +17,7 @@ from sparse_gpt.train.telemetry import Telemetry
 
 
 @pytest.fixture
-def telemetry(run_file, tmp_path):
+def telemetry(world, run_file, tmp_path):
     """Opens the log of a run of 120 steps that begins anew, on a rank."""
 
     def make(*overrides, rank=0):

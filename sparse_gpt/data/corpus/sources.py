@@ -21,6 +21,7 @@ from pathlib import Path
 from sparse_gpt.data.corpus.hub import HUB
 from sparse_gpt.data.corpus.readers import open_content
 from sparse_gpt.data.corpus.remote import fetched, is_remote, listed
+from sparse_gpt.data.storage import interruptible
 from sparse_gpt.errors import DataError
 
 SUFFIXES = {
@@ -113,10 +114,11 @@ def _remote_files(
     url: str, left_out: LeftOut, tell: Callable[[str], None] | None
 ) -> list[SourceFile]:
     """The local copies of what a URL leads to."""
-    files = listed(url, partial(_is_wanted_within, left_out=left_out), tell)
-    if not files:
-        raise _nothing_known(url, left_out)
-    copies = fetched(files, tell)
+    with interruptible():
+        files = listed(url, partial(_is_wanted_within, left_out=left_out), tell)
+        if not files:
+            raise _nothing_known(url, left_out)
+        copies = fetched(files, tell)
     return [_source_file(copy, file.name) for copy, file in zip(copies, files, strict=True)]
 
 

@@ -1,12 +1,13 @@
 """Documents to shards: resumable, and the same bytes whatever the number of workers.
 
-    sources.py, cutting.py   units.py              documents.py, workers.py  units.py
+    sources.py, slices.py    units.py              documents.py, work.py     publication.py
     files → slices        →  units, what is to do → chunks tokenized       → shards → manifest
 
 Where units are many each worker does whole ones; else workers tokenize chunks, and the parent
 writes what comes back in the order of the input. A document is held out if its content hash lies
 under held_out · 2^64: the same text always falls on the same side, whatever else is in the corpus,
-so exact duplicates cannot cross. Small corpora that have nothing on one side: small.py.
+so exact duplicates cannot cross. Small corpora that have nothing on one side: small.py; files that
+are held out as a whole: apart.py.
 
 Input or options that turn out to be bad take with them whatever this run has written; a crash, an
 interrupt, a full disk or too many rejected documents leave the finished units for the next run.

@@ -13,7 +13,7 @@ from typing import Any
 
 from sparse_gpt.data.shards.format import FileEntry, file_entry
 from sparse_gpt.data.shards.manifest import MANIFEST, SPLITS, Manifest, read_manifest
-from sparse_gpt.data.storage import cache, cannot_be_read, open_storage, require_room
+from sparse_gpt.data.storage import cache, cannot_be_read, interruptible, open_storage, require_room
 from sparse_gpt.data.vocabulary import VOCAB_FILE
 from sparse_gpt.errors import DataError
 from sparse_gpt.files import locked, publish, publish_bytes, temporary
@@ -31,20 +31,21 @@ def local_folder(folder: str | Path) -> Path:
         return Path(folder)
     copies = cache("shards")
     try:
-        storage, root = open_storage(url)
-        with TemporaryDirectory(prefix=".manifest-", dir=copies) as incoming:
-            try:
-                content = storage.cat_file(f"{root}/{MANIFEST}")
-            except FileNotFoundError:
-                raise DataError(f"{url}: not a folder of shards (no {MANIFEST})") from None
-            Path(incoming, MANIFEST).write_bytes(content)
-            manifest = read_manifest(incoming)
-        copy = copies / f"{url.rpartition('/')[2]}-{manifest.hash[:16]}"
-        copy.mkdir(exist_ok=True)
-        with locked(copy / ".lock", wait=True):
-            if not (copy / MANIFEST).exists():
-                _copy_all(url, storage, root, manifest, copy)
-                publish_bytes(copy / MANIFEST, content)
+        with interruptible():
+            storage, root = open_storage(url)
+            with TemporaryDirectory(prefix=".manifest-", dir=copies) as incoming:
+                try:
+                    content = storage.cat_file(f"{root}/{MANIFEST}")
+                except FileNotFoundError:
+                    raise DataError(f"{url}: not a folder of shards (no {MANIFEST})") from None
+                Path(incoming, MANIFEST).write_bytes(content)
+                manifest = read_manifest(incoming)
+            copy = copies / f"{url.rpartition('/')[2]}-{manifest.hash[:16]}"
+            copy.mkdir(exist_ok=True)
+            with locked(copy / ".lock", wait=True):
+                if not (copy / MANIFEST).exists():
+                    _copy_all(url, storage, root, manifest, copy)
+                    publish_bytes(copy / MANIFEST, content)
     except DataError:
         raise
     except Exception as error:  # each kind of storage has its own

@@ -100,11 +100,11 @@ class _Follower(threading.Thread):
         seen, ended = None, False
         while not ended:
             ended = self._ending.wait(_LOOKS)
-            newest = next(iter(tags(self.run_dir / "checkpoints")), None)
-            if newest == seen and not ended:
-                continue
-            seen = newest
             try:
+                newest = next(iter(tags(self.run_dir / "checkpoints")), None)
+                if newest == seen and not ended:
+                    continue
+                seen = newest
                 if not self._open:
                     self.open()
                 if newest is not None:

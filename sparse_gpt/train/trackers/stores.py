@@ -22,6 +22,7 @@ from sparse_gpt.train.metrics_file import Row
 Points = Callable[[Row], Iterator[tuple[str, float, int]]]  # tag, value, place on its own axis
 
 _PROJECT = "sparse-gpt"
+_TAG = "sparse_gpt.id"  # of MLflow's runs
 
 
 @dataclass(frozen=True)
@@ -137,33 +138,39 @@ class Mlflow(Store):
     def open(self) -> None:
         """Raises after a minute or so where a server does not answer."""
         os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
+        os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_MAX_RETRIES", "3")
         os.environ.setdefault("MLFLOW_HTTP_REQUEST_TIMEOUT", "20")  # seconds
         from mlflow import MlflowClient
-        from mlflow.exceptions import MlflowException
 
         for name in ("mlflow", "alembic"):  # which tell of tables
             logging.getLogger(name).setLevel(logging.WARNING)
         folder, uri = self.run.folder.absolute(), os.environ.get("MLFLOW_TRACKING_URI")
-        self._client = client = MlflowClient(uri or f"sqlite:///{folder}/mlflow.db")
-        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
-        there, tag = client.get_experiment_by_name(name), "sparse_gpt.id"
-        if there is not None:
-            place = there.experiment_id
+        self._client = MlflowClient(uri or f"sqlite:///{folder}/mlflow.db")
+        place = self._experiment(None if uri else (folder / "mlartifacts").as_uri())
+        found = self._client.search_runs([place], f"tags.`{_TAG}` = '{self.run.id}'")
+        if found:
+            self._id = found[0].info.run_id
+            self._client.update_run(self._id, status="RUNNING")
         else:
-            own = None if uri else (folder / "mlartifacts").as_uri()
+            tags, name = {_TAG: self.run.id}, self.run.name
+            self._id = self._client.create_run(place, tags=tags, run_name=name).info.run_id
+        self._describe(self._client.get_run(self._id).data.params)
+
+    def _experiment(self, artifacts: str | None) -> str:
+        """Its id; it is made where there is none."""
+        from mlflow.exceptions import MlflowException
+
+        name = os.environ.get("MLFLOW_EXPERIMENT_NAME", _PROJECT)
+        found = self._client.get_experiment_by_name(name)
+        if found is None:
             try:
-                place = client.create_experiment(name, own)
+                return str(self._client.create_experiment(name, artifacts))
             except MlflowException:  # maybe another run was quicker
-                there = client.get_experiment_by_name(name)
-                if there is None:
+                found = self._client.get_experiment_by_name(name)
+                if found is None:
                     raise
-                place = there.experiment_id
-        runs = list(client.search_runs([place], f"tags.`{tag}` = '{self.run.id}'"))
-        runs = runs or [client.create_run(place, tags={tag: self.run.id}, run_name=self.run.name)]
-        self._id = runs[0].info.run_id
-        client.update_run(self._id, status="RUNNING")
-        self._describe(client.get_run(self._id).data.params)
+        return str(found.experiment_id)
 
     def _describe(self, known: Mapping[str, str]) -> None:
         """Give the run its parameters. MLflow lets none change: those of its first start stay."""

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -239,22 +240,6 @@ def test_a_server_that_falls_silent(web: Web, monkeypatch: pytest.MonkeyPatch) -
     go_on.set()
 
 
-def test_an_interrupt_has_nothing_to_say_and_leaves_no_part(web: Web, tmp_path: Path) -> None:
-    web.files["/a.jsonl"] = lines("a")
-    asked, go_on = threading.Event(), threading.Event()
-    web.on_get = lambda: asked.set() or (go_on.wait(60) and None)
-    command = [sys.executable, "-m", "sparse_gpt", "prepare", f"{web.url}/a.jsonl"]
-    running = subprocess.Popen(
-        [*command, "--out", str(tmp_path / "out")], stderr=subprocess.PIPE, text=True
-    )
-    assert asked.wait(60)
-    running.send_signal(signal.SIGINT)
-    said = running.communicate(timeout=60)[1]
-    go_on.set()
-    assert (running.returncode, said) == (130, "")
-    assert not any(path.is_file() for path in tmp_path.rglob("*a.jsonl"))
-
-
 @pytest.mark.parametrize(
     ("url", "says"),
     [
@@ -305,6 +290,29 @@ def test_who_wants_one_file_at_once_copies_it_once(web: Web) -> None:
         go_on.set()
         assert {len(one.result()) for one in running} == {1000}
     assert web.asked.count("GET /a.jsonl") == 1
+
+
+def test_an_interrupt_while_it_copies_says_nothing_and_leaves_nothing(
+    web: Web, tmp_path: Path
+) -> None:
+    web.files["/a.jsonl"] = lines("a")
+    go_on = threading.Event()
+    web.on_get = lambda: go_on.wait(60) and None
+    code = (
+        "import signal; from sparse_gpt.cli.main import main;"
+        "signal.signal(signal.SIGINT, signal.default_int_handler); main()"  # ours may be ignored
+    )
+    command = [sys.executable, "-c", code, "prepare", f"{web.url}/a.jsonl", "--out"]
+    process = subprocess.Popen([*command, str(tmp_path / "out")], stderr=-1, text=True)
+    while "GET /a.jsonl" not in web.asked:
+        assert process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGINT)
+    _, stderr = process.communicate(timeout=60)
+    go_on.set()
+    assert (process.returncode, stderr) == (130, "")
+    left = [path.name for path in (tmp_path / "cache").rglob("*") if path.is_file()]
+    assert (left, (tmp_path / "out").exists()) == ([".lock"], False)
 
 
 def test_folders_and_patterns_of_object_storage(storage: Any, scheme: str, tmp_path: Path) -> None:

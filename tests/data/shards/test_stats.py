@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from sparse_gpt.cli.main import main
+from sparse_gpt.cli.shards_commands import show_stats
 from sparse_gpt.data import load_tokenizer, open_shards, prepare, tokenizer_beside
 from sparse_gpt.data.shards.manifest import SPLITS
 from sparse_gpt.data.shards.stats import PERCENTILES, SplitStats, plot_lengths, statistics
@@ -57,7 +58,7 @@ def test_shards_of_any_shape(tmp_path: Path, make_shards: Callable[..., Path], d
     assert open_shards(folder).held_out.lengths().tolist() == []
 
 
-def test_the_command_and_its_plot(tmp_path: Path) -> None:
+def test_the_command_and_its_plot(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """In a process of its own: no display, and matplotlib's import only where it is wanted."""
     for number in range(12):
         (tmp_path / f"{number:02d}.txt").write_text("one two three é\n" * (number + 1))
@@ -71,8 +72,8 @@ def test_the_command_and_its_plot(tmp_path: Path) -> None:
     assert f"│ length, max    │  {12 * per_line:>4} │" in done.stdout
     assert "12 source(s), the largest first:" in done.stdout
     assert "and 2 more, of 51 bytes; --json names them" in done.stdout
-    done = subprocess.run([*command, "--json"], capture_output=True, text=True)
-    found = json.loads(done.stdout)
+    show_stats(command[-1], as_json=True)
+    found = json.loads(capsys.readouterr().out)
     assert found["train"]["documents"] == len(found["sources"]) == 12
     assert found["train"]["bytes"] == 17 * 78
     assert found["train"]["length"]["p50"] == 6.5 * per_line
