@@ -182,7 +182,8 @@ def _row_text(row: dict[str, Any], reading: Reading) -> str | None:
     text = value_at(row, field)
     if text is ...:
         keys = ", ".join(row) or "none"
-        raise ValueError(f"no key {field!r}; keys there: {keys} (set the text field)")
+        option = "messages" if reading.messages else "the text field"
+        raise ValueError(f"no key {field!r}; keys there: {keys} (set {option})")
     text = _text(text, reading)
     if not text.isascii():
         try:

@@ -125,7 +125,7 @@ def test_bad_turns_are_set_aside_one_by_one(tmp_path: Path) -> None:
         assert [one.text for one in found if isinstance(one, Document)] == ["user: fine"]
         *of_turns, no_key, half = (one.reason for one in found if isinstance(one, Reject))
         assert of_turns == [reason for _, reason in BROKEN]
-        assert no_key == "no key 'chat'; keys there: other (set the text field)"
+        assert no_key == "no key 'chat'; keys there: other (set messages)"
         assert half.startswith("'chat' holds half a surrogate pair")
 
 
