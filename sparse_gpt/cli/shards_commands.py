@@ -24,7 +24,7 @@ Format = Annotated[Literal["megatron", "llmc", "nanogpt"], typer.Option(help="Wh
 def info(folder: Folder, as_json: Json = False) -> None:
     """Documents, tokens and vocabulary of a folder of shards."""
     from sparse_gpt.data import open_shards
-    from sparse_gpt.data.preparation.units import held_out_below
+    from sparse_gpt.data.preparation.options import held_out_below
     from sparse_gpt.data.tokenizer import END_OF_TEXT
 
     dataset = open_shards(folder)

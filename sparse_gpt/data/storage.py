@@ -68,7 +68,9 @@ def cannot_be_read(url: str, error: BaseException) -> DataError:
     if (extra := _EXTRAS.get(url.partition("://")[0])) and isinstance(error, ImportError):
         return DataError(f"{url}: reading it needs: pip install 'sparse-gpt[{extra}]'")
     cause = (not isinstance(error, ImportError) and error.__cause__) or error
-    reason = str(cause).partition("\n")[0] or type(cause).__name__
+    reason = str(cause).partition("\n")[0]
+    if reason in ("", url) or getattr(cause, "status", None) == 0:  # which says nothing
+        reason = type(cause).__name__
     if (status := status_of(error)) is not None:
         reason = f"the server answers {status} {getattr(cause, 'message', '')}".rstrip()
     elif isinstance(cause, FileNotFoundError):
@@ -82,7 +84,7 @@ def status_of(error: BaseException) -> int | None:
     """What a server has answered instead of a file, if that is what the error is about."""
     cause = error.__cause__ or error
     status = getattr(cause, "status" if hasattr(cause, "status") else "code", None)
-    return status if isinstance(status, int) else None
+    return status if isinstance(status, int) and status else None
 
 
 def require_room(url: str, n_bytes: int, folder: Path) -> None:

@@ -13,8 +13,8 @@ from sparse_gpt.data.corpus.documents import read
 from sparse_gpt.data.corpus.rejects import MAX_REJECTED, Reject, Tally
 from sparse_gpt.data.corpus.slices import Slice, cut
 from sparse_gpt.data.corpus.sources import find_files
+from sparse_gpt.data.preparation.options import Options, text_column
 from sparse_gpt.data.preparation.small import with_both_sides
-from sparse_gpt.data.preparation.units import Options, text_column
 from sparse_gpt.data.vocabulary import PATTERNS, check_pattern
 from sparse_gpt.errors import DataError
 from sparse_gpt.files import new_file
@@ -62,7 +62,7 @@ def train_vocab(
     out = Path(out)
     if not out.parent.is_dir():
         raise DataError(f"{out.parent}: no such folder; make it first")
-    files = find_files(sources, rows=bool(conditions))
+    files = find_files(sources, options.rows)
     with new_file(out) as aside:
         slices = [part for file in files for part in cut(file, separator).slices]
         options = with_both_sides(options, slices)

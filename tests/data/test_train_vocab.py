@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from sparse_gpt.data import load_tokenizer, open_shards, prepare, train_vocab
 from sparse_gpt.data.content_hash import content_hash
-from sparse_gpt.data.preparation.units import held_out_below
+from sparse_gpt.data.preparation.options import held_out_below
 from sparse_gpt.data.tokenizer import Tokenizer
 from sparse_gpt.data.train_vocab import learn
 from sparse_gpt.data.vocabulary import PATTERNS

@@ -182,7 +182,8 @@ def _row_text(row: dict[str, Any], reading: Reading) -> str | None:
     text = value_at(row, field)
     if text is ...:
         keys = ", ".join(row) or "none"
-        raise ValueError(f"no key {field!r}; keys there: {keys} (set the text field)")
+        option = "messages" if reading.messages else "the text field"
+        raise ValueError(f"no key {field!r}; keys there: {keys} (set {option})")
     text = _text(text, reading)
     if not text.isascii():
         try:
@@ -200,7 +201,9 @@ def _text(value: Any, reading: Reading) -> str:
     if reading.messages:
         return rendered(value, reading.text_field)
     if not isinstance(value, str):
-        raise ValueError(f"{reading.text_field!r} is {type(value).__name__}, must be a string")
+        hint = "; of chat turns give messages instead" if isinstance(value, list) else ""
+        kind = type(value).__name__
+        raise ValueError(f"{reading.text_field!r} is {kind}, must be a string{hint}")
     return value
 
 

@@ -57,12 +57,13 @@ class SourceFile:
 
 def find_files(
     sources: Sequence[str | Path],
-    rows: bool = False,
+    rows: str = "",
     tell: Callable[[str], None] | None = None,
 ) -> list[SourceFile]:
     """The files of all sources, each source's in sorted order; `tell` gets a line about a folder or
     glob of which something is left out. Raises DataError if there is none, a source does not
-    exist or cannot be read, a file comes twice, or has no `rows` to choose from."""
+    exist or cannot be read, a file comes twice, or is plain text where `rows` says what needs
+    rows."""
     files: list[SourceFile] = []
     for source in sources:
         path = Path(source)
@@ -96,7 +97,7 @@ def find_files(
         if (real := file.path.resolve()) in seen:
             raise DataError(f"{file.path}: given twice among the sources; name it once")
         if rows and file.kind == "text":
-            raise DataError(f"{file.path}: where chooses among rows, but this file is plain text")
+            raise DataError(f"{file.path}: {rows}, but this file is plain text")
         seen.add(real)
     return files
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from sparse_gpt.data.corpus.rejects import REJECTED, Reject
 from sparse_gpt.data.corpus.slices import Cut
-from sparse_gpt.data.preparation.units import USUAL, Options
+from sparse_gpt.data.preparation.options import USUAL, Options
 from sparse_gpt.data.shards.manifest import Manifest
 from sparse_gpt.data.tokenizer import Tokenizer
 from sparse_gpt.errors import DataError

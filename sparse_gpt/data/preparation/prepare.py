@@ -27,17 +27,11 @@ from sparse_gpt.data.corpus.slices import cut_all
 from sparse_gpt.data.corpus.sources import find_files
 from sparse_gpt.data.preparation.apart import files_apart, sides_apart
 from sparse_gpt.data.preparation.appending import continued, not_yet
+from sparse_gpt.data.preparation.options import Options, text_column
 from sparse_gpt.data.preparation.parts import Part, claim, forget, publishing, writing
 from sparse_gpt.data.preparation.publication import publish_all
 from sparse_gpt.data.preparation.small import with_both_sides
-from sparse_gpt.data.preparation.units import (
-    Options,
-    plan,
-    records,
-    refuse_other_units,
-    text_column,
-    units_of,
-)
+from sparse_gpt.data.preparation.units import plan, records, refuse_other_units, units_of
 from sparse_gpt.data.preparation.work import Work
 from sparse_gpt.data.shards.manifest import Manifest, read_manifest
 from sparse_gpt.data.tokenizer import load_tokenizer
@@ -132,9 +126,9 @@ def prepare(
         if source.is_dir() and real(source) in (real(out), *real(out).parents):
             raise DataError(f"{out}: lies in the source {source}; write the shards elsewhere")
     tell = partial(print, file=sys.stderr) if progress else None
-    files = find_files(sources, bool(conditions), tell)
+    files = find_files(sources, options.rows, tell)
     if held_out_from:
-        files = files_apart(files, find_files(held_out_from, bool(conditions), tell))
+        files = files_apart(files, find_files(held_out_from, options.rows, tell))
     with claim(out, share), _disk_full(out):
         old = read_manifest(out) if append else None
         if old is not None:

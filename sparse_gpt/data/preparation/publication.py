@@ -9,7 +9,8 @@ import numpy as np
 
 from sparse_gpt.data.corpus.rejects import Tally, write_rejects
 from sparse_gpt.data.preparation.appending import old_rejects
-from sparse_gpt.data.preparation.units import Options, Unit, records
+from sparse_gpt.data.preparation.options import Options
+from sparse_gpt.data.preparation.units import Unit, records
 from sparse_gpt.data.shards.format import INDEX
 from sparse_gpt.data.shards.manifest import SPLITS, Manifest, Splits, write_manifest
 from sparse_gpt.data.tokenizer import Tokenizer

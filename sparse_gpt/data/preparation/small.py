@@ -8,7 +8,7 @@ from sparse_gpt.data.corpus.blocks import Reading
 from sparse_gpt.data.corpus.documents import Document, read
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import Slice
-from sparse_gpt.data.preparation.units import Options, held_out_below
+from sparse_gpt.data.preparation.options import Options, held_out_below
 
 _SMALL = 10_000  # documents; of more, a share that holds out none is an error
 

@@ -13,7 +13,8 @@ from sparse_gpt.data.corpus.blocks import Block, Reading, blocks
 from sparse_gpt.data.corpus.documents import Document, documents, read
 from sparse_gpt.data.corpus.rejects import Reject, Tally
 from sparse_gpt.data.corpus.slices import SLICE_BYTES, Slice
-from sparse_gpt.data.preparation.units import Options, Tokenized, Unit, UnitWriter, input_bytes
+from sparse_gpt.data.preparation.options import Options
+from sparse_gpt.data.preparation.units import Tokenized, Unit, UnitWriter, input_bytes
 from sparse_gpt.data.shards.format import DTYPES
 from sparse_gpt.data.tokenizer import END_OF_TEXT, Tokenizer
 from sparse_gpt.data.workers import stopped

@@ -15,15 +15,14 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, replace
 from itertools import chain
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from pydantic import TypeAdapter
 
-from sparse_gpt.data.corpus.blocks import Reading
 from sparse_gpt.data.corpus.rejects import Reject
 from sparse_gpt.data.corpus.slices import SLICE_BYTES, Slice
+from sparse_gpt.data.preparation.options import Options
 from sparse_gpt.data.shards.format import INDEX
 from sparse_gpt.data.shards.manifest import FORMAT, SPLITS, Splits, shards_to_json
 from sparse_gpt.data.shards.reader import damages
@@ -81,67 +80,6 @@ class Record:
 
 
 _FORM = TypeAdapter(Record)
-
-
-# Options that came later, as they are where nothing is said of them.
-USUAL = {"cut_last": False, "keep_separator": True, "moved": None, "messages": False}
-
-
-@dataclass(frozen=True)
-class Options:
-    """What changes the shards, besides the input and the tokenizer; see `prepare`. `cut_last`: the
-    corpus is one document, whose last part is held out. `keep_separator`: in the document it opens.
-    `moved`: the hash, in hex, of a document that is on the other side than its hash says.
-    `messages`: the text field holds chat turns."""
-
-    held_out: float
-    shard_tokens: int
-    separator: str | None
-    text_field: str
-    min_chars: int = 0
-    where: tuple[tuple[str, str], ...] = ()
-    dedup: bool = False
-    cut_last: bool = False
-    keep_separator: bool = True
-    moved: str | None = None
-    messages: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.held_out < 1:
-            raise DataError(f"held_out is {self.held_out}; it is a fraction: 0 ≤ held_out < 1")
-        if self.shard_tokens < 1:
-            raise DataError(f"shard_tokens is {self.shard_tokens}; it must be at least 1")
-        if self.separator == "":
-            raise DataError("separator is empty; leave it out for one document a file")
-
-    @property
-    def reading(self) -> Reading:
-        """The part that says how documents are taken from files."""
-        share = self.held_out if self.cut_last else 0.0
-        return Reading(
-            self.separator, self.text_field, self.min_chars, self.where, share,
-            self.keep_separator, self.messages,
-        )  # fmt: skip
-
-    def holds_out(self, hashes: npt.NDArray[np.uint64]) -> npt.NDArray[np.bool_]:
-        """Which documents, by their hashes, are for validation, unless there is but one."""
-        found: npt.NDArray[np.bool_] = hashes < np.uint64(held_out_below(self.held_out))
-        if self.moved is not None:
-            found ^= hashes == np.uint64(int(self.moved, 16))
-        return found
-
-    def fields(self) -> dict[str, Any]:
-        """What is said of them in manifests and keys; what came later only where it is set, so that
-        shards of before keep their names."""
-        fields = asdict(self).items()
-        return {key: value for key, value in fields if key not in USUAL or value != USUAL[key]}
-
-
-def text_column(text_field: str | None, messages: str | None) -> tuple[str, bool]:
-    """The field of the text, and whether it holds chat turns. Raises DataError for both."""
-    if text_field is not None and messages is not None:
-        raise DataError(f"text_field {text_field!r} and messages {messages!r}: give one of them")
-    return messages or text_field or "text", messages is not None
 
 
 @dataclass(frozen=True)
@@ -207,11 +145,6 @@ def _grouped(slices: Iterable[Slice], size: int) -> Iterator[list[Slice]]:
             group, filled = [], 0
     if group:
         yield group
-
-
-def held_out_below(fraction: float) -> int:
-    """Documents whose content hash is below this are for validation."""
-    return int(fraction * 2**64)
 
 
 def refuse_strangers(out: Path, allowed: set[str]) -> None:

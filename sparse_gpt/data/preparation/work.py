@@ -11,15 +11,9 @@ from pathlib import Path
 
 from sparse_gpt.data.corpus.rejects import Tally
 from sparse_gpt.data.preparation.dedup import Seen
+from sparse_gpt.data.preparation.options import Options
 from sparse_gpt.data.preparation.tokenizing import do_unit, pieces, tokenize
-from sparse_gpt.data.preparation.units import (
-    Options,
-    Unit,
-    UnitWriter,
-    count_records,
-    finished,
-    hashes_of,
-)
+from sparse_gpt.data.preparation.units import Unit, UnitWriter, count_records, finished, hashes_of
 from sparse_gpt.data.tokenizer import Tokenizer
 from sparse_gpt.data.workers import in_order
 from sparse_gpt.progress import Progress

@@ -125,7 +125,7 @@ def test_bad_turns_are_set_aside_one_by_one(tmp_path: Path) -> None:
         assert [one.text for one in found if isinstance(one, Document)] == ["user: fine"]
         *of_turns, no_key, half = (one.reason for one in found if isinstance(one, Reject))
         assert of_turns == [reason for _, reason in BROKEN]
-        assert no_key == "no key 'chat'; keys there: other (set the text field)"
+        assert no_key == "no key 'chat'; keys there: other (set messages)"
         assert half.startswith("'chat' holds half a surrogate pair")
 
 
@@ -163,4 +163,10 @@ def test_they_are_another_corpus_than_text_and_exclude_it(tmp_path: Path) -> Non
         prepare([tmp_path / "a.jsonl"], tmp_path / "chat", text_field="chat", append=True)
     with pytest.raises(DataError, match="text_field 'chat' and messages 'chat': give one of them"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "no", messages="chat", text_field="chat")
+    (tmp_path / "b.txt").write_text("user: to be read as text")
+    for make in (prepare, train_vocab):
+        with pytest.raises(DataError, match=r"b\.txt: chat turns are in rows, but this file is"):
+            make([tmp_path / "b.txt"], tmp_path / "no", messages="chat")
+    with pytest.raises(DataError, match="'chat' is list, must be a string; of chat turns give"):
+        prepare([tmp_path / "a.jsonl"], tmp_path / "no", text_field="chat")
     assert not (tmp_path / "no").exists()

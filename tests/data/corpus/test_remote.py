@@ -245,6 +245,7 @@ def test_a_server_that_falls_silent(web: Web, monkeypatch: pytest.MonkeyPatch) -
     [
         ("https://nowhere.invalid/a.txt", "cannot be read: Cannot connect to host nowhere.invalid"),
         ("nowhere://a/b.txt", "cannot be read: Protocol not known: nowhere"),
+        ("http:///a.txt", "cannot be read: InvalidUrlClientError"),
         ("memory://a/b.txt", "cannot be read: is not there; check the address"),
     ],
 )

@@ -28,7 +28,7 @@ from sparse_gpt.data import (
 from sparse_gpt.data.content_hash import content_hash
 from sparse_gpt.data.corpus.slices import NOTES
 from sparse_gpt.data.preparation.dedup import Seen
-from sparse_gpt.data.preparation.units import held_out_below
+from sparse_gpt.data.preparation.options import held_out_below
 from sparse_gpt.data.shards.format import INDEX
 from sparse_gpt.data.shards.manifest import SPLITS, read_manifest
 from sparse_gpt.errors import DataError
