@@ -96,7 +96,7 @@ class BatchConfig(Section):
 
 
 class DurationConfig(Section):
-    """How long to train: exactly one of the three."""
+    """How long to train: exactly one of the four."""
 
     steps: int | None = Field(None, gt=0, le=10**12)
     """Optimizer steps."""
@@ -105,7 +105,10 @@ class DurationConfig(Section):
     flops: float | None = Field(None, gt=0)
     """Training FLOPs of the whole run, logits included; the last step is whole."""
 
-    _one = _exactly_one("steps", "tokens", "flops")
+    epochs: float | None = Field(None, gt=0, le=10**6)
+    """How often all of `data.path` is read; the last step is whole."""
+
+    _one = _exactly_one("steps", "tokens", "flops", "epochs")
 
 
 class OptimizerConfig(Section):
@@ -259,6 +262,15 @@ class RunConfig(Section):
         return self
 
     @model_validator(mode="after")
+    def _epochs_of_one(self) -> "RunConfig":
+        if self.duration.epochs is not None and self.data.path is None:
+            raise ValueError(
+                "duration.epochs: of which source of data.blend? give tokens or steps, and "
+                "data.max_epochs, which no source passes"
+            )
+        return self
+
+    @model_validator(mode="after")
     def _transfers(self) -> "RunConfig":
         if self.optimizer.width_transfer:
             from sparse_gpt.model.width import check_transfers
@@ -297,12 +309,20 @@ class RunConfig(Section):
 
     @property
     def total_steps(self) -> int:
-        """Optimizer steps of the whole run."""
+        """Optimizer steps of the whole run. Raises DataError where epochs are asked for of data
+        that are not there."""
         duration, per_step = self.duration, self.batch.global_tokens
         if duration.steps is not None:
             return duration.steps
         if duration.tokens is not None:
             return math.ceil(duration.tokens / per_step)
+        if duration.epochs is not None:
+            from sparse_gpt.data import open_shards
+            from sparse_gpt.data.batches.batches import count_windows
+
+            assert self.data.path is not None
+            windows = count_windows(open_shards(self.data.path).train, self.model.max_seq_len)
+            return math.ceil(duration.epochs * windows / self.global_batch)
         assert duration.flops is not None
         from sparse_gpt.model.costs import model_report  # builds the model's shape, with torch
 

@@ -98,8 +98,8 @@ def test_base_that_leads_back_to_itself(file):
         ("optimizer.lr=-1", "optimizer.lr: input should be greater than 0, got -1"),
         ("batch.micro_batch=true", "batch.micro_batch: input should be a valid integer, got True"),
         ("batch.global_tokens=1000", "use 896 or 1024"),
-        ("duration={steps: 1, tokens: 5}", "exactly one of steps, tokens, flops"),
-        ("duration={}", "exactly one of steps, tokens, flops"),
+        ("duration={steps: 1, tokens: 5}", "exactly one of steps, tokens, flops, epochs"),
+        ("duration={}", "exactly one of steps, tokens, flops, epochs"),
         (
             "data={path: a, blend: {a: 1}}",
             "data: give exactly one of path, blend; here is path and",

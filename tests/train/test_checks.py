@@ -214,6 +214,21 @@ def test_a_cap_is_for_one_data_set_too(refused, run_file, shards):
     assert "weight" not in error
 
 
+@pytest.mark.parametrize("epochs", [0.5, 1, 2.25])
+def test_epochs_are_whole_steps_that_read_all_of_the_data_so_often(run_file, shards, epochs):
+    windows = count_windows(open_shards(shards).train, 32)
+    steps = load_config(run_file, [f"duration={{epochs: {epochs}}}"]).total_steps
+    assert (steps - 1) * 16 < epochs * windows <= steps * 16
+
+
+def test_epochs_of_a_blend_or_of_no_data_are_refused_in_one_line(refused, run_file, pair, tmp_path):
+    blend = f"data={{path: null, blend: {{{pair[0]}: 1, {pair[1]}: 1}}}}"
+    error = refused("train", run_file, blend, "duration={epochs: 1}")
+    assert "duration.epochs: of which source of data.blend?" in error
+    error = refused("plan", run_file, f"data.path={tmp_path}", "duration={epochs: 1}")
+    assert str(tmp_path) in error
+
+
 def test_another_config_is_refused_in_one_line(run_file, tmp_path):
     finish(start_ranks(run_file, "duration.steps=4"))
     for overrides, message in (
