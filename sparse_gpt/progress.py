@@ -1,8 +1,11 @@
 """The progress bar of long work on a terminal's stderr: what is done, how fast, and time left; and
 how long something takes, in words."""
 
+import sys
 import time
 from types import TracebackType
+
+EVERY = 30.0  # seconds
 
 
 def duration(seconds: float) -> str:
@@ -16,7 +19,8 @@ def duration(seconds: float) -> str:
 class Progress:
     """A context manager; draws nothing unless `wanted` and stderr is a terminal. Threads may share
     it. The total is bytes, told with MB/s and tokens/s, or anything else, told as a share. It
-    appears after `after` seconds, at the next sign of progress."""
+    appears after `after` seconds, at the next sign of progress. Of bytes there is a line every
+    `EVERY` seconds where there is no terminal."""
 
     def __init__(
         self, title: str, total: float, wanted: bool, of_bytes: bool = True, after: float = 0
@@ -40,6 +44,9 @@ class Progress:
         self._task = self._bar.add_task(title, total=total, rate="")
         self._characters = self._tokens = 0
         self._from = time.monotonic() + after
+        self._says = wanted and of_bytes and not self.console.is_terminal
+        self._told = self._started = time.monotonic()
+        self._title, self._total, self._done = title, total, 0
 
     def __enter__(self) -> "Progress":
         self._draw()
@@ -77,10 +84,17 @@ class Progress:
         self._draw()
         self._characters += n_bytes if characters is None else characters
         self._tokens += tokens
-        seconds = self._bar.tasks[0].elapsed
+        self._done += n_bytes
+        seconds = time.monotonic() - self._started
         rate = ""
         if seconds:
             rate = f"{self._characters / seconds / 1e6:.1f} MB/s"
             if self._tokens:
                 rate += f", {self._tokens / seconds / 1e6:.2f}M tokens/s"
         self._bar.update(self._task, advance=n_bytes, rate=rate)
+        if self._says and time.monotonic() >= self._told + EVERY:
+            self._told = time.monotonic()
+            share = self._done / self._total if self._total else 1
+            left = f", {duration(seconds * (1 / share - 1))} left" if share else ""
+            line = f"{self._title}: {share:.0%} of {self._total / 1e6:,.0f} MB, {rate}{left}"
+            print(line, file=sys.stderr, flush=True)

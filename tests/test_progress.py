@@ -1,4 +1,4 @@
-"""The bar of long work: on a terminal, and where it is asked for after a while, not before."""
+"""What long work says: a bar on a terminal, a line now and then elsewhere."""
 
 import io
 
@@ -28,3 +28,22 @@ def test_a_bar_waits(terminal, monkeypatch, passed, drawn):
         bar.at(0.5)
         assert ("refits" in terminal.getvalue()) is drawn
     assert ("50%" in terminal.getvalue()) is drawn
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch, capsys):
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with Progress("tokenizing", 4e6, wanted=True) as bar:
+        bar.advance(1_000_000, tokens=10)
+    said = capsys.readouterr().err
+    assert said.startswith("tokenizing: 25% of 4 MB, ")
+    assert "tokens/s" in said
+    assert said.endswith("left\n")
+
+
+def test_what_is_short_or_not_wanted_says_nothing(monkeypatch, capsys):
+    with Progress("tokenizing", 4e6, wanted=True) as bar:
+        bar.advance(1_000_000)
+    monkeypatch.setattr(progress, "EVERY", 0.0)
+    with Progress("tokenizing", 4e6, wanted=False) as bar:
+        bar.advance(1_000_000)
+    assert capsys.readouterr().err == ""

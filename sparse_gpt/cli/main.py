@@ -7,6 +7,7 @@ checkpoint. What takes seconds to import is imported inside the command that nee
 import errno
 import io
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from importlib.metadata import version
@@ -20,6 +21,7 @@ from rich.table import Table
 from sparse_gpt.cli.config_commands import config_app
 from sparse_gpt.cli.data_commands import prepare, vocab_app
 from sparse_gpt.cli.evaluate_commands import evaluate, export, generate, inspect
+from sparse_gpt.cli.init_command import init
 from sparse_gpt.cli.plan_commands import flops, plan
 from sparse_gpt.cli.shards_commands import shards_app
 from sparse_gpt.cli.sweep_commands import sweep_app
@@ -84,6 +86,7 @@ def main() -> None:
         sys.exit(2)
 
 
+app.command(epilog="Example: sparse-gpt init run.yaml --data books --size d64")(init)
 app.command(epilog="Example: sparse-gpt prepare books/*.txt corpus.jsonl --out shards/books")(
     prepare
 )
@@ -131,7 +134,8 @@ def train(
 ) -> None:
     """Train under the deepspeed launcher; run again to resume from the newest checkpoint.
 
-    SIGTERM, SIGUSR1 or a closed terminal saves a checkpoint and ends with exit code 75.
+    Ctrl-C, SIGTERM, SIGUSR1 or a closed terminal saves a checkpoint and ends with exit code 75; a
+    second Ctrl-C ends at once.
     """
     from sparse_gpt.cluster.hostfile import environment_files, on_hosts
     from sparse_gpt.cluster.supervise import supervise
@@ -181,7 +185,9 @@ def train(
     if finished(run):
         print(f"{run.run_dir}: this run is finished; see it with sparse-gpt compare")
         return
-    sys.exit(supervise(launch, Path(run.run_dir), restarts, run.fault.timeout_seconds))
+    again = shlex.join(["sparse-gpt", *sys.argv[1:]])
+    patience = run.fault.timeout_seconds
+    sys.exit(supervise(launch, Path(run.run_dir), restarts, patience, again))
 
 
 def _submit(

@@ -109,20 +109,30 @@ def run(
     ] = False,
 ) -> None:
     """Train what is missing; run again after any interruption. Watch it in TensorBoard."""
+    import shlex
     import signal
 
     from sparse_gpt.sweep.execute import Trainer, run_sweep, submit_array
     from sparse_gpt.sweep.grid import read_sweep
     from sparse_gpt.sweep.plots import check_plots
     from sparse_gpt.sweep.report import draw_points
+    from sparse_gpt.train.preemption import stop_signals
 
     check_plots()
     sweep = read_sweep(file, out)
     if slurm:
         print(submit_array(sweep, jobs, devices))
         return
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    problems = run_sweep(sweep, Trainer(jobs, devices), chain, lambda: draw_points(sweep))
+    for number in stop_signals():  # they end it as Ctrl-C does
+        signal.signal(number, signal.default_int_handler)
+    try:
+        problems = run_sweep(sweep, Trainer(jobs, devices), chain, lambda: draw_points(sweep))
+    except KeyboardInterrupt:
+        again = shlex.join(["sparse-gpt", *sys.argv[1:]])
+        print(
+            f"{sweep.out}: stopped, each run with a checkpoint; to go on: {again}", file=sys.stderr
+        )
+        raise
     for problem in problems:
         print(problem, file=sys.stderr)
     if problems:

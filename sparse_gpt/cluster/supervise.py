@@ -30,20 +30,29 @@ _DONE, _FAILED, _BAD_INPUT = 0, 1, 2
 _UNKNOWN = 256  # no exit code: its parent has taken note of the end already
 
 
-def supervise(launch: Launch, run_dir: Path, restarts: int, patience: float) -> int:
+def supervise(
+    launch: Launch, run_dir: Path, restarts: int, patience: float, again: str = "run again"
+) -> int:
     """Run `launch`, after a crash up to `restarts` times again; returns the exit code.
 
     0 done, 1 failure, 2 bad input, 75 (PREEMPTED) stopped by one of `stop_signals` after a
-    checkpoint, for which ranks have `patience` seconds. A second SIGTERM raises KeyboardInterrupt,
-    as Ctrl-C does. Whatever happens, no process of the job outlives this call.
+    checkpoint, for which ranks have `patience` seconds. A second SIGTERM or Ctrl-C raises
+    KeyboardInterrupt. Whatever happens, no process of the job outlives this call.
+
+    again: how the user goes on after a stop.
     """
     asked: list[signal.Signals] = []
 
     def take(number: int, _: object) -> None:
-        if asked and number == signal.SIGTERM:
+        if asked and number in (signal.SIGTERM, signal.SIGINT):
             raise KeyboardInterrupt
         if number == signal.SIGHUP:
             leave_terminal()
+        if number == signal.SIGINT:  # not by print, which this may have interrupted
+            with suppress(OSError):
+                os.write(
+                    2, b"stopping after this step, with a checkpoint; Ctrl-C again ends at once\n"
+                )
         asked.append(signal.Signals(number))
 
     reached: list[int | None] = []  # newest logged step at each crash
@@ -63,12 +72,14 @@ def supervise(launch: Launch, run_dir: Path, restarts: int, patience: float) -> 
                 break
             delay = min(2**restarted, 60)
             _say(f"{cause}; restart {restarted + 1} of {restarts} in {delay} s")
-            again = time.monotonic() + delay
-            while time.monotonic() < again and not asked:
+            until = time.monotonic() + delay
+            while time.monotonic() < until and not asked:
                 time.sleep(_POLL)
             if asked:
                 code, cause = PREEMPTED, f"stopped by {asked[0].name} between restarts"
                 break
+    if code == PREEMPTED:
+        cause += f"; to go on: {again}"
     if cause:
         count = len(reached) - (code == _FAILED)
         after = f" (after {count} restart{'s' * (count > 1)})" if count else ""
@@ -89,7 +100,7 @@ def _run(launch: Launch, asked: Sequence[signal.Signals], patience: float) -> tu
             time.sleep(_POLL)
             ranks.look()
             if asked:
-                ranks.tell(asked[0])
+                ranks.tell(_for_ranks(asked[0]))
                 deadline = min(deadline, time.monotonic() + patience)
             if ranks.failure and ranks.failure[1] != PREEMPTED:
                 deadline = min(deadline, time.monotonic() + _LAST_WORDS)
@@ -113,11 +124,17 @@ def _run(launch: Launch, asked: Sequence[signal.Signals], patience: float) -> tu
     code = failure[1] if failure else runner
     if code == _BAD_INPUT or (code == _DONE and not orphans):
         return code, ""
-    if code == PREEMPTED or (asked and (failure is None or code == -asked[0])):
+    if code == PREEMPTED or (asked and (failure is None or code == -_for_ranks(asked[0]))):
         by = f"by {asked[0].name}" if asked else "on request"
         how = "after" if code == PREEMPTED else "without"
-        return PREEMPTED, f"stopped {by} {how} a checkpoint; run again to go on"
+        return PREEMPTED, f"stopped {by} {how} a checkpoint"
     return _FAILED, _cause(runner, failure)
+
+
+def _for_ranks(number: signal.Signals) -> signal.Signals:
+    """What ranks are sent: SIGTERM for Ctrl-C, which a rank that only starts would meet with a
+    traceback."""
+    return signal.SIGTERM if number == signal.SIGINT else number
 
 
 class _Hosts:
@@ -238,7 +255,7 @@ def _end(process: subprocess.Popen[bytes], launch: Launch) -> None:
 
     Told to end, DeepSpeed's runner would end the launchers of all jobs on the hosts.
     """
-    with _on((signal.SIGINT, *stop_signals()), signal.SIG_IGN):
+    with _on(stop_signals(), signal.SIG_IGN):
         whole = process.poll() == _DONE
         if not launch.remote:
             process.terminate()

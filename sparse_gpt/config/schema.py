@@ -5,18 +5,35 @@ override any key (`optimizer.lr=1e-3`). Whatever is wrong ends in one ConfigErro
 """
 
 import math
+import typing
 from typing import Annotated, Any, Literal
 
-from pydantic import BeforeValidator, ConfigDict, Field, Strict, model_validator
+from pydantic import (
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    Strict,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.config import ModelConfig, Part, Probability
 
 
 class Section(Part):
-    """A part of a run file: exact types besides."""
+    """A part of a run file: exact types besides, but that whole numbers may be written as 1e9."""
 
     model_config = ConfigDict(strict=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _whole(cls, value: Any, info: ValidationInfo) -> Any:
+        annotation = cls.model_fields[str(info.field_name)].annotation
+        takes_int = int in (typing.get_args(annotation) or (annotation,))
+        whole = isinstance(value, float) and value.is_integer() and abs(value) < 2**53
+        return int(value) if takes_int and whole else value
 
 
 def _exactly_one(*names: str) -> Any:

@@ -11,7 +11,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, ThreadPoolExecutor, wait
 from contextlib import suppress
 from pathlib import Path
@@ -22,11 +22,14 @@ from rich.console import Console
 
 from sparse_gpt.cluster.slurm import submit
 from sparse_gpt.cluster.this_machine import cores
-from sparse_gpt.errors import ConfigError, told
+from sparse_gpt.data import Blend
+from sparse_gpt.errors import ConfigError, InputError, told
 from sparse_gpt.files import real
 from sparse_gpt.progress import Progress
 from sparse_gpt.sweep.collect import computed_flops, ended, log_path, reached, state
 from sparse_gpt.sweep.grid import Cell, Sweep, write_configs
+from sparse_gpt.train.checks import check_data, check_machine, check_settings
+from sparse_gpt.train.feed import open_data
 from sparse_gpt.train.run_dir import fork, held
 
 _POLL = 1.0  # seconds
@@ -66,6 +69,7 @@ class Trainer:
                     stdout=file,
                     stderr=subprocess.STDOUT,
                     env=environment,
+                    start_new_session=True,  # Ctrl-C is the sweep's, which passes it on once
                 )
                 self._processes.add(process)
                 try:
@@ -92,6 +96,7 @@ def run_sweep(
     if chain is not None and not 0 <= chain < len(sweep.chains):
         raise ConfigError(f"--chain {chain}: the sweep has chains 0 to {len(sweep.chains) - 1}")
     chains = sweep.chains if chain is None else [sweep.chains[chain]]
+    check_runs([cell for cells in chains for cell in cells], trainer.devices)
     write_configs(sweep)
     # The longest first, so that no long one is left alone at the end.
     chains = sorted(chains, key=lambda cells: -sum(cell.own_flops for cell in cells))
@@ -123,6 +128,30 @@ def run_sweep(
             raise
 
 
+def check_runs(cells: Sequence[Cell], devices: int) -> None:
+    """Raises ConfigError or DataError where runs cannot be, before the first of them starts: a
+    cause that they share once, with the names of those that have it."""
+    blends: dict[str, Blend] = {}
+    causes: dict[str, list[str]] = {}
+    for cell in cells:
+        try:
+            check_settings(cell.config, devices)
+            check_machine(cell.config)
+            data = cell.config.data
+            key = data.model_dump_json()
+            if key not in blends:
+                blends[key] = open_data(data)
+            check_data(cell.config, blends[key], devices)
+        except InputError as error:
+            causes.setdefault(str(error), []).append(cell.name)
+    if causes:
+        lines = [
+            line if len(names) == len(cells) else f"{line} (in {', '.join(names)})"
+            for line, names in causes.items()
+        ]
+        raise ConfigError("; ".join(lines))
+
+
 def _train_chain(cells: list[Cell], trainer: Trainer, console: Console) -> list[str]:
     problems = []
     for cell in cells:
@@ -132,6 +161,9 @@ def _train_chain(cells: list[Cell], trainer: Trainer, console: Console) -> list[
         try:
             already = state(cell) in ("done", "diverged")
             problem = None if already else _train(cells[0], cell, trainer)
+            if trainer.stopping.is_set() and not ended(cell):
+                console.print(f"{cell.name}: stopped", highlight=False, soft_wrap=True)
+                break
             if problem is None and state(cell) == "diverged":
                 problem = f"{cell.name}: diverged; it is left out of the fit"
         except Exception as error:  # of one run's files: the others go on

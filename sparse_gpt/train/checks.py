@@ -5,7 +5,7 @@ import math
 import os
 import shutil
 from bisect import bisect_right
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -244,6 +244,16 @@ def check_compiler(config: RunConfig) -> None:
         )
 
 
+def _differences(key: str, before: Any, now: Any) -> Iterator[str]:
+    """What differs of a section, key by key, with both values."""
+    if isinstance(before, Mapping) and isinstance(now, Mapping):
+        for name in {**before, **now}:
+            yield from _differences(f"{key}.{name}", before.get(name), now.get(name))
+    elif before != now:
+        key = "batch.global_tokens" if key == "batch" else key
+        yield f"{key} was {before} and is {now}"
+
+
 def check_run_dir(config: RunConfig, blend: Blend) -> None:
     """Raises ConfigError if `run_dir` holds a run of another configuration or other data.
 
@@ -256,9 +266,10 @@ def check_run_dir(config: RunConfig, blend: Blend) -> None:
     before, now = (what_computes(run) for run in (load_config(saved), config))
     changed = [key for key in now if before[key] != now[key] and key not in MAY_CHANGE]
     if changed:
+        pairs = [pair for key in changed for pair in _differences(key, before[key], now[key])]
         raise ConfigError(
-            f"{saved}: holds a run with another {', '.join(changed)}; "
-            "choose another run_dir, or remove that folder"
+            f"{saved}: holds another run: {', '.join(pairs)}; choose another run_dir, with "
+            f"start_from={folder} to begin with its weights"
         )
     record, what = read_provenance(folder), config.data.path or "the blend"
     if record.get("vocab_hash") not in (None, blend.vocab_hash):  # None: of an older version
@@ -268,6 +279,8 @@ def check_run_dir(config: RunConfig, blend: Blend) -> None:
         )
     if record["data_manifest_hash"] != blend.hash and not config.data.allow_change:
         raise ConfigError(
-            f"data: {what} is not the data that {folder} was trained on; choose another run_dir, "
-            "give the data of before, or set data.allow_change=true to go on with these"
+            f"data: {what} is not the data that {folder} was trained on (manifest "
+            f"{record['data_manifest_hash'][:12]}…, now {blend.hash[:12]}…); choose another "
+            f"run_dir with start_from={folder}, give the data of before, or set "
+            "data.allow_change=true to go on with these"
         )

@@ -15,6 +15,7 @@ from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.data import Batch, Blend
 from sparse_gpt.model.flops import count_flops
 from sparse_gpt.model.gpt import GPT
+from sparse_gpt.train.announce import beginning, ending
 from sparse_gpt.train.checkpoint.checkpoints import Checkpoints
 from sparse_gpt.train.checkpoint.manifest import TrainState
 from sparse_gpt.train.checkpoint.random_state import rng_state
@@ -25,7 +26,6 @@ from sparse_gpt.train.engine import Engine
 from sparse_gpt.train.feed import held_out, read_from
 from sparse_gpt.train.guard import RunStopped
 from sparse_gpt.train.incident import write_incident
-from sparse_gpt.train.metrics_file import final_loss
 from sparse_gpt.train.preemption import Preempted, Preemption
 from sparse_gpt.train.preflight import preflight
 from sparse_gpt.train.run_dir import hold, open_run_dir, origin
@@ -68,6 +68,7 @@ def train(config: RunConfig) -> None:
     run_dir = world.from_rank_0(
         partial(open_run_dir, config, world, blend, state.step, found, source)
     )
+    world.from_rank_0(partial(beginning, config, world, report, state.step))
     batches = read_from(config, blend, world, state.samples)
     trace = Trace(engine, profile.components, run_dir)
     with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
@@ -111,7 +112,7 @@ def train(config: RunConfig) -> None:
                     telemetry.log(state.step, metrics)
                 if checkpoints.after_step(state, last, preemption.requested, telemetry.lost):
                     raise Preempted(state.step)
-    loss = world.from_rank_0(partial(final_loss, run_dir))
+    loss = world.from_rank_0(partial(ending, config, run_dir))
     if loss is not None and not math.isfinite(loss):
         raise RunStopped(f"{run_dir}: ended with a loss of {loss}: is the learning rate too high?")
 

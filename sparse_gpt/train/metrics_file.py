@@ -122,15 +122,6 @@ def quiet_tensorboard() -> None:
     threading.excepthook = told
 
 
-def final_loss(folder: Path) -> float | None:
-    """The last validation loss in a run's record, else the last training loss; None of no step."""
-    rows = read_metrics(folder)
-    for tag in ("val/loss", "train/loss"):
-        if losses := [row[tag] for row in rows if tag in row]:
-            return float(losses[-1])
-    return None
-
-
 def read_metrics(folder: Path) -> list[dict[str, Any]]:
     """The logged steps of a run, none without any; but for a last line that a kill has torn. What
     was not a finite number is NaN. Raises ConfigError for any other line that is no row."""

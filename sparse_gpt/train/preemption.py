@@ -1,4 +1,4 @@
-"""Being told to stop: SIGTERM, SIGUSR1 or SIGHUP becomes a checkpoint at the end of the step."""
+"""Being told to stop: a signal that asks for it becomes a checkpoint at the end of the step."""
 
 import errno
 import io
@@ -16,9 +16,9 @@ class Preempted(Exception):
 
 
 def stop_signals() -> list[signal.Signals]:
-    """SIGTERM (schedulers, clouds), SIGUSR1 (Slurm, ahead of its time limit) and SIGHUP (a terminal
-    that is closed), unless that is ignored, as under nohup."""
-    numbers = [signal.SIGTERM, signal.SIGUSR1]
+    """SIGTERM (schedulers, clouds), SIGINT (Ctrl-C), SIGUSR1 (Slurm, ahead of its time limit)
+    and SIGHUP (a terminal that is closed), unless that is ignored, as under nohup."""
+    numbers = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     hangs_up = signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN
     return [*numbers, signal.SIGHUP] if hangs_up else numbers
 
@@ -73,4 +73,6 @@ class Preemption:
     def _note(self, number: int, _: object) -> None:
         if number == signal.SIGHUP:
             leave_terminal()
+        if number == signal.SIGINT:  # a second Ctrl-C ends at once
+            signal.signal(number, signal.SIG_DFL)
         self.requested = True

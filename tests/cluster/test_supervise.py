@@ -59,14 +59,20 @@ def end(process, run_file, seconds=300):
 
 
 @pytest.mark.parametrize(
-    "number", [signal.SIGTERM, pytest.param(signal.SIGUSR1, marks=pytest.mark.long)]
+    "number",
+    [
+        signal.SIGINT,
+        *(pytest.param(n, marks=pytest.mark.long) for n in (signal.SIGTERM, signal.SIGUSR1)),
+    ],
 )
 def test_a_signal_saves_a_checkpoint_and_ends_with_75(run_file, number):
     process = start_training(run_file, "checkpoint.every=100000")
     process.send_signal(number)
     code, errors = end(process, run_file)
     assert code == 75
-    assert f"stopped by {number.name} after a checkpoint" in errors[-1]
+    again = f"to go on: sparse-gpt train {run_file} --devices 2 duration.steps=100000"
+    assert f"stopped by {number.name} after a checkpoint; {again}" in errors[-1]
+    assert not [line for line in errors if "[ERROR]" in line or "Traceback" in line]
     last = metrics(run_file.parent / "run")[-1]["step"]
     assert (run_file.parent / "run/checkpoints/latest").read_text() == f"step-{last:08}"
 
@@ -91,14 +97,15 @@ def test_a_closed_terminal_saves_a_checkpoint(run_file):
 
 
 @pytest.mark.long
-def test_a_second_signal_or_control_c_ends_even_a_hung_job_at_once(run_file):
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_second_signal_or_control_c_ends_even_a_hung_job_at_once(run_file, number):
     """Long before the 600 seconds that it would have for a checkpoint."""
     process = start_training(run_file)
     hung = job(run_file)[1]
     hung.suspend()
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     until(lambda: is_pending(signal.SIGTERM, hung), process)  # it was heard, and passed on
-    process.send_signal(signal.SIGTERM)
+    process.send_signal(number)
     assert end(process, run_file, BUSY)[0] == 130
 
 

@@ -302,3 +302,26 @@ def test_a_bare_name_is_one_of_our_files_unless_a_file_of_that_name_is_here(tmp_
     assert find_file(Path("elsewhere/124m.yaml")) == Path("elsewhere/124m.yaml")
     with pytest.raises(ConfigError, match=r"labtop: is no file here.* mean 'laptop'.*cluster"):
         find_file(Path("labtop"), "sweeps")
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["lr=1"], "lr: unknown key; did you mean 'optimizer.lr'?"),
+        (["steps=3"], "steps: unknown key; did you mean 'duration.steps'?"),
+        (["duration.steps=1.5e0"], "duration.steps: input should be a valid integer, got 1.5"),
+        (["seed=-1", "duration.steps=-1", "a=1"], "got -1 (also wrong: seed, a)"),
+    ],
+)
+def test_keys_are_found_in_their_sections_and_what_else_is_wrong_is_named(overrides, message):
+    with pytest.raises(ConfigError) as error:
+        load_config(ROOT / "configs/tiny-sparse.yaml", overrides)
+    assert message in str(error.value)
+
+
+def test_a_whole_number_may_be_written_with_an_exponent():
+    overrides = ["duration.tokens=1e9", "checkpoint.every=1_000", "eval.max_tokens=1e6"]
+    run = load_config(ROOT / "configs/tiny-sparse.yaml", overrides)
+    found = run.duration.tokens, run.checkpoint.every, run.eval.max_tokens
+    assert found == (10**9, 1000, 10**6)
+    assert all(type(number) is int for number in found)

@@ -234,7 +234,7 @@ def _runs(sweep):
 def test_what_fails_or_diverges_is_said_and_the_rest_goes_on(command, sweep_tree, tmp_path):
     sweep_tree["families"] = {
         "dense": sweep_tree["families"]["dense"],
-        "refused": {"batch.micro_batch": 5},
+        "refused": {"start_from": "nowhere"},  # which is looked at when its turn comes
         "wild": {"model.ffn": "default", "optimizer.grad_clip": 0.0},
     }
     sweep_tree["families"]["refused"]["model.ffn"] = "default"
@@ -253,6 +253,21 @@ def test_what_fails_or_diverges_is_said_and_the_rest_goes_on(command, sweep_tree
     assert fit.returncode == 2
     assert "family 'refused' has no usable run yet (2 of 3 runs are finished)" in fit.stderr
     assert len(fit.stderr.splitlines()) == 1
+
+
+def test_runs_that_cannot_be_are_said_before_the_first_starts(refused, sweep_tree, tmp_path):
+    sweep_tree["families"]["sparse"]["batch.micro_batch"] = 5
+    path = write(sweep_tree, tmp_path / "s.yaml")
+    out = ("--out", tmp_path / "out")
+    said = refused("sweep", "run", path, *out)
+    assert said.count("micro_batch 5 does not divide") == 1
+    assert "(in sparse-d32-lr0.003-s0-4e09, sparse-d32-lr0.003-s0-2e09)" in said
+    sweep_tree["families"]["sparse"].pop("batch.micro_batch")
+    sweep_tree["run"]["data"]["path"] = "nowhere"
+    said = refused("sweep", "run", write(sweep_tree, path), *out)
+    assert said.count("nowhere: no such folder of shards") == 1
+    assert "(in" not in said  # all of them
+    assert not (tmp_path / "out").exists()
 
 
 def law(family, m, d):

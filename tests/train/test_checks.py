@@ -217,9 +217,15 @@ def test_a_cap_is_for_one_data_set_too(refused, run_file, shards):
 def test_another_config_is_refused_in_one_line(run_file, tmp_path):
     finish(start_ranks(run_file, "duration.steps=4"))
     for overrides, message in (
-        (["optimizer.lr=1e-4"], "holds a run with another optimizer"),
-        (["batch.global_tokens=1024"], "holds a run with another batch"),
-        (["seed=1", "model.n_layer=1"], "holds a run with another model, seed"),
+        (["optimizer.lr=1e-4"], "holds another run: optimizer.lr was 0.003 and is 0.0001"),
+        (
+            ["batch.global_tokens=1024"],
+            "batch.global_tokens was 512 and is 1024",
+        ),
+        (
+            ["seed=1", "model.n_layer=1"],
+            "model.n_layer was 2 and is 1, seed was 0 and is 1",
+        ),
     ):
         ranks = start_ranks(run_file, *overrides)
         outputs = [rank.communicate(timeout=120)[0] for rank in ranks]

@@ -7,7 +7,7 @@ import pytest
 
 from sparse_gpt.train.preemption import Preempted, Preemption, stop_signals
 
-NUMBERS = [signal.SIGTERM, signal.SIGUSR1, signal.SIGHUP]
+NUMBERS = [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1, signal.SIGHUP]
 
 
 @pytest.mark.parametrize("number", NUMBERS)
@@ -26,7 +26,7 @@ def test_a_signal_is_noted_and_ends_nothing(number):
 def test_under_nohup_a_closed_terminal_is_nothing():
     before = signal.signal(signal.SIGHUP, signal.SIG_IGN)
     try:
-        assert stop_signals() == [signal.SIGTERM, signal.SIGUSR1]
+        assert stop_signals() == [signal.SIGTERM, signal.SIGINT, signal.SIGUSR1]
     finally:
         signal.signal(signal.SIGHUP, before)
 
