@@ -120,10 +120,8 @@ def test_the_examples_that_train_run(tmp_path, shards, gpt2_shards):
     typed("train tiny-dense duration.steps=4")
     for name in ("quickstart-dense", "quickstart-sparse"):
         typed(f"train {name} 'duration={{steps: 20}}' schedule.warmup_steps=5 eval.every=10")
-    diverging = (
-        "optimizer.lr=1e20 guard.stop_after=3 'duration={steps: 12}' schedule.warmup_steps=1"
-    )
-    typed(f"train quickstart-sparse run_dir=runs/bad {diverging}", code=1)
+    diverging = "optimizer.lr=1e20 guard.stop_after=3 schedule.warmup_steps=1"
+    typed(f"train quickstart-sparse run_dir=runs/bad 'duration={{steps: 12}}' {diverging}", code=1)
     [incident] = (tmp_path / "runs/bad/incidents").iterdir()
     sizes = {f"d{d}": {"model.d_model": d, "model.n_head": d // 16} for d in (32, 48, 64)}
     run = yaml.safe_load((ROOT / "configs/sweeps/laptop.yaml").read_text())["run"]
