@@ -15,19 +15,25 @@ def init(
     data: Annotated[
         str | None,
         typer.Option(
-            help="A folder that prepare wrote or will write, or a file or folder of text."
+            help="A folder that prepare wrote or will write, or a file or folder of text.",
+            show_default="is asked for",
         ),
     ] = None,
     size: Annotated[
         str | None,
-        typer.Option(help="d32 to d128 (minutes on a CPU), 124m or 355m; default: of the budget."),
+        typer.Option(
+            help="d32 to d128 (minutes on a CPU), 124m or 355m.", show_default="of the budget"
+        ),
     ] = None,
     devices: Annotated[
-        int | None, typer.Option(min=1, max=10_000, help="GPUs (on the CPU: ranks); default 1.")
+        int | None,
+        typer.Option(min=1, max=10_000, help="GPUs (on a CPU: ranks).", show_default="1"),
     ] = None,
     budget: Annotated[
         float | None,
-        typer.Option(help="Training FLOPs; default: 40 tokens for each parameter a token uses."),
+        typer.Option(
+            help="Training FLOPs.", show_default="40 tokens for each parameter a token uses"
+        ),
     ] = None,
 ) -> None:
     """Write a commented run file with a learning rate, batch and steps that our studies support.
@@ -35,6 +41,7 @@ def init(
     On a terminal it asks for what no option says.
     """
     from sparse_gpt.errors import ConfigError
+    from sparse_gpt.files import new_file
     from sparse_gpt.plan.starter import SIZES, starter
 
     if os.path.lexists(file):
@@ -53,10 +60,8 @@ def init(
         raise ConfigError("--data is missing: a folder of shards, or text to make them of")
     found = starter(file, data, size, devices or 1, budget)
     file.parent.mkdir(parents=True, exist_ok=True)
-    with file.open(
-        "x", encoding="utf-8"
-    ) as new:  # nobody's file is replaced, made meanwhile either
-        new.write(found.text)
+    with new_file(file) as new:
+        new.write_text(found.text, encoding="utf-8")
     print(f"{file}: {found.config.total_steps:,} steps. Next:")
     for command in found.commands:
         print(f"  {command}")

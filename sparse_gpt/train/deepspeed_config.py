@@ -59,7 +59,12 @@ def _native_form() -> type[BaseModel]:
         bf16=DeepSpeedBF16Config,
         comms_logger=CommsLoggerConfig,
         communication_data_type=Annotated[dtype, any_case],
-        data_types=_form(grad_accum_dtype=dtype, buffer_dtype=dtype),
+        data_types=_form(
+            grad_accum_dtype=dtype,
+            param_dtype=dtype,
+            buffer_dtype=dtype,
+            keep_in_fp32_modules=Literal["auto"] | list[str],
+        ),
         disable_allgather=bool,
         disable_python_gc=bool,
         dump_state=bool,
@@ -131,6 +136,7 @@ def own_settings(config: RunConfig, world_size: int) -> dict[str, Any]:
         "gradient_clipping": config.optimizer.grad_clip,
         "bf16": {"enabled": config.precision == "bf16"},
         "fp16": {"enabled": config.precision == "fp16"},
+        "data_types": {"param_dtype": config.precision},
     }
 
 

@@ -148,8 +148,9 @@ def read_metrics(folder: Path) -> list[dict[str, Any]]:
 
 
 def _has_step(row: dict[str, float | None]) -> dict[str, float | None]:
-    if not isinstance(row.get("step"), int):
-        raise ValueError("step is missing, or no whole number")
+    step = row.get("step")
+    if not isinstance(step, int) or not 0 <= step < 2**62:
+        raise ValueError("step is missing, or not the number of one")
     return row
 
 

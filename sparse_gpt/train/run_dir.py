@@ -83,7 +83,7 @@ def _is_whole(checkpoint: Path, stamp: tuple[tuple[str, int, int], ...]) -> bool
     """Hashes the files once for each stamp of theirs: a sweep asks about all its runs at a time,
     again and again."""
     manifest = read_manifest(checkpoint) or {}
-    return damage(checkpoint, manifest, manifest.get("files", {})) is None
+    return damage(checkpoint, manifest, manifest["files"]) is None
 
 
 def open_run_dir(

@@ -117,11 +117,20 @@ def is_pending(number, process):
 
 
 @pytest.mark.long
-def test_ranks_listen_on_loopback_only_and_none_outlives_a_killed_command(run_file):
+def test_what_listens_is_the_jobs_own_on_loopback_and_none_outlives_a_killed_command(run_file):
     process = start_training(run_file)
-    sockets = [socket for rank in (0, 1) for socket in job(run_file)[rank].net_connections()]
-    listening = [socket for socket in sockets if socket.status == psutil.CONN_LISTEN]
-    assert {socket.laddr.ip for socket in listening} == {"127.0.0.1"}
+    heard = {}
+    for kind, one in job(run_file).items():
+        listening = [s.laddr for s in one.net_connections() if s.status == psutil.CONN_LISTEN]
+        assert {address.ip for address in listening} <= {"127.0.0.1"}
+        heard[kind] = {address.port for address in listening}
+    [port] = [
+        int(word.removeprefix("--master_port="))
+        for word in job(run_file)["launcher"].cmdline()
+        if word.startswith("--master_port=")
+    ]
+    assert port in heard[0]
+    assert {kind: len(ports) for kind, ports in heard.items() if ports} == {0: 2, 1: 1}
     process.kill()
     assert end(process, run_file)[0] == -signal.SIGKILL
 

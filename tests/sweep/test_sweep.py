@@ -234,7 +234,7 @@ def _runs(sweep):
 def test_what_fails_or_diverges_is_said_and_the_rest_goes_on(command, sweep_tree, tmp_path):
     sweep_tree["families"] = {
         "dense": sweep_tree["families"]["dense"],
-        "refused": {"batch.micro_batch": 5},
+        "refused": {"start_from": "nowhere"},  # which is looked at when its turn comes
         "wild": {"model.ffn": "default", "optimizer.grad_clip": 0.0},
     }
     sweep_tree["families"]["refused"]["model.ffn"] = "default"
@@ -255,6 +255,21 @@ def test_what_fails_or_diverges_is_said_and_the_rest_goes_on(command, sweep_tree
     assert len(fit.stderr.splitlines()) == 1
 
 
+def test_runs_that_cannot_be_are_said_before_the_first_starts(refused, sweep_tree, tmp_path):
+    sweep_tree["families"]["sparse"]["batch.micro_batch"] = 5
+    path = write(sweep_tree, tmp_path / "s.yaml")
+    out = ("--out", tmp_path / "out")
+    said = refused("sweep", "run", path, *out)
+    assert said.count("micro_batch 5 does not divide") == 1
+    assert "(in sparse-d32-lr0.003-s0-4e09, sparse-d32-lr0.003-s0-2e09)" in said
+    sweep_tree["families"]["sparse"].pop("batch.micro_batch")
+    sweep_tree["run"]["data"]["path"] = "nowhere"
+    said = refused("sweep", "run", write(sweep_tree, path), *out)
+    assert said.count("nowhere: no such folder of shards") == 1
+    assert "(in" not in said  # all of them
+    assert not (tmp_path / "out").exists()
+
+
 def law(family, m, d):
     """The loss that the synthetic runs below have."""
     scale = {"dense": 1.0, "sparse": 0.9}[family]
@@ -265,7 +280,7 @@ def pretend(cell, loss):
     """The files of a finished run that reached `loss`, as training writes them."""
     checkpoint = cell.run_dir / "checkpoints" / tag_of(cell.steps)
     checkpoint.mkdir(parents=True)
-    write_manifest(checkpoint, {"step": cell.steps})
+    write_manifest(checkpoint, {"step": cell.steps, "files": {}})
     rows = [
         {"step": 0, "gflops": 0, "val/loss": 9.0},
         {"step": cell.steps, "gflops": cell.training_flops / 1e9, "val/loss": loss,

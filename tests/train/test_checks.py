@@ -32,6 +32,8 @@ def native(run_file, keys, *overrides, world_size=2):
         ({"train_batch_size": 17}, "deepspeed.train_batch_size: 17 contradicts the run, which has"),
         ({"bf16": {"enabled": True}}, "deepspeed.bf16.enabled: True contradicts the run"),
         ({"gradient_clipping": 5.0}, "contradicts the run, which has 1.0"),
+        ({"data_types": {"param_dtype": "bf16"}}, "param_dtype: 'bf16' contradicts the run"),
+        ({"data_types": {"keep_in_fp32_modules": "beta"}}, "data_types.keep_in_fp32_modules"),
         ({"zero_optimization": None}, "zero_optimization: input should be a valid dictionary"),
         ({"zero_optimization": {"offload_param": "cpu"}}, "offload_param: input should be a valid"),
         ({"zero_optimization": {"stage": 7}}, "stage: input should be 0, 1, 2, 3 or 3, got 7"),

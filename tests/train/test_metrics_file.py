@@ -4,7 +4,7 @@ import math
 import pytest
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from sparse_gpt.errors import told
+from sparse_gpt.errors import ConfigError, told
 from sparse_gpt.train.metrics_file import MetricsFile, read_metrics
 
 
@@ -75,6 +75,13 @@ def test_a_rewind_goes_on_in_the_same_record(opened, tmp_path):
     record.close()
     assert [each["step"] for each in read_metrics(tmp_path)] == [0, 1, 2, 3]
     assert drawn(tmp_path) == [0, 1, 2, 3]
+
+
+@pytest.mark.parametrize("step", ["-1", str(2**70), "1.0", "true", "null"])
+def test_a_row_whose_step_cannot_be_is_named(tmp_path, step):
+    (tmp_path / "metrics.jsonl").write_text(f'{{"step": 0}}\n{{"step": {step}}}\n')
+    with pytest.raises(ConfigError, match=r"metrics\.jsonl:2: is no row \(.*step"):
+        read_metrics(tmp_path)
 
 
 @pytest.mark.parametrize("torn", ['{"step": 3, "lo', "{", "\0\0\0"])

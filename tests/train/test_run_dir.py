@@ -64,7 +64,7 @@ def test_a_start_is_added_to_those_before(world, run_file, pair):
 
     checkpoint = folder / "checkpoints" / tag_of(8)
     checkpoint.mkdir(parents=True)
-    came_from = {"step": 8, "samples": 128, "data_manifest_hash": blend.hash}
+    came_from = {"step": 8, "samples": 128, "data_manifest_hash": blend.hash, "files": {}}
     write_manifest(checkpoint, came_from)
     open_run_dir(config, world, other, 8, {})
     record = read_provenance(folder)

@@ -8,8 +8,8 @@ from typing import NamedTuple
 
 import xxhash
 
-from sparse_gpt.data.corpus.hub import hub_tables
-from sparse_gpt.data.corpus.readers import line_blocks, open_content, packed, parquet_rows
+from sparse_gpt.data.corpus.hub import hub_rows
+from sparse_gpt.data.corpus.readers import line_blocks, open_content, parquet_rows
 from sparse_gpt.data.corpus.slices import SLICE_BYTES, Slice, separator_pattern
 from sparse_gpt.data.corpus.sources import SourceFile
 from sparse_gpt.data.corpus.values import value_lines
@@ -129,10 +129,8 @@ def _joined(lines: Iterator[bytes], size: int) -> Iterator[bytes]:
 
 def _table_blocks(part: Slice, reading: Reading) -> Iterator[Block]:
     file, line = part.file, part.line
-    found: Iterator[tuple[int, bytes]]
     if file.kind == "hub":
-        tables = hub_tables(file.name, part.hash, reading.columns)
-        found = ((table.num_rows, packed(table)) for table in tables)
+        found = hub_rows(file.name, part.hash, reading.columns)
         file = replace(file, name=f"{file.name}#{part.number}")
     else:
         for _ in _content(part):

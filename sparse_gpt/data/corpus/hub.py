@@ -12,15 +12,13 @@ from collections.abc import Iterator
 from dataclasses import replace
 from functools import lru_cache
 from textwrap import shorten
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 import xxhash
 
-from sparse_gpt.data.corpus.readers import ROWS, require_columns, top_columns
+from sparse_gpt.data.corpus.isolated import isolated
+from sparse_gpt.data.corpus.readers import ROWS, packed, require_columns, top_columns
 from sparse_gpt.errors import DataError, Resumable
-
-if TYPE_CHECKING:
-    import pyarrow as pa
 
 HUB = "hf:"
 _SHARD_BYTES = 400_000_000  # of a shard that is not a file; about a unit
@@ -41,9 +39,13 @@ def hub_shards(source: str) -> list[HubShard]:
     return _hub(source)[-1]
 
 
-def hub_tables(source: str, hash: str, columns: list[str]) -> "Iterator[pa.Table]":
-    """As `streams.parquet_tables`, of the shard of a hub data set with this hash; raises Resumable
-    if it cannot be had."""
+def hub_rows(source: str, hash: str, columns: list[str]) -> Iterator[tuple[int, bytes]]:
+    """As `readers.parquet_rows`, of the shard of a hub data set with this hash; raises Resumable if
+    it cannot be had."""
+    return isolated(source, _hub_rows, source, hash, columns)
+
+
+def _hub_rows(source: str, hash: str, columns: list[str]) -> Iterator[tuple[int, bytes]]:
     shards = hub_shards(source)  # of a worker's own: there may be a new commit since the cutting
     number = next((n for n, shard in enumerate(shards) if shard.hash == hash), None)
     if number is None:
@@ -53,7 +55,8 @@ def hub_tables(source: str, hash: str, columns: list[str]) -> "Iterator[pa.Table
         part = dataset.shard(num_shards=len(shards), index=number)
         for table in part.with_format("arrow").iter(batch_size=ROWS):
             require_columns(columns, table.column_names, source)
-            yield table.select(top_columns(columns, table.column_names))
+            table = table.select(top_columns(columns, table.column_names))
+            yield table.num_rows, packed(table)
     except DataError:
         raise
     except Exception as error:  # Arrow's, zlib's, httpx's, of whoever is between here and the hub
@@ -83,7 +86,7 @@ def _hub(source: str) -> tuple[Any, Any, str, list[HubShard]]:
         files = said.pop("data_files", {}).get(split, [])
         places = [url_to_fs(file) for file in files]
         infos = [where.info(path) for where, path in places]  # the listing is fetched already
-    except Exception as error:  # as in `hub_tables`, and yaml's
+    except Exception as error:  # as in `_hub_rows`, and yaml's
         raise Resumable(f"{source}: {_reason(error)}") from None
     origin = [*files, *files.origin_metadata] if files else [builder.hash, split]
     if len(files) != dataset.num_shards:  # archives, or several splits

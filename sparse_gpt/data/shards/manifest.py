@@ -93,6 +93,15 @@ class EndOfText(TypedDict):
     position: str
 
 
+def _is_source(row: dict[str, Any]) -> dict[str, Any]:
+    size = row.get("bytes", 0)
+    if not all(isinstance(text, str) for text in (row.get("name"), row.get("split", ""))):
+        raise ValueError("name or split of a source is missing, or no text")
+    if not isinstance(size, int) or not 0 <= size <= 2**62:
+        raise ValueError("bytes of a source is no number of them")
+    return row
+
+
 @dataclass(frozen=True)
 class Manifest:
     """The content of manifest.json; `hash` is its own hash and names the data set."""
@@ -103,7 +112,7 @@ class Manifest:
     dtype: Literal["uint16", "uint32"]
     eot: EndOfText
     options: dict[str, Any]
-    sources: list[dict[str, Any]]
+    sources: list[Annotated[dict[str, Any], AfterValidator(_is_source)]]
     splits: Splits
     rejected: Natural = 0
     duplicates: Natural = 0

@@ -48,7 +48,7 @@ class Manifest(TypedDict):
     git_commit: NotRequired[str | None]
     world_size: NotRequired[Annotated[int, Field(strict=True, ge=1)]]
     zero_stage: NotRequired[Annotated[int, Field(strict=True, ge=0, le=3)]]
-    files: NotRequired[dict[Annotated[str, Field(pattern=r"^[\w-]+(\.\w+)*$")], str]]
+    files: dict[Annotated[str, Field(pattern=r"^[\w-]+(\.\w+)*$")], str]
 
 
 _FORM = TypeAdapter(Manifest)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -232,6 +233,19 @@ def test_what_cannot_be_opened_or_read_is_one_line(commands: Commands) -> None:
         assert ("set HF_TOKEN" in error) == (source[8:] in ("none", "private", "gated", "corpus"))
         assert code == "exit 2"
     assert not (commands.folder / "never").exists()
+
+
+def test_a_crash_in_native_code_is_one_line(commands: Commands) -> None:
+    asked, go_on = commands.hold(FOURTH)  # of the first one's columns the command itself asks
+    running = commands.start("hf:team/corpus", "out", "--held-out", "0.1")
+    assert asked.wait(120)
+    for process in psutil.Process(running.pid).children(recursive=True):
+        process.send_signal(signal.SIGSEGV)
+    stderr = ended(running, code=2)
+    go_on.set()
+    assert "hf:team/corpus: damaged so that reading it ended in SIGSEGV" in stderr
+    assert stderr.count("\n") == 1
+    assert not (commands.folder / "out").exists()
 
 
 def test_a_server_that_fails_for_a_while(commands: Commands, tmp_path: Path) -> None:

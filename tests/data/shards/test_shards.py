@@ -24,6 +24,7 @@ from sparse_gpt.data.shards.manifest import MANIFEST, SPLITS, read_manifest
 from sparse_gpt.data.shards.writer import ShardWriter
 from sparse_gpt.data.vocabulary import Vocabulary, dtype_for
 from sparse_gpt.errors import DataError
+from sparse_gpt.files import read_sealed, write_sealed
 
 SAMPLES = Path(__file__).parents[3] / "data" / "novels"
 MakeShards = Callable[..., Path]
@@ -277,6 +278,18 @@ def test_a_manifest_cut_short_grown_or_swapped_is_found(
     assert verify(copy) == [
         f"{shard}.{suffix}: No such file or directory" for suffix in ("bin", "idx")
     ]
+
+
+@pytest.mark.parametrize("change", [{"name": 1}, {"bytes": -1}, {"split": []}])
+def test_a_source_that_cannot_be_is_refused_though_sealed(
+    copy: Path, change: dict[str, object]
+) -> None:
+    fields = read_sealed(copy / "manifest.json")
+    del fields["hash"]
+    fields["sources"][0].update(change)
+    write_sealed(copy / "manifest.json", fields)
+    with pytest.raises(DataError, match=r"manifest\.json: not a manifest of ours \(sources\.0"):
+        read_manifest(copy)
 
 
 def test_a_header_that_contradicts_the_manifest_is_refused_at_open(copy: Path) -> None:

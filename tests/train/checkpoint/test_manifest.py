@@ -45,6 +45,8 @@ def test_where_none_is_there_is_none(tmp_path):
     for content in ("", "[]", "null", "3", '{"step": 1}', '{"hash": 1}', '{"hash": ""}'):
         (tmp_path / "manifest.json").write_text(content)
         assert read_manifest(tmp_path) is None, content
+    write_manifest(tmp_path, {"step": 1})
+    assert read_manifest(tmp_path) is None  # sealed, but of no files
 
 
 @given(st.integers(0, 10**8 - 1), st.integers(0, 10**8 - 1))
