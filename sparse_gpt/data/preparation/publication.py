@@ -34,6 +34,7 @@ def publish_all(
     splits: Splits = {split: [] for split in SPLITS}
     engines: set[str] = set()
     tally, duplicates, markers = Tally(max_rejected), 0, 0
+    first: Reject | None = None
     if old is not None:
         splits = {split: list(old.splits[split]) for split in SPLITS}
         engines |= set(old.tokenizer.get("engines", []))
@@ -45,8 +46,8 @@ def publish_all(
         duplicates += record.duplicates
         markers += record.markers
         tally.add(record.documents() + record.duplicates, record.rejected)
+        first = first or next(iter(record.rejected), None)
     tally.add(0, [], whole=True)
-    first = next((one for record in records(out, units) for one in record.rejected), None)
     _refuse_empty(splits, out, options, by_file, first)
     tokenizer.publish(out)
     rejects_before = list(old_rejects(out, old)) if old else []
