@@ -26,19 +26,20 @@ def open_storage(url: str) -> tuple[Any, str]:
     """fsspec's file system of a URL, and the path in it; raises what fsspec does."""
     import fsspec
 
-    options: dict[str, Any] = {}
     if url.startswith(("http://", "https://")):
         import aiohttp
 
-        options["client_kwargs"] = {
+        client = {
             "trust_env": True,  # the proxies that the environment names
             "timeout": aiohttp.ClientTimeout(sock_connect=_CONNECT, sock_read=_SILENT),
             # A .gz file is to come as one, also where the server calls it an encoding.
             "headers": {"Accept-Encoding": "identity"},
             "auto_decompress": False,
         }
-        options["encoded"] = "%" in url  # what is signed must be asked for as it is written
-    storage, path = fsspec.core.url_to_fs(url, **options)
+        # What is signed must be asked for as it is written; and "::" is no chain of file systems.
+        storage, path = fsspec.filesystem("http", client_kwargs=client, encoded="%" in url), url
+    else:
+        storage, path = fsspec.core.url_to_fs(url)
     storage.invalidate_cache()  # of listings
     return storage, path
 

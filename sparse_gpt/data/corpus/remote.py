@@ -75,7 +75,7 @@ def listed(
     pattern matches nothing."""
     try:
         storage, path = open_storage(url)
-        if glob.has_magic(path.replace("?", "") if _is_web(url) else path):
+        if glob.has_magic(urlsplit(path).path if _is_web(url) else path):
             return _matching(storage, path, is_wanted)
     except DataError as error:
         raise DataError(f"{url}: {error}") from None

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from sparse_gpt.data.corpus.rejects import Tally, write_rejects
+from sparse_gpt.data.corpus.rejects import Reject, Tally, write_rejects
 from sparse_gpt.data.preparation.appending import old_rejects
 from sparse_gpt.data.preparation.options import Options
 from sparse_gpt.data.preparation.units import Unit, records
@@ -29,11 +29,12 @@ def publish_all(
 ) -> None:
     """Write the manifest, the vocabulary and `rejected.jsonl` of what all units made, behind those
     of the `old` corpus if there is one; `rows` are the sources'; `by_file`: files were to be held
-    out. Raises DataError if a split that
-    was asked for is empty, Resumable if too many documents are broken."""
+    out. Raises DataError if a split that was asked for is empty, Resumable if too many documents
+    are broken."""
     splits: Splits = {split: [] for split in SPLITS}
     engines: set[str] = set()
     tally, duplicates, markers = Tally(max_rejected), 0, 0
+    first: Reject | None = None
     if old is not None:
         splits = {split: list(old.splits[split]) for split in SPLITS}
         engines |= set(old.tokenizer.get("engines", []))
@@ -45,8 +46,9 @@ def publish_all(
         duplicates += record.duplicates
         markers += record.markers
         tally.add(record.documents() + record.duplicates, record.rejected)
+        first = first or next(iter(record.rejected), None)
     tally.add(0, [], whole=True)
-    _refuse_empty(splits, out, options, by_file)
+    _refuse_empty(splits, out, options, by_file, first)
     tokenizer.publish(out)
     rejects_before = list(old_rejects(out, old)) if old else []
     rejected = (reject for record in records(out, units) for reject in record.rejected)
@@ -63,11 +65,18 @@ def publish_all(
     )
 
 
-def _refuse_empty(splits: Splits, out: Path, options: Options, by_file: bool) -> None:
-    """Raise DataError if a split that was asked for, by a share or by files, got no document."""
+def _refuse_empty(
+    splits: Splits, out: Path, options: Options, by_file: bool, first: Reject | None
+) -> None:
+    """Raise DataError if a split that was asked for, by a share or by files, got no document;
+    `first` of those that are broken."""
     train, held_out = (sum(shard.documents for shard in splits[split]) for split in SPLITS)
     if train and (held_out or not (options.held_out or by_file)):
         return
+    if train + held_out == 0 and first is not None:
+        raise DataError(
+            f"{first.file}:{first.line}: {first.reason}; nor is there another document to be used"
+        )
     if train + held_out == 0:
         raise DataError("the corpus holds no text: its documents are empty or white space")
     if by_file:

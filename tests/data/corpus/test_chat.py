@@ -169,4 +169,7 @@ def test_they_are_another_corpus_than_text_and_exclude_it(tmp_path: Path) -> Non
             make([tmp_path / "b.txt"], tmp_path / "no", messages="chat")
     with pytest.raises(DataError, match="'chat' is list, must be a string; of chat turns give"):
         prepare([tmp_path / "a.jsonl"], tmp_path / "no", text_field="chat")
+    (tmp_path / "c.jsonl").write_text('{"chat": "told"}')
+    with pytest.raises(DataError, match=r"c\.jsonl:1: 'chat' is str, must be .*; nor is there"):
+        prepare([tmp_path / "c.jsonl"], tmp_path / "no", messages="chat", max_rejected=1)
     assert not (tmp_path / "no").exists()
