@@ -162,6 +162,18 @@ class Engine:
         return self.config.precision == "fp16"
 
 
+def new_model(config: RunConfig, world: World) -> GPT:
+    """A model with new weights; where blocks are shared, with this rank's of each dictionary."""
+    ranks = config.parallel.blocks
+    if not isinstance(ranks, int) or ranks == 1:
+        return GPT(config.model)
+    import_deepspeed()
+    from sparse_gpt.train.exchange import sharing
+
+    with sharing(ranks, world):
+        return GPT(config.model)
+
+
 @torch.no_grad()
 def summed_loss(
     model: Callable[..., torch.Tensor], batches: Iterable[Batch], device: torch.device

@@ -9,7 +9,8 @@ its groups, and gradients that are averaged over replicas alone.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -19,11 +20,29 @@ from deepspeed.moe.utils import split_params_into_different_moe_groups_for_optim
 from deepspeed.utils import groups
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
+from torch.nn.modules.module import register_module_module_registration_hook
 
 from sparse_gpt.model.ffn import BlockDictionary
 from sparse_gpt.model.ffn.routing import Arrived
 from sparse_gpt.train.checkpoint.zero_state import Share
 from sparse_gpt.train.distributed import World
+
+
+@contextmanager
+def sharing(ranks: int, world: World) -> Iterator[None]:
+    """Dictionaries that are made inside are shared as `share_blocks` does, each as soon as it is
+    made: a rank never holds more than one of them whole."""
+    traffic = Traffic(world.device)
+
+    def share(_: nn.Module, __: str, part: nn.Module | None) -> None:
+        if isinstance(part, BlockDictionary):
+            _share(part, ranks, world, traffic)
+
+    handle = register_module_module_registration_hook(share)
+    try:
+        yield
+    finally:
+        handle.remove()
 
 
 def share_blocks(model: nn.Module, ranks: int, world: World) -> Traffic:
@@ -34,19 +53,24 @@ def share_blocks(model: nn.Module, ranks: int, world: World) -> Traffic:
     """
     traffic = Traffic(world.device)
     for part in list(model.modules()):
-        if not isinstance(part, BlockDictionary):
-            continue
-        for name in ("analysis", "synthesis"):
-            whole: Tensor = getattr(part, name)
-            number = world.rank % ranks
-            own = nn.Parameter(whole.detach().chunk(ranks)[number].clone())
-            own.allreduce, own.group_name = False, _group_name(ranks)  # type: ignore[attr-defined]
-            own.share = Share(  # type: ignore[attr-defined]
-                number * own.numel(), world.rank // ranks, world.size // ranks
-            )
-            setattr(part, name, own)
-        part.exchange = Exchange(part.config.blocks, ranks, traffic)
-    return traffic
+        if isinstance(part, BlockDictionary) and part.exchange is None:
+            _share(part, ranks, world, traffic)
+    exchange = next(part for part in model.modules() if isinstance(part, Exchange))
+    shared: Traffic = exchange.traffic
+    return shared
+
+
+def _share(part: BlockDictionary, ranks: int, world: World, traffic: Traffic) -> None:
+    for name in ("analysis", "synthesis"):
+        whole: Tensor = getattr(part, name)
+        number = world.rank % ranks
+        own = nn.Parameter(whole.detach().chunk(ranks)[number].clone())
+        own.allreduce, own.group_name = False, _group_name(ranks)  # type: ignore[attr-defined]
+        own.share = Share(  # type: ignore[attr-defined]
+            number * own.numel(), world.rank // ranks, world.size // ranks
+        )
+        setattr(part, name, own)
+    part.exchange = Exchange(part.config.blocks, ranks, traffic)
 
 
 def whole(own: Tensor) -> Tensor:

@@ -13,8 +13,8 @@ import xxhash
 
 from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.data import Batch, Blend
+from sparse_gpt.model.costs import parameter_counts
 from sparse_gpt.model.flops import count_flops
-from sparse_gpt.model.gpt import GPT
 from sparse_gpt.train.announce import beginning, ending
 from sparse_gpt.train.checkpoint.checkpoints import Checkpoints
 from sparse_gpt.train.checkpoint.manifest import TrainState
@@ -22,7 +22,7 @@ from sparse_gpt.train.checkpoint.random_state import rng_state
 from sparse_gpt.train.checks import check
 from sparse_gpt.train.component_profile import ComponentProfile
 from sparse_gpt.train.distributed import World, join_world, limit_waiting, read_environment
-from sparse_gpt.train.engine import Engine
+from sparse_gpt.train.engine import Engine, new_model
 from sparse_gpt.train.feed import held_out, read_from
 from sparse_gpt.train.guard import RunStopped
 from sparse_gpt.train.incident import write_incident
@@ -48,9 +48,8 @@ def train(config: RunConfig) -> None:
 
     torch.manual_seed(config.seed)
     new = not begins_anew(config)
-    model = GPT(config.model) if new else starting_model(config, blend, world)
-    parameters = sum(p.numel() for p in model.parameters())
-    found = preflight(config, world, blend.hash, parameters)
+    model = new_model(config, world) if new else starting_model(config, blend, world)
+    found = preflight(config, world, blend.hash, parameter_counts(config.model).total)
     report = count_flops(model, batch=1, seq=config.model.max_seq_len)
     total_steps = config.total_steps
     profile = ComponentProfile(model, report, world.device)

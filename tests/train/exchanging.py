@@ -12,11 +12,10 @@ import torch.distributed as dist
 
 from sparse_gpt.config.load import load_config
 from sparse_gpt.model.ffn import BlockDictionary
-from sparse_gpt.model.gpt import GPT
 from sparse_gpt.train.checkpoint.checkpoints import Checkpoints
 from sparse_gpt.train.checkpoint.manifest import TrainState
 from sparse_gpt.train.distributed import World, join_world
-from sparse_gpt.train.engine import Engine
+from sparse_gpt.train.engine import Engine, new_model
 from sparse_gpt.train.guard import RunStopped, compare_replicas
 
 BATCH, SEQ = 16, 32
@@ -26,7 +25,7 @@ def make(run_file: Path, world: World, zero_stage: int, ranks: int, *overrides: 
     stage = f"deepspeed={{zero_optimization: {{stage: {zero_stage}}}}}"
     config = load_config(run_file, [stage, f"parallel.blocks={ranks}", *overrides])
     torch.manual_seed(config.seed)
-    return Engine(config, GPT(config.model), world, config.total_steps)
+    return Engine(config, new_model(config, world), world, config.total_steps)
 
 
 def steps(engine: Engine, *numbers: int) -> list[tuple[float, float]]:
