@@ -20,13 +20,14 @@ def beginning(config: RunConfig, world: World, report: FlopReport, step: int) ->
     flops = report.training / report.seq * batch
     goes_on = f"resuming from step {step:,} of {steps:,}" if step else "from the beginning"
     begun = f", with the weights of {config.start_from}" if config.start_from and not step else ""
+    epochs = f", {config.duration.epochs:g} times the data" if config.duration.epochs else ""
     ranks, blocks = f"{world.size} rank{'s' * (world.size > 1)}", config.parallel.blocks
     shared = f", blocks over {blocks}" if blocks != 1 else ""
     print(
         f"run      {config.run_dir}: {goes_on}{begun}\n"
         f"model    {parameter_counts(config.model)}\n"
         f"devices  {ranks}{shared}, {world.device.type}, {config.precision}\n"
-        f"length   {steps:,} steps of {batch:,} tokens, {steps * batch:,} tokens\n"
+        f"length   {steps:,} steps of {batch:,} tokens, {steps * batch:,} tokens{epochs}\n"
         f"compute  {steps * flops:.3g} training FLOPs{_expected(config, steps - step)}",
         flush=True,
     )

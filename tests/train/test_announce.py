@@ -39,6 +39,14 @@ def test_a_start_says_what_it_is_and_a_resume_where_it_goes_on(run_file, capsys)
     assert "about 6 seconds left" in said
 
 
+def test_epochs_are_said_with_the_steps_they_are(run_file, capsys):
+    run = load_config(run_file, ["duration={epochs: 1.5}"])
+    beginning(run, Alone(1, torch.device("cpu")), model_report(run.model), 0)
+    said = capsys.readouterr().out
+    assert f"{run.total_steps:,} steps of 512 tokens" in said
+    assert "tokens, 1.5 times the data\n" in said
+
+
 def test_an_end_names_best_and_last_loss(run_file, tmp_path, capsys):
     run = load_config(run_file)
     assert ending(run, tmp_path / "none") is None
