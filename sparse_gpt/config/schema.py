@@ -106,7 +106,7 @@ class DurationConfig(Section):
     """Training FLOPs of the whole run, logits included; the last step is whole."""
 
     epochs: float | None = Field(None, gt=0, le=10**6)
-    """How often all of `data.path` is read; the last step is whole."""
+    """How often all of `data.path` is read, as far as whole steps go."""
 
     _one = _exactly_one("steps", "tokens", "flops", "epochs")
 
@@ -322,7 +322,7 @@ class RunConfig(Section):
 
             assert self.data.path is not None
             windows = count_windows(open_shards(self.data.path).train, self.model.max_seq_len)
-            return math.ceil(duration.epochs * windows / self.global_batch)
+            return max(1, int(duration.epochs * windows / self.global_batch))
         assert duration.flops is not None
         from sparse_gpt.model.costs import model_report  # builds the model's shape, with torch
 

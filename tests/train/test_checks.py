@@ -217,8 +217,10 @@ def test_a_cap_is_for_one_data_set_too(refused, run_file, shards):
 @pytest.mark.parametrize("epochs", [0.5, 1, 2.25])
 def test_epochs_are_whole_steps_that_read_all_of_the_data_so_often(run_file, shards, epochs):
     windows = count_windows(open_shards(shards).train, 32)
-    steps = load_config(run_file, [f"duration={{epochs: {epochs}}}"]).total_steps
-    assert (steps - 1) * 16 < epochs * windows <= steps * 16
+    config = load_config(run_file, [f"duration={{epochs: {epochs}}}", f"data.max_epochs={epochs}"])
+    steps = config.total_steps
+    assert steps * 16 <= epochs * windows < (steps + 1) * 16
+    check_epochs(config, open_data(config.data))
 
 
 def test_epochs_of_a_blend_or_of_no_data_are_refused_in_one_line(refused, run_file, pair, tmp_path):
