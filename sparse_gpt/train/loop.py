@@ -67,10 +67,10 @@ def train(config: RunConfig) -> None:
     run_dir = world.from_rank_0(
         partial(open_run_dir, config, world, blend, state.step, found, source)
     )
-    world.from_rank_0(partial(beginning, config, world, report, state.step))
     batches = read_from(config, blend, world, state.samples)
     trace = Trace(engine, profile.components, run_dir)
     with Telemetry(config, run_dir, world, report, total_steps, state.step) as telemetry:
+        world.from_rank_0(partial(beginning, config, world, report, state.step))
         if state.step == 0:
             with telemetry.untimed():
                 telemetry.log(state.step, validate(config, engine, blend))

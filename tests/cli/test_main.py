@@ -43,7 +43,8 @@ def test_flops_tell_parameters_from_those_of_a_token(command):
     assert f"{said}; dense: {dense['total']:,} parameters." in table
 
 
-def test_flops_table_shows_blocks_components_and_what_is_saved(command):
+def test_flops_table_shows_blocks_components_and_what_is_saved(command, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "120")
     done = command("flops", "configs/tiny-paper.yaml")
     assert done.returncode == 0
     for text in ("blocks 0 to 3, each", "spectral", "44,544", "131,072", "model without logits"):

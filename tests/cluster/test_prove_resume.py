@@ -104,7 +104,7 @@ def trained_both_ways(train_here, run_file, tmp_path):
 
     def resumed(*overrides):
         train_here(*proof.settings, *overrides, f"run_dir={proof.out / 'cut'}")
-        return compare("cut", (1, 1), 3, proof.out / "whole", proof.out / "cut")
+        return compare("cut", (1, 1), True, 3, proof.out / "whole", proof.out / "cut")
 
     return resumed, proof
 

@@ -89,8 +89,7 @@ def claim(out: Path, part: Part) -> Iterator[None]:
         if part.count == 1:  # nobody else's
             stack.callback(_remove_temporaries, out)
         names = {MANIFEST, REJECTED, VOCAB_FILE}
-        others = {path.name for path in out.iterdir() if _PART_FILE.fullmatch(path.name)}
-        refuse_strangers(out, names | others | {TEMPORARY + name for name in names})
+        refuse_strangers(out, names | {TEMPORARY + name for name in names}, _PART_FILE)
         try:
             yield
         except DataError as error:

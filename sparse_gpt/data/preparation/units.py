@@ -147,10 +147,12 @@ def _grouped(slices: Iterable[Slice], size: int) -> Iterator[list[Slice]]:
         yield group
 
 
-def refuse_strangers(out: Path, allowed: set[str]) -> None:
-    """Raise DataError unless everything in `out` is allowed or has the name of some unit's file."""
+def refuse_strangers(out: Path, allowed: set[str], others: re.Pattern[str] | None = None) -> None:
+    """Raise DataError unless everything in `out` is allowed or has the name of some unit's file, or
+    of others'. One look: other processes make files there meanwhile."""
     for path in sorted(out.iterdir()):
-        if path.name not in allowed and not _NAME.fullmatch(path.name):
+        known = _NAME.fullmatch(path.name) or (others and others.fullmatch(path.name))
+        if path.name not in allowed and not known:
             raise DataError(f"{out}: not empty: it holds {path.name!r}; choose another folder")
 
 
