@@ -146,6 +146,7 @@ def test_prepare(tmp_path):
     assert report["rows"][0]["speed_over_plain_tiktoken"] == [1, 1]
 
 
+@pytest.mark.long
 def test_blocks_over_ranks(tmp_path):
     """On two ranks: what is counted is what must be sent."""
     out = tmp_path / "blocks.json"
