@@ -134,9 +134,11 @@ def train(
 ) -> None:
     """Train under the deepspeed launcher; run again to resume from the newest checkpoint.
 
-    Ctrl-C, SIGTERM, SIGUSR1 or a closed terminal saves a checkpoint and ends with exit code 75; a
-    second Ctrl-C ends at once. parallel.blocks=N leaves each rank 1/N of a sparse FFN's blocks;
-    auto: what plan finds fastest.
+    Ctrl-C, SIGTERM, SIGUSR1 or a closed terminal saves a checkpoint and ends
+    with exit code 75; a second Ctrl-C ends at once.
+
+    parallel.blocks=N leaves each rank 1/N of a sparse FFN's blocks, auto what
+    sparse-gpt plan finds fastest.
     """
     from sparse_gpt.cluster.hostfile import environment_files, on_hosts
     from sparse_gpt.cluster.supervise import supervise
