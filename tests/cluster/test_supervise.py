@@ -130,7 +130,7 @@ def test_what_listens_is_the_jobs_own_on_loopback_and_none_outlives_a_killed_com
         if word.startswith("--master_port=")
     ]
     assert port in heard[0]
-    assert {kind: len(ports) for kind, ports in heard.items() if ports} == {0: 2, 1: 1}
+    assert {kind for kind, ports in heard.items() if ports} == {0, 1}  # ranks alone
     process.kill()
     assert end(process, run_file)[0] == -signal.SIGKILL
 
