@@ -9,7 +9,7 @@ import psutil
 import torch
 from rich.table import Table
 
-from sparse_gpt.config.schema import ParallelConfig, RunConfig
+from sparse_gpt.config.schema import ParallelConfig, RunConfig, some
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.plan.memory import DeviceType, Memory, estimate
 from sparse_gpt.plan.stage import RESERVED, dictionary, fits, step_of
@@ -114,7 +114,7 @@ def choose(config: RunConfig, ranks: int, per_node: int) -> tuple[int, str]:
         if gpu is None:
             raise ConfigError(
                 f"{what}: how fast {name} is linked is not known; give the number that sparse-gpt "
-                f"plan --gpus {ranks} --peak-tflops T --memory-gb G finds: {_some(numbers)}"
+                f"plan --gpus {ranks} --peak-tflops T --memory-gb G finds: {some(numbers)}"
             )
         memory, device = torch.cuda.get_device_properties(0).total_memory, "GPU"
         cluster = Cluster(ranks, per_node, gpu.link)
@@ -137,15 +137,11 @@ def choose(config: RunConfig, ranks: int, per_node: int) -> tuple[int, str]:
     if best > 1:
         without = f"{_gib(one.memory.total)} and {one.step.links_seconds:.3g} s"
         why += f"; without, {without}{'' if one.fits else ', which does not fit'}"
-    return best, f"{what} is {best} of {_some(numbers)}: a {device} has {why}"
+    return best, f"{what} is {best} of {some(numbers)}: a {device} has {why}"
 
 
 def _gib(size: int) -> str:
     return f"{size / 2**30:.3g} GiB"
-
-
-def _some(numbers: list[int]) -> str:
-    return ", ".join(map(str, numbers))
 
 
 def blocks_table(found: dict[int, Sharing], stage: int, by_gpus: dict[int, int | None]) -> Table:

@@ -6,7 +6,7 @@ no components any more: a sampled step runs them as they are written.
 
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,6 +15,23 @@ from torch import nn
 
 from sparse_gpt.model.ffn import BlockDictionary
 from sparse_gpt.model.flops import FlopReport
+
+
+def moment(device: torch.device) -> Any:
+    """A point in the work of a device, to measure from. Waits for nothing."""
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def milliseconds(spans: Iterable[tuple[Any, Any]], device: torch.device) -> float:
+    """From one moment to the other, summed over pairs of them. Waits for the device."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        return float(sum(start.elapsed_time(end) for start, end in spans))
+    return float(sum((end - start) * 1e3 for start, end in spans))
 
 
 class ComponentProfile:
@@ -75,18 +92,16 @@ class ComponentProfile:
 
         Empty after a step that was not sampled.
         """
-        if self._spans and self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
         result = {}
         for name, spans in self._spans.items():
-            result[f"time/{name}"] = sum(self._milliseconds(start, end) for start, end in spans)
+            result[f"time/{name}"] = milliseconds(spans, self.device)
         for name, shares in self._measured.items():
             result[name] = torch.stack(shares).float().mean().item()
         return result
 
     def _begin(self, name: str) -> Any:
         def hook(*_: object) -> None:
-            self._begun[name] = self._now()
+            self._begun[name] = moment(self.device)
 
         return hook
 
@@ -95,20 +110,9 @@ class ComponentProfile:
         component may have begun only."""
 
         def hook(*_: object) -> None:
-            self._spans[name].append((self._begun.pop(name), self._now()))
+            self._spans[name].append((self._begun.pop(name), moment(self.device)))
 
         return hook
-
-    def _now(self) -> Any:
-        if self.device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)
-        event.record()
-        return event
-
-    def _milliseconds(self, start: Any, end: Any) -> float:
-        cuda = self.device.type == "cuda"
-        return float(start.elapsed_time(end) if cuda else (end - start) * 1e3)
 
     def _measure(self, group: str, name: str, measure: Any) -> Any:
         def hook(_: Any, inputs: tuple[torch.Tensor, ...], __: torch.Tensor) -> None:

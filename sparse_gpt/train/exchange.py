@@ -8,7 +8,6 @@ its groups, and gradients that are averaged over replicas alone.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -25,6 +24,7 @@ from torch.nn.modules.module import register_module_module_registration_hook
 from sparse_gpt.model.ffn import BlockDictionary
 from sparse_gpt.model.ffn.routing import Arrived
 from sparse_gpt.train.checkpoint.zero_state import Share
+from sparse_gpt.train.component_profile import milliseconds, moment
 from sparse_gpt.train.distributed import World
 
 
@@ -107,22 +107,13 @@ class Traffic:
 
     def mark(self) -> None:
         """Before an exchange and behind it. Waits for nothing."""
-        if self.device.type == "cuda":
-            event = torch.cuda.Event(enable_timing=True)
-            event.record()
-            self._marks.append(event)
-        else:
-            self._marks.append(time.perf_counter())
+        self._marks.append(moment(self.device))
 
     @property
     def milliseconds(self) -> float:
         """Of all exchanges, those waits included in which others were not there yet. Waits for
         the device."""
-        spans = list(zip(self._marks[::2], self._marks[1::2], strict=True))
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-            return float(sum(start.elapsed_time(end) for start, end in spans))
-        return float(sum(end - start for start, end in spans) * 1e3)
+        return milliseconds(zip(self._marks[::2], self._marks[1::2], strict=True), self.device)
 
 
 class Exchange(MoE):  # type: ignore[misc]
@@ -156,8 +147,7 @@ class Exchange(MoE):  # type: ignore[misc]
         arrived, gains = _Way.apply(rows, gains, self, sent, come)  # type: ignore[no-untyped-call]
 
         def back(y: Tensor) -> Tensor:
-            (returned,) = _Way.apply(y, None, self, come, sent)  # type: ignore[no-untyped-call]
-            y = returned
+            (y,) = _Way.apply(y, None, self, come, sent)  # type: ignore[no-untyped-call]
             return y
 
         return Arrived(arrived, gains, blocks.unsqueeze(1), back)
