@@ -27,7 +27,7 @@ from sparse_gpt.config.schema import RunConfig
 from sparse_gpt.model.config import SIZES
 from sparse_gpt.model.costs import model_report, parameter_counts
 from sparse_gpt.plan.blocks import with_blocks
-from sparse_gpt.plan.stage import dictionary, largest_micro_batch, step_of
+from sparse_gpt.plan.stage import largest_micro_batch, step_of
 from sparse_gpt.plan.step import Cluster, StepCost
 from sparse_gpt.train.gpus import GPUS
 
@@ -108,8 +108,7 @@ def in_stages(setting: Setting, size: str, ffn: str, gpus: int) -> list[Way | No
 
 def over_ranks(setting: Setting, size: str, ffn: str, gpus: int) -> list[Way | None]:
     """ZeRO 1 and 2 with blocks over every number of ranks that can be."""
-    blocks = spectral.blocks if (spectral := dictionary(run(size, ffn))) else 1
-    numbers = [n for n in range(2, blocks + 1) if blocks % n == gpus % n == 0]
+    _, *numbers = run(size, ffn).shareable(gpus)
     return [way(setting, size, ffn, gpus, stage, n) for stage in (1, 2) for n in numbers]
 
 

@@ -19,7 +19,7 @@ from pydantic import (
 )
 
 from sparse_gpt.errors import ConfigError
-from sparse_gpt.model.config import ModelConfig, Part, Probability
+from sparse_gpt.model.config import DictionaryConfig, ModelConfig, Part, Probability
 
 
 class Section(Part):
@@ -306,6 +306,17 @@ class RunConfig(Section):
                 f"{world_size} ranks takes a step; possible values: {some(sizes)}"
             )
         return local // micro
+
+    @property
+    def dictionary(self) -> DictionaryConfig | None:
+        """Of each FFN; None where the model's have none."""
+        spectral = getattr(self.model.ffn, "spectral", None)
+        return spectral if isinstance(spectral, DictionaryConfig) else None
+
+    def shareable(self, world_size: int) -> list[int]:
+        """Over how many of `world_size` ranks the blocks of a dictionary can be, rising from 1."""
+        most = math.gcd(self.dictionary.blocks, world_size) if self.dictionary else 1
+        return [n for n in range(1, most + 1) if most % n == 0]
 
     @property
     def total_steps(self) -> int:

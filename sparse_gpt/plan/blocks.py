@@ -12,7 +12,7 @@ from rich.table import Table
 from sparse_gpt.config.schema import ParallelConfig, RunConfig, some
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.plan.memory import DeviceType, Memory, estimate
-from sparse_gpt.plan.stage import RESERVED, dictionary, fits, step_of
+from sparse_gpt.plan.stage import RESERVED, fits, step_of
 from sparse_gpt.plan.step import Cluster, StepCost
 from sparse_gpt.train.checks import check_settings
 from sparse_gpt.train.deepspeed_config import deepspeed_config
@@ -50,13 +50,12 @@ def stage_and_numbers(config: RunConfig, gpus: int) -> tuple[int, list[int]]:
     shared. Raises ConfigError for a run that cannot be on so many."""
     check_settings(with_blocks(config, 1), gpus)
     stage: int = deepspeed_config(config, gpus)["zero_optimization"]["stage"]
-    spectral = dictionary(config)
-    most = math.gcd(spectral.blocks, gpus) if spectral else 1
+    numbers = config.shareable(gpus)
     try:
-        check_settings(with_blocks(config, most), gpus)
+        check_settings(with_blocks(config, numbers[-1]), gpus)
     except ConfigError:  # what goes without sharing does not go with it
-        most = 1
-    return stage, [n for n in range(1, most + 1) if most % n == 0]
+        numbers = [1]
+    return stage, numbers
 
 
 def sharings(

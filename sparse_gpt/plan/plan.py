@@ -19,7 +19,7 @@ from sparse_gpt.plan.blocks import (
     with_blocks,
 )
 from sparse_gpt.plan.memory import bucket_size, shared_by
-from sparse_gpt.plan.stage import RESERVED, Stage, dictionary, stage_of
+from sparse_gpt.plan.stage import RESERVED, Stage, stage_of
 from sparse_gpt.plan.step import NETWORK, Cluster, StepCost, step_table
 from sparse_gpt.progress import duration
 from sparse_gpt.train.checks import check_settings
@@ -207,7 +207,7 @@ def _warnings(
     found += _slow_links(config, stage, own.step)
     ffn = config.model.ffn
     keeps_all = config.activation_checkpointing == "none"
-    fixed = ffn.kind == "sparse" and dictionary(config) is None
+    fixed = ffn.kind == "sparse" and config.dictionary is None
     if fixed and 2 * own.memory.activations > device.memory and keeps_all:
         found.append("this sparse FFN keeps much: activation_checkpointing=selective keeps less")
     return found
@@ -218,7 +218,7 @@ def _slow_links(config: RunConfig, stage: int, step: StepCost) -> Iterator[str]:
     if step.gather_seconds <= step.products_seconds:
         return
     why = "all weights come twice in a micro-batch" if stage == 3 else "all weights come once"
-    if spectral := dictionary(config):
+    if spectral := config.dictionary:
         why += f", all {spectral.blocks} blocks of each layer though a token uses {spectral.top_k}"
     cure = "stage 1 or 2 where it fits, or a larger micro_batch" if stage == 3 else "larger batch"
     yield (

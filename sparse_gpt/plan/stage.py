@@ -5,7 +5,6 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from sparse_gpt.config.schema import RunConfig
-from sparse_gpt.model.config import DictionaryConfig
 from sparse_gpt.model.costs import parameter_counts
 from sparse_gpt.plan.memory import DeviceType, Memory, estimate, reuse_distance, shared_by
 from sparse_gpt.plan.step import (
@@ -70,7 +69,7 @@ def step_of(
 
     if ranks == 1:
         return moved(counts.total, cluster, products_seconds)
-    spectral = dictionary(config)
+    spectral = config.dictionary
     assert spectral is not None
     layers = config.model.n_layer
     exchange = exchange_cost(
@@ -85,12 +84,6 @@ def step_of(
     )
     shared = moved(counts.dictionaries // ranks, cluster.replicas(ranks))
     return moved(counts.total - counts.dictionaries, cluster, products_seconds) + shared + exchange
-
-
-def dictionary(config: RunConfig) -> DictionaryConfig | None:
-    """The model's, in each FFN."""
-    spectral = getattr(config.model.ffn, "spectral", None)
-    return spectral if isinstance(spectral, DictionaryConfig) else None
 
 
 def fits(memory: Memory, available: int) -> bool:

@@ -1,7 +1,6 @@
 """Whether a run can be. The command line, `--dry-run` and each rank call `check`; what only the
 ranks together can know is in preflight.py."""
 
-import math
 import os
 import shutil
 from bisect import bisect_right
@@ -19,7 +18,6 @@ from sparse_gpt.data.batches.batches import count_windows
 from sparse_gpt.data.batches.order import blend_counts
 from sparse_gpt.errors import ConfigError
 from sparse_gpt.model.attention import has_flex
-from sparse_gpt.model.config import DictionaryConfig
 from sparse_gpt.train.deepspeed_config import (
     check_whole,
     deepspeed_config,
@@ -127,19 +125,19 @@ def _check_parallel(config: RunConfig, world_size: int, zero: Mapping[str, Any])
             "parallel.blocks: auto is chosen by sparse-gpt train before it starts ranks; here give "
             "the number, which sparse-gpt plan tells"
         )
-    spectral = getattr(config.model.ffn, "spectral", None)
-    if not isinstance(spectral, DictionaryConfig):
+    if config.dictionary is None:
         raise ConfigError(
             f"parallel.blocks: {ranks}, but this model's FFN has no blocks to share (the preset "
             "`default` has); use 1"
         )
-    for what, number in (("blocks of a dictionary", spectral.blocks), ("ranks", world_size)):
+    for what, number in (
+        ("blocks of a dictionary", config.dictionary.blocks),
+        ("ranks", world_size),
+    ):
         if number % ranks:
-            both = math.gcd(spectral.blocks, world_size)
-            possible = some([n for n in range(1, both + 1) if both % n == 0])
             raise ConfigError(
                 f"parallel.blocks: {ranks} does not divide the {number} {what}; possible: "
-                f"{possible}"
+                f"{some(config.shareable(world_size))}"
             )
     if zero["stage"] == 3:
         raise ConfigError(

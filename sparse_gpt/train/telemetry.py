@@ -16,7 +16,6 @@ from torch.utils.tensorboard.summary import hparams
 
 from sparse_gpt.config.load import to_yaml
 from sparse_gpt.config.schema import RunConfig
-from sparse_gpt.model.config import DictionaryConfig
 from sparse_gpt.model.costs import flops_scalars, model_summary
 from sparse_gpt.model.flops import FlopReport
 from sparse_gpt.train.distributed import World
@@ -73,7 +72,7 @@ class Telemetry:
         self._data_wait = 0.0
         self.config, self._summary = config, model_summary(config.model)
         self._layout = {**_LAYOUT, **(_BLEND_LAYOUT if config.data.blend else {})}
-        if not isinstance(getattr(config.model.ffn, "spectral", None), DictionaryConfig):
+        if config.dictionary is None:
             del self._layout["Routing"]
         world.from_rank_0(partial(self._open, run_dir, resume_step))
 
